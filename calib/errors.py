@@ -1,0 +1,71 @@
+"""The one exception tree of the toolkit. It stands at the bottom layer so that every package can raise from it.
+
+    PtqError                      anything the toolkit raises on purpose             exit code
+    +-- UsageError                a wrong option, method, bits, recipe, pattern              2
+    +-- ModelError                the model cannot be read or is not one we quantize         3
+    +-- DataError                 calibration or evaluation text does not serve              4
+    +-- NumericalError            NaN or Inf, a Hessian that no fallback could factor        5
+    +-- OutputError               the output folder, the disk, a damaged checkpoint          6
+
+``ptq.errors`` re-exports the tree; the exit codes are what the command line returns. Every message says what is wrong,
+where (the full layer or file name), the value and the limit, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "DataError",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "PtqError",
+    "UsageError",
+    "unknown_name",
+]
+
+
+class PtqError(Exception):
+    """Base of everything the toolkit raises on purpose."""
+
+    exit_code: int = 1
+
+
+class UsageError(PtqError):
+    """What was asked for does not exist or does not fit together."""
+
+    exit_code = 2
+
+
+class ModelError(PtqError):
+    """The model cannot be read, or is not a causal language model of the Hugging Face kind."""
+
+    exit_code = 3
+
+
+class DataError(PtqError):
+    """The text is missing, too short, or does not fit the model's context."""
+
+    exit_code = 4
+
+
+class NumericalError(PtqError):
+    """Weights, activations or statistics are not finite, or a system could not be solved."""
+
+    exit_code = 5
+
+
+class OutputError(PtqError):
+    """The output cannot be written, or a checkpoint of ours is damaged or not ours."""
+
+    exit_code = 6
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """A `UsageError` for a failed look-up: names near ``name`` first, then the whole list."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,0 +1,104 @@
+"""The map of a model: its repeated blocks, and in a block the linears that read the same tensor.
+
+Nothing is known of model classes. Blocks are the children of the largest module list that is not inside another; input
+groups are seen by running a block once and noting which linears got the same tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from calib.errors import ModelError
+
+__all__ = ["InputGroup", "find_blocks", "find_linears", "is_linear", "linear_weight", "set_linear_weight", "trace_groups"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that read the same tensor, e.g. q, k and v.
+
+    Args:
+        linears: names relative to the block, in the order of their first call.
+        calls: how often each is called in one pass (more than once only in unusual blocks).
+    """
+
+    linears: tuple[str, ...]
+    calls: int = 1
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``y = x W^T + b`` with a weight parameter: `nn.Linear`, or `Conv1D` of GPT-2 with its transposed weight."""
+    return isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, Tensor)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight as ``[out, in]`` (a view)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give the module the weight ``[out, in]`` (no copy)."""
+    stored = weight.T if isinstance(module, Conv1D) else weight
+    module._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the repeated decoder blocks, in order.
+
+    Raises:
+        ModelError: the model has no list of modules with parameters.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [
+        (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)
+    ]
+    sizes = [sum(p.numel() for p in module.parameters()) for _, module in outer]
+    if not sizes or max(sizes) == 0:
+        raise ModelError(f"{type(model).__name__} has no list of repeated blocks; ptq quantizes decoder-only models.")
+    name, module = outer[sizes.index(max(sizes))]
+    return [f"{name}.{index}" for index in range(len(module))]
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """Linears of a block by their name in it."""
+    return {name: module for name, module in block.named_modules() if is_linear(module)}
+
+
+def trace_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
+    """Input groups of a block in the order of execution, found by calling ``run`` (one pass through the block) once.
+
+    Linears that the pass does not reach (experts without a token) are in no group.
+    """
+    inputs: list[Tensor] = []  # kept alive, so that addresses stay unique
+    seen: dict[str, list[int]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            same = [i for i, x in enumerate(inputs) if _same_memory(x, args[0])]
+            if not same:
+                inputs.append(args[0])
+            seen.setdefault(name, []).append(same[0] if same else len(inputs) - 1)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in find_linears(block).items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, keys in seen.items():
+        groups.setdefault(tuple(keys), []).append(name)
+    return [InputGroup(tuple(names), len(keys)) for keys, names in groups.items()]
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0

@@ -1,0 +1,392 @@
+"""The walk: block after block through a model, with two streams of activations.
+
+For every calibration batch the walk keeps X, the hidden states of the full-precision model, and X~, those of the model
+quantized so far. At a block it loads the weights, finds the input groups by running the block once, and hands out one
+`GroupVisit` after another in the order of execution; between them the caller replaces weights, so that the X~ statistics
+of a later group see the quantized linears before it. Then both streams move on and the block's memory is given back.
+
+    for visit in walk:                       # BlockVisit
+        for group in visit.groups(needs):    # GroupVisit: names, weights, statistics
+            group.replace(name, weight)
+        visit.raw_tensors(...)               # what passes through
+
+The inputs of the full-precision stream are captured in its one pass when they fit into a quarter of the free memory and
+are computed again group by group when they do not. The walk knows no method and no format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from calib.block_calls import BlockCall, capture_calls
+from calib.checkpoint_reader import ModelSource
+from calib.errors import NumericalError
+from calib.model_map import InputGroup, find_blocks, find_linears, linear_weight, set_linear_weight, trace_groups
+from calib.precision import has_fast_bfloat16, strict_float32
+from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
+
+__all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "pass_dtype", "place"]
+
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_CAPTURE_SHARE = 0.25
+
+
+class Timing(dict[str, float]):
+    """Seconds by part of the work."""
+
+    @contextlib.contextmanager
+    def part(self, name: str, device: torch.device) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self[name] = self.get(name, 0.0) + time.perf_counter() - start
+
+
+def pass_dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype of the passes through blocks: what was asked, or for ``auto`` bfloat16 where the checkpoint is in half
+    precision and the device multiplies bfloat16 natively, else float32 (float16 stays float16 on a GPU)."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
+    if stored == torch.float16 and device.type == "cuda":
+        return torch.float16
+    if stored == torch.bfloat16 and has_fast_bfloat16(device):
+        return torch.bfloat16
+    return torch.float32
+
+
+class Walk:
+    """Iterating yields a `BlockVisit` a block.
+
+    Args:
+        source: the model.
+        tokens: calibration tokens int64 ``[sequences, seqlen]``; ``None`` for methods without data: nothing is run then.
+        device: where blocks are run and statistics gathered.
+        dtype: dtype of the passes.
+        two_streams: keep the full-precision stream beside the quantized one.
+        timing: seconds are added here.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        tokens: Tensor | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        two_streams: bool = True,
+        timing: Timing | None = None,
+    ) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.timing = Timing() if timing is None else timing
+        self.block_names = find_blocks(source.skeleton)
+        self._tokens, self._two_streams = tokens, two_streams
+        self._calls: list[list[BlockCall]] = []
+        self._full: list[Tensor] = []
+        self._quantized: list[Tensor] = []
+        self._groups: dict[object, list[InputGroup]] = {}
+
+    def __iter__(self) -> Iterator[BlockVisit]:
+        with torch.no_grad(), strict_float32():
+            if self._tokens is not None:
+                self._capture(self._tokens)
+            for index, name in enumerate(self.block_names):
+                names = self.tensors_of_block(name)
+                with self.timing.part("read", self.device):
+                    self.source.load(names)
+                visit = BlockVisit(self, index, name, self.source.skeleton.get_submodule(name))
+                yield visit
+                visit.close()
+                self.source.release(names)
+
+    @property
+    def has_tokens(self) -> bool:
+        return self._tokens is not None
+
+    def tensors_of_block(self, name: str) -> frozenset[str]:
+        """Full names of a block's tensors."""
+        return frozenset(tensor for tensor in self.source.tensor_names() if tensor.startswith(f"{name}."))
+
+    def tensors_outside_blocks(self) -> frozenset[str]:
+        """Full names of all other tensors: embedding, final norm, head, ..."""
+        blocks = tuple(f"{name}." for name in self.block_names)
+        return frozenset(tensor for tensor in self.source.tensor_names() if not tensor.startswith(blocks))
+
+    def _capture(self, tokens: Tensor) -> None:
+        """Embed the tokens and capture how the model calls its blocks."""
+        model = self.source.skeleton
+        batch = max(1, _BATCH_TOKENS.get(self.device.type, 4096) // tokens.shape[1])
+        needed = self.tensors_outside_blocks() - self._head_tensors() | self.tensors_of_block(self.block_names[0])
+        with self.timing.part("read", self.device):
+            self.source.load(needed)
+            place(model, self.device, self.dtype)
+        with self.timing.part("passes", self.device):
+            batches = (part.to(self.device) for part in tokens.split(batch))
+            self._calls, self._full = capture_calls(model, self.block_names, batches)
+        self._quantized = list(self._full)
+        self.source.release(needed)
+
+    def _head_tensors(self) -> frozenset[str]:
+        """The head's tensors where they are not the embedding's: calibration does not need them."""
+        model = self.source.skeleton
+        head = model.get_output_embeddings()
+        if head is None or head.weight is model.get_input_embeddings().weight:
+            return frozenset()
+        name = next(name for name, module in model.named_modules() if module is head)
+        return frozenset(tensor for tensor in self.source.tensor_names() if tensor.startswith(f"{name}."))
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def batches(self, index: int) -> Iterator[tuple[int, BlockCall]]:
+        """Batch numbers with the call of block ``index``."""
+        for number, calls in enumerate(self._calls):
+            yield number, calls[index]
+
+    def hidden(self, batch: int, *, full: bool) -> Tensor:
+        """What enters the current block, ``[sequences, tokens, width]``."""
+        return (self._full if full else self._quantized)[batch]
+
+    @property
+    def two_streams(self) -> bool:
+        return self._two_streams
+
+    def move(self, full: list[Tensor] | None, quantized: list[Tensor]) -> None:
+        """The streams enter the next block. Without a full-precision stream both names mean the quantized one."""
+        self._full, self._quantized = quantized if full is None else full, quantized
+
+    def groups_of(self, visit: BlockVisit) -> list[InputGroup]:
+        """Input groups of a block; blocks of one class with the same linears are traced once."""
+        key = (type(visit.block), tuple(visit.linears))
+        if key not in self._groups:
+            number, call = next(self.batches(visit.index))
+            hidden = self.hidden(number, full=True)
+            self._groups[key] = trace_groups(visit.block, lambda: call(visit.block, hidden))
+        return self._groups[key]
+
+    def has_room(self, features: int) -> bool:
+        """Whether ``features`` numbers a token of the full-precision stream fit into a share of the free memory."""
+        tokens = sum(hidden[..., 0].numel() for hidden in self._full)
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        return tokens * features * self.dtype.itemsize <= _CAPTURE_SHARE * free
+
+
+class BlockVisit:
+    """One block, loaded; see the head of this file.
+
+    Args:
+        index: its number; name: its name in the model; block: the module with its checkpoint weights.
+    """
+
+    def __init__(self, walk: Walk, index: int, name: str, block: nn.Module) -> None:
+        self.walk, self.index, self.name, self.block = walk, index, name, block
+        self.linears: Mapping[str, nn.Module] = find_linears(block)
+        self._originals = {name: linear_weight(module).detach() for name, module in self.linears.items()}
+        place(block, walk.device, walk.dtype)
+        self._full = {name: linear_weight(module).detach() for name, module in self.linears.items()}
+        self._replaced: dict[str, Tensor] = {}
+        self._captured: dict[InputGroup, list[Tensor]] = {}
+        self._full_next: list[Tensor] | None = None
+
+    def groups(self, needs: frozenset[Stat], only: frozenset[str]) -> Iterator[GroupVisit]:
+        """Input groups in the order of execution.
+
+        Args:
+            needs: the statistics that will be asked for.
+            only: linears that will be quantized; groups without any are skipped.
+        """
+        if not self.walk.has_tokens:
+            for name in sorted(only, key=list(self.linears).index):
+                yield GroupVisit(self, InputGroup((name,)), (name,), needs)
+            return
+        with self.walk.timing.part("passes", self.walk.device):
+            groups = self.walk.groups_of(self)
+            wanted = [group for group in groups if only.intersection(group.linears)]
+            if self.walk.two_streams:
+                self._pass_full(wanted if needs & TWO_STREAMS else [])
+        for group in wanted:
+            yield GroupVisit(self, group, tuple(name for name in group.linears if name in only), needs)
+            self._captured.pop(group, None)
+
+    def _pass_full(self, groups: list[InputGroup]) -> None:
+        """The full-precision stream's one pass through the block; captures group inputs where there is room."""
+        features = sum(self._full[group.linears[0]].shape[1] for group in groups)
+        if self.walk.has_room(features):
+            self._captured = {group: [] for group in groups if group.calls == 1}
+        outputs = []
+        for number, call in self.walk.batches(self.index):
+            hidden = self.walk.hidden(number, full=True)
+            with _recording(self.block, self._captured, hidden):
+                outputs.append(call(self.block, hidden))
+        self._full_next = outputs
+
+    # -- used by GroupVisit ------------------------------------------------------------------------------------------
+
+    def original(self, name: str) -> Tensor:
+        """The checkpoint's weight of a linear ``[out, in]``, as stored."""
+        return self._originals[name]
+
+    def full(self, name: str) -> Tensor:
+        """The full-precision weight ``[out, in]`` in the dtype and on the device of the passes."""
+        return self._full[name]
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """From now on the quantized stream runs with ``weight`` ``[out, in]`` in this linear."""
+        self._replaced[name] = weight.to(self._full[name])
+        set_linear_weight(self.linears[name], self._replaced[name])
+
+    def inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
+        """The group's input in the quantized stream for one batch, ``[sequences, tokens, n]``."""
+        return _run_to(self.block, group, call, self.walk.hidden(batch, full=False))
+
+    def full_inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
+        """The group's input in the full-precision stream for one batch, captured or computed again."""
+        if group in self._captured:
+            return self._captured[group][batch]
+        self._set_weights(self._full)
+        try:
+            return _run_to(self.block, group, call, self.walk.hidden(batch, full=True))
+        finally:
+            self._set_weights(self._replaced)
+
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name in self._replaced:
+            set_linear_weight(self.linears[name], weights[name])
+
+    def close(self) -> None:
+        """Move the streams through the block."""
+        if not self.walk.has_tokens:
+            return
+        outputs = []
+        with self.walk.timing.part("passes", self.walk.device):
+            for number, call in self.walk.batches(self.index):
+                output = call(self.block, self.walk.hidden(number, full=False))
+                _check_finite(output, self.name)
+                outputs.append(output)
+        self.walk.move(self._full_next, outputs)
+
+
+class GroupVisit:
+    """One input group of a block.
+
+    Args:
+        names: the group's linears that will be quantized, by name in the block.
+    """
+
+    def __init__(self, block: BlockVisit, group: InputGroup, names: tuple[str, ...], needs: frozenset[Stat]) -> None:
+        self.block, self.group, self.names = block, group, names
+        self._needs = needs
+
+    def full_name(self, name: str) -> str:
+        """A linear's name in the model."""
+        return f"{self.block.name}.{name}"
+
+    def weight(self, name: str) -> Tensor:
+        """A linear's original weight, float32 ``[out, in]`` on the walk's device.
+
+        Raises:
+            NumericalError: it holds NaN or Inf.
+        """
+        weight = self.block.original(name).to(self.block.walk.device, torch.float32)
+        if not bool(torch.isfinite(weight).all()):
+            bad = (~torch.isfinite(weight)).float().mean().item()
+            raise NumericalError(
+                f"{self.full_name(name)}: {bad:.2%} of the weights are NaN or Inf. The checkpoint is damaged, or was "
+                f"saved in a dtype it overflows."
+            )
+        return weight
+
+    def statistics(self) -> GroupStatistics | None:
+        """The statistics asked for, over all batches; ``None`` if none was asked for or there are no tokens."""
+        walk = self.block.walk
+        if not self._needs or not walk.has_tokens:
+            return None
+        weights = {name: self.block.full(name) for name in self.names}
+        accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
+        two = bool(self._needs & TWO_STREAMS)
+        for number, call in walk.batches(self.block.index):
+            with walk.timing.part("passes", walk.device):
+                own = self.block.inputs(self.group, number, call)
+                full = self.block.full_inputs(self.group, number, call) if two else None
+            with walk.timing.part("statistics", walk.device):
+                accumulator.add(own, full)
+        with walk.timing.part("statistics", walk.device):
+            return accumulator.finish()
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """From here on the quantized model has ``weight`` ``[out, in]`` in this linear."""
+        self.block.replace(name, weight)
+
+
+class _Reached(Exception):  # noqa: N818  (control flow, never seen outside this file)
+    """The input that was asked for is there."""
+
+
+def _run_to(block: nn.Module, group: InputGroup, call: BlockCall, hidden: Tensor) -> Tensor:
+    """The group's input: the pass through the block stops there (or collects, if the group is called several times)."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(_three_dims(args[0], hidden))
+        if group.calls == 1:
+            raise _Reached
+
+    handle = block.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
+    with contextlib.suppress(_Reached):
+        try:
+            call(block, hidden)
+        finally:
+            handle.remove()
+    return found[0] if len(found) == 1 else torch.cat([part.reshape(1, -1, part.shape[-1]) for part in found], dim=1)
+
+
+def _three_dims(inputs: Tensor, hidden: Tensor) -> Tensor:
+    """``[sequences, tokens, n]``, also where a block flattens its tokens or routes only some of them here."""
+    if inputs.ndim == 3:
+        return inputs
+    if inputs[..., 0].numel() == hidden[..., 0].numel():
+        return inputs.reshape(*hidden.shape[:2], -1)
+    return inputs.reshape(1, -1, inputs.shape[-1])
+
+
+@contextlib.contextmanager
+def _recording(block: nn.Module, captured: dict[InputGroup, list[Tensor]], hidden: Tensor) -> Iterator[None]:
+    """Append every group's input in the pass made inside the context."""
+    handles = []
+    for group, store in captured.items():
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], store: list[Tensor] = store) -> None:
+            store.append(_three_dims(args[0].detach(), hidden))
+
+        handles.append(block.get_submodule(group.linears[0]).register_forward_pre_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters to ``dtype`` and ``device``; buffers keep their dtype (rotary frequencies must stay float32)."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                wanted = dtype if parameter.is_floating_point() else parameter.dtype
+                part._parameters[name] = nn.Parameter(parameter.detach().to(device, wanted), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)
+
+
+def _check_finite(hidden: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(hidden.sum(dtype=torch.float32))):
+        bad = (~torch.isfinite(hidden)).float().mean().item()
+        raise NumericalError(
+            f"the outputs of {name} hold NaN or Inf ({bad:.2%} of the entries). Try --dtype float32; if that does not "
+            f"help the checkpoint is damaged."
+        )

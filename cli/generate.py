@@ -1,0 +1,114 @@
+"""``ptq generate``: a model continues a text."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calib.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cli.models import LoadedModel
+
+__all__ = ["command"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=64, type=click.IntRange(min=1), metavar="N", help="Tokens to add at most.")
+@click.option("--temperature", default=0.7, type=click.FloatRange(min=0), help="0 takes the most probable token.")
+@click.option("--seed", default=0, type=int, help="Seed of the draws.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
+@click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout: text, tokens, speed.")
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Let MODEL (a folder, packed or plain, a .gguf file or a hub id) continue PROMPT.
+
+    \b
+    Examples:
+      ptq generate OUT "Once upon a time"
+      ptq generate OUT "The capital of France is" --temperature 0 --max-new-tokens 8
+      ptq generate OUT "Once upon a time" --seed 1 --json
+    """
+    from cli.models import load_model
+
+    if not prompt:
+        raise UsageError('the prompt is empty; give some text to continue, for example "Once upon a time".')
+    loaded = load_model(model, device=device, dtype=dtype)
+    started = time.monotonic()
+    prompt_ids, new = _continue(loaded, prompt, max_new_tokens, temperature, seed)
+    seconds = time.monotonic() - started
+    text = _decode(loaded.tokenizer, prompt_ids, new)
+    if not as_json:
+        click.echo(prompt + text)
+        click.echo(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} a second)", err=True)
+        return
+    record = {"model": model, "prompt": prompt, "text": text, "prompt_tokens": len(prompt_ids), "tokens": new}
+    draw = {"temperature": temperature, "seed": seed}
+    click.echo(json.dumps(record | draw | {"seconds": seconds, "tokens_per_second": len(new) / seconds}))
+
+
+def _continue(
+    loaded: LoadedModel, prompt: str, steps: int, temperature: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Ids of the prompt and of what the model adds, up to and without an end-of-text token."""
+    import torch
+
+    from calib.sampling import sample_steps
+    from calib.text import tokenize
+    from cli.bar import counter_bar
+
+    ids = tokenize(prompt, loaded.tokenizer)
+    _check_length(loaded.model, ids, steps)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(1, steps, generator=generator, dtype=torch.float64)
+    ends = _end_tokens(loaded.model)
+    new: list[int] = []
+    with counter_bar("tokens") as progress:
+        for token in sample_steps(loaded.model, ids[None], uniform, temperature=temperature):
+            if int(token) in ends:
+                break
+            new.append(int(token))
+            progress(len(new), steps)
+    return ids.tolist(), new
+
+
+def _check_length(model: Any, ids: Tensor, steps: int) -> None:
+    from evals.segments import context_length
+
+    context = context_length(model)
+    if ids.numel() == 0:
+        raise DataError("the tokenizer finds no token in the prompt; give some text to continue.")
+    if context is not None and ids.numel() + steps > context:
+        raise DataError(
+            f"the prompt's {ids.numel()} tokens and {steps} new ones exceed the model's context of {context}; "
+            f"lower --max-new-tokens or shorten the prompt."
+        )
+
+
+def _end_tokens(model: Any) -> set[int]:
+    end = getattr(model.generation_config, "eos_token_id", None)
+    if end is None:
+        return set()
+    return set(end) if isinstance(end, list) else {end}
+
+
+def _decode(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """Text of the new tokens. Decoded behind the prompt, because some tokenizers strip a space at the start."""
+    whole, start = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt + new, prompt))
+    return str(whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new, skip_special_tokens=True))

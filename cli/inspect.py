@@ -1,0 +1,59 @@
+"""``ptq inspect``: the report of a quantized checkpoint, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ptq.quantized import LayerRecord
+
+__all__ = ["SORTS", "command"]
+
+# Largest first for figures, so that what deserves a look is on top; a layer without the figure comes last.
+SORTS: dict[str, Callable[[LayerRecord], Any]] = {
+    "order": lambda record: 0,
+    "name": lambda record: record.name,
+    "loss": lambda record: _largest(record.loss),
+    "bytes": lambda record: _largest(record.payload_bytes),
+    "bits": lambda record: _largest(record.bits_per_weight),
+    "alpha": lambda record: _largest(record.alpha),
+    "seconds": lambda record: _largest(record.seconds),
+}
+
+
+def _largest(value: float | None) -> float:
+    return float("inf") if value is None else -value
+
+
+@click.command()
+@click.argument("out")
+@click.option("--sort", type=click.Choice(list(SORTS)), default="order", show_default=True, help="Order of the layers.")
+@click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md).")
+def command(out: str, sort: str, as_json: bool) -> None:
+    """Show what is in OUT, a folder that ptq quantize wrote: scheme, bytes, bits per weight, loss, alpha, seconds.
+
+    \b
+    Examples:
+      ptq inspect OUT
+      ptq inspect OUT --sort loss
+      ptq inspect OUT --json
+    """
+    from cli.progress import console
+    from cli.tables import kept_table, layer_table, totals_table
+    from ptq.report import Report
+
+    report = Report.load(out)
+    layers = tuple(sorted(report.layers, key=SORTS[sort]))
+    if as_json:
+        click.echo(dataclasses.replace(report, layers=layers).to_json(), nl=False)
+        return
+    screen = console()
+    screen.print(layer_table(layers), "", totals_table(report))
+    if report.kept:
+        screen.print("", kept_table(report.kept, report.totals["payload_bytes"] + report.totals["kept_bytes"]))
+    for warning in report.warnings:
+        screen.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

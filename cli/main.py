@@ -1,0 +1,117 @@
+"""``ptq``: the group of commands, and the one place where an error becomes a sentence and an exit code.
+
+Commands are imported when they are called, so that ``ptq --help`` answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import click
+
+from calib.errors import PtqError, unknown_name
+
+__all__ = ["COMMANDS", "INTERRUPTED", "cli", "main"]
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+class Entry(NamedTuple):
+    """One command: the module that exports it as ``command``, and its line in ``ptq --help``."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "quantize": Entry("cli.quantize", "Quantize a model and write a checkpoint that transformers loads."),
+    "eval": Entry("cli.eval", "Perplexity and bits per byte of a model, packed or plain."),
+    "inspect": Entry("cli.inspect", "What is in a quantized checkpoint, layer by layer."),
+    "generate": Entry("cli.generate", "Let a model speak."),
+    "methods": Entry("cli.methods", "The methods that can be plugged in, with their options."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are rows of `COMMANDS` until one of them is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return cast(click.Command, importlib.import_module(COMMANDS[cmd_name].module).command)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise unknown_name("command", args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ptq-toolkit", prog_name="ptq", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Post-training quantization for large language models.
+
+    \b
+    Examples:
+      ptq quantize --method coreq --bits 3 MODEL -o OUT
+      ptq eval OUT --text wikitext2
+      ptq inspect OUT --sort loss
+      ptq generate OUT "Once upon a time"
+
+    MODEL is a local Hugging Face folder, a hub id or a .gguf file. Every command has --help and --json.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; see `calib.errors` for the codes.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = cli.main(args=arguments, prog_name="ptq", standalone_mode=False)
+    except PtqError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, arguments)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail("UsageError", _with_hint(error), error.exit_code, arguments)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("Interrupted", "interrupted.", INTERRUPTED, arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _with_hint(error: click.ClickException) -> str:
+    """The message of click, and where to read on."""
+    path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ptq"
+    return f"{error.format_message()} See {path} --help."
+
+
+def _fail(kind: str, message: str, code: int, arguments: Sequence[str]) -> int:
+    """Say what went wrong on one line, in JSON if the arguments ask for it, and return ``code``."""
+    line = " ".join(message.split())
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--json" in options:
+        click.echo(json.dumps({"error": {"kind": kind, "message": line}}))
+    else:
+        click.secho(f"error: {line}", fg="red", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

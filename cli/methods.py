@@ -1,0 +1,76 @@
+"""``ptq methods``: what can be plugged in, with a line and the options of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any
+
+import click
+
+__all__ = ["command", "describe_methods"]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON (docs/json.md).")
+def command(as_json: bool) -> None:
+    """List the methods. Their options are set with -O KEY=VALUE in ptq quantize.
+
+    \b
+    Examples:
+      ptq methods
+      ptq quantize --method gptq -O act_order=false MODEL
+    """
+    from rich.table import Table
+
+    from cli.progress import console
+
+    rows = describe_methods()
+    if as_json:
+        click.echo(json.dumps({"methods": rows}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("options and their defaults")
+    for row in rows:
+        options = ", ".join(f"{option['name']}={_plain(option['default'])}" for option in row["options"])
+        table.add_row(row["name"], row["summary"], options)
+    console().print(table)
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """The table of methods as plain data, in its own order."""
+    from ptq.methods import METHODS
+
+    return [
+        {"name": name, "summary": method.summary, "options": _options(method.config)}
+        for name, method in METHODS.items()
+    ]
+
+
+def _options(config: type) -> list[dict[str, Any]]:
+    hints = typing.get_type_hints(config)
+    defaults = config()
+    return [
+        {"name": field.name, "type": _type_text(hints[field.name]), "default": getattr(defaults, field.name)}
+        for field in dataclasses.fields(config)
+    ]
+
+
+def _type_text(hint: Any) -> str:
+    """A type as people write it: ``int``, ``float | None``, ``'corr' | 'row'``."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(repr(choice) for choice in typing.get_args(hint))
+    members = typing.get_args(hint)
+    return " | ".join(_type_text(member) for member in members) if members else _type_name(hint)
+
+
+def _type_name(hint: Any) -> str:
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def _plain(value: Any) -> str:
+    """A default as it is typed after ``-O KEY=``."""
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,0 +1,129 @@
+"""MODEL on the command line -> a model ready to run, and its tokenizer. A folder, a ``.gguf`` file or a hub id."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from calib.errors import ModelError, UsageError, unknown_name
+from ptq.loading import load
+
+__all__ = ["DTYPES", "LoadedModel", "environment", "load_model", "pick_device"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, its tokenizer, and the name that it was asked for by."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+
+def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a causal language model, packed or plain, and the tokenizer beside it.
+
+    Args:
+        source: a folder of ``ptq quantize`` or of transformers, a ``.gguf`` file (dequantized on loading), a hub id.
+        device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
+        dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's.
+
+    Raises:
+        UsageError: an unknown dtype or device.
+        ModelError: no such model, no safetensors weights in it, not a causal language model, no tokenizer.
+        OutputError: a folder that is damaged.
+    """
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    place = pick_device(device)
+    where, extra = _locate(source)
+    options = extra | {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
+    options |= {} if extra else {"use_safetensors": True}  # weights are never unpickled
+    with _quiet_unless_terminal():
+        try:
+            read = load if Path(where).is_dir() and not extra else AutoModelForCausalLM.from_pretrained
+            model: Any = read(where, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
+        tokenizer = _tokenizer(where, extra, source)
+    return LoadedModel(model.eval(), tokenizer, source)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``name`` stands for.
+
+    Raises:
+        UsageError: not a device, or one that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:i.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu."
+        )
+    return device
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions and machine, for a record."""
+    device = next(model.parameters()).device
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id, and what from_pretrained must be told besides."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {source}.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ModelError(f"{source} is a file; give a model folder, a .gguf file or a hub id.")
+    if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
+        raise ModelError(f"there is no model folder {source} (looked in {Path.cwd()}); a hub id is written owner/name.")
+    return source, {}
+
+
+def _tokenizer(where: str, extra: dict[str, Any], source: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(where, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Loading bars of transformers are for terminals."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

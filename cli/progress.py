@@ -1,0 +1,103 @@
+"""Progress of a run: a bar with the time left on a terminal, one plain line a block elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ptq.events import Event
+
+__all__ = ["PIPE_WIDTH", "ProgressListener", "console", "duration"]
+
+PIPE_WIDTH = 160  # characters a line where there is no terminal to ask: tables stay whole in logs
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console of the terminal's width, or of `PIPE_WIDTH` where there is no terminal."""
+    screen = Console(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
+
+
+def duration(seconds: float) -> str:
+    """Time for people, e.g. ``"4.2 s"``, ``"3 min 05 s"``, ``"2 h 07 min"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class ProgressListener:
+    """Takes the events of `ptq.quantize` and shows them; a context manager, so that the bar is always taken down.
+
+    Args:
+        screen: where to show; ``stderr`` in the command line, so that ``stdout`` is free for results.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, screen: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._screen = screen
+        self._clock = clock
+        self._started = clock()
+        self._skipped = 0  # blocks that were done before this run began
+        self._bar = _bar(screen) if screen.is_terminal else None
+        self._task = None if self._bar is None else self._bar.add_task("reading the model", total=None, layer="")
+
+    def __enter__(self) -> ProgressListener:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A sentence above the bar, or a line."""
+        self._screen.print(text, markup=False, soft_wrap=True)
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "message":
+            self.say(event.text)
+        elif event.kind == "blocks":
+            self._begin(event)
+        elif event.kind == "layer" and self._bar is not None and self._task is not None:
+            self._bar.update(self._task, layer=event.name)
+        elif event.kind == "block_done":
+            self._advance(event)
+
+    def _begin(self, event: Event) -> None:
+        self._started, self._skipped = self._clock(), event.done
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description="blocks", total=event.total, completed=event.done)
+        else:
+            self.say(f"{event.total} blocks")
+
+    def _advance(self, event: Event) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=event.done, layer="")
+            return
+        elapsed = self._clock() - self._started
+        left = elapsed / max(event.done - self._skipped, 1) * (event.total - event.done)
+        self.say(f"block {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left")
+
+
+def _bar(screen: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed"),
+        TimeRemainingColumn(),
+        TextColumn("left  [dim]{task.fields[layer]}"),
+        console=screen,
+        speed_estimate_period=3600,  # blocks of a large model take minutes each
+    )

@@ -1,0 +1,84 @@
+"""``ptq quantize``: flags to a recipe, a call of `ptq.quantize`, and a summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(), help="Output folder.  [default: <model>-<method>-w<bits>[a]g<group>]")
+@click.option("--method", metavar="NAME", help="See ptq methods.  [default: coreq]")
+@click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
+@click.option("--group-size", type=int, help="Input channels that share a scale; 0 is per channel.  [default: 64]")
+@click.option("--sym/--asym", "symmetric", default=None, help="Grid around zero, or a zero point.  [default: sym]")
+@click.option("--scale-dtype", metavar="DTYPE", help="auto (the model's), float16 or bfloat16.  [default: auto]")
+@click.option(
+    "--calib",
+    metavar="SOURCE",
+    help="Calibration text: a file, a .jsonl file, wikitext2, c4, REPO:SPLIT:FIELD, pydoc or self.  [default: c4]",
+)
+@click.option("--calib-samples", type=int, metavar="N", help="Sequences.  [default: 128]")
+@click.option("--calib-seqlen", type=int, metavar="T", help="Tokens in each sequence.  [default: 2048]")
+@click.option("--seed", type=int, help="Seed of the draw of sequences.  [default: 0]")
+@click.option("--beam", type=int, metavar="K", help="Candidates a row in coreq; 1 is greedy, the same as -O beam=K.")
+@click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeat.")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN=bits[,gN][,asym]",
+    help="Another scheme for the linears that match, e.g. '*.down_proj=4,g32'; repeat, the first match wins.",
+)
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
+@click.option("--recipe", "recipe_file", metavar="FILE.yaml", help="The base that the options above change.")
+@click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
+@click.option("--format", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with a hub model.")
+@click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md) and nothing else there.")
+def command(
+    model: str,
+    out: str | None,
+    recipe_file: str | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Quantize MODEL: a local Hugging Face folder, a hub id or a .gguf file.
+
+    \b
+    Examples:
+      ptq quantize --method coreq --bits 3 MODEL -o OUT
+      ptq quantize --bits 4 --asym --group-size 32 MODEL
+      ptq quantize --bits 2 --beam 4 --calib my_text.txt --calib-samples 64 MODEL
+      ptq quantize --override '*.down_proj=4' --ignore '*.layers.0.*' MODEL
+      ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
+    """
+    import ptq
+    from cli.progress import ProgressListener, console
+    from cli.recipe_flags import build_recipe
+    from cli.tables import show_summary
+    from ptq.api import default_output
+    from ptq.recipe import Recipe
+
+    base = Recipe.from_yaml(recipe_file) if recipe_file else Recipe()
+    recipe = build_recipe(base, flags)
+    target = Path(out) if out else default_output(model, recipe)
+    with ProgressListener(console(stderr=True)) as listener:
+        listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
+        if base.options and recipe.method != base.method:
+            listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
+        report = ptq.quantize(
+            model, recipe, out=target, device=device, on_event=listener, trust_remote_code=trust_remote_code
+        )
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        show_summary(report, target, console())

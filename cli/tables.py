@@ -1,0 +1,119 @@
+"""A `ptq.Report` as tables: the summary at the end of ``ptq quantize`` and the rows of ``ptq inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cli.progress import duration
+from ptq.quantized import LayerRecord
+from ptq.report import KeptTensor, Report
+from ptq.scheme import Scheme
+
+__all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table"]
+
+WORST = 5  # layers in the summary; ptq inspect shows all of them
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure for a table cell, ``-`` where there is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units, e.g. ``"61.2 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def layer_table(records: Sequence[LayerRecord], title: str | None = None) -> Table:
+    """One row a linear: scheme, bytes, real bits a weight, losses, alpha, seconds, notes."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("scheme", no_wrap=True)
+    for heading in ("bytes", "bits/weight", "loss rtn", "loss", "alpha", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("notes")
+    for record in records:
+        table.add_row(*_layer_cells(record))
+    return table
+
+
+def totals_table(report: Report) -> Table:
+    """Model, recipe, size before and after, time by part."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for label, text in _totals(report):
+        table.add_row(label, text)
+    return table
+
+
+def kept_table(kept: Sequence[KeptTensor], total_bytes: int) -> Table:
+    """What stayed in full precision, the largest first, with its share of all weight bytes."""
+    table = Table(title="kept in full precision", title_justify="left", box=None, pad_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    table.add_column("why")
+    for tensor in sorted(kept, key=lambda item: -item.bytes):
+        table.add_row(tensor.name, size(tensor.bytes), f"{tensor.bytes / max(total_bytes, 1):.1%}", tensor.reason)
+    return table
+
+
+def show_summary(report: Report, out: Path, screen: Console) -> None:
+    """The end of ``ptq quantize``: totals, worst layers, kept tensors, warnings, where it is."""
+    measured = [record for record in report.layers if record.loss is not None]
+    worst = sorted(measured, key=lambda record: -(record.loss or 0.0))[:WORST]
+    screen.print(totals_table(report))
+    if worst:
+        screen.print("", layer_table(worst, "worst layers by relative output error"))
+    if report.kept:
+        screen.print("", kept_table(report.kept, _weight_bytes(report)))
+    for warning in report.warnings:
+        screen.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    screen.print(f"\nwritten to {out}", markup=False, soft_wrap=True)
+
+
+def _layer_cells(record: LayerRecord) -> tuple[str, ...]:
+    return (
+        record.name,
+        Scheme(**record.scheme).describe(),
+        f"{record.payload_bytes:,}",
+        f"{record.bits_per_weight:.3f}",
+        number(record.loss_rtn),
+        number(record.loss),
+        number(record.alpha, 3),
+        f"{record.seconds:.2f}",
+        "; ".join(record.notes),
+    )
+
+
+def _totals(report: Report) -> list[tuple[str, str]]:
+    totals, recipe = report.totals, report.recipe
+    scheme = Scheme(**recipe["scheme"]).describe()
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.timing.items())
+    return [
+        ("model", f"{report.model['source']} ({report.model['architecture']})"),
+        ("method", f"{recipe['method']}, {scheme}"),
+        ("format", f"{report.format}: {report.format_reason}"),
+        ("bits per weight", f"{totals['bits_per_weight']:.3f} in {len(report.layers)} quantized linears"),
+        ("weights", f"{_before(report)} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
+        ("time", f"{duration(totals['seconds'])} ({parts})" if parts else duration(totals["seconds"])),
+    ]
+
+
+def _weight_bytes(report: Report) -> int:
+    return int(report.totals["payload_bytes"] + report.totals["kept_bytes"])
+
+
+def _before(report: Report) -> str:
+    """Bytes of the model as it came, in the dtype it is computed with."""
+    dtype = str(report.model["dtype"]).removeprefix("torch.")
+    width = getattr(torch, dtype).itemsize if hasattr(torch, dtype) else 2
+    return f"{size(report.model['parameters'] * width)} {dtype}"

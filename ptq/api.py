@@ -1,0 +1,208 @@
+"""`quantize`: the one call behind the command line and pipelines."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from calib.checkpoint_reader import ModelSource, open_model
+from calib.text import Calibration, load_calibration, sample_from_model
+from calib.walk import pass_dtype
+from ptq.errors import ModelError, UsageError, unknown_name
+from ptq.events import Event, Listener
+from ptq.formats.writer import check_output_folder
+from ptq.methods import LayerMethod, find_method, make_config
+from ptq.pipeline import Run
+from ptq.plan import make_plan
+from ptq.recipe import CalibrationSpec, Recipe
+from ptq.report import Report
+from ptq.scheme import Scheme
+
+__all__ = ["default_output", "make_recipe", "quantize", "resolve_device"]
+
+_CALIBRATION_FIELDS = {"calib": "source", "calib_samples": "samples", "calib_seqlen": "seqlen", "seed": "seed"}
+
+
+def quantize(
+    model: str | os.PathLike[str] | nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    on_event: Listener | None = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> Report:
+    """Quantize a causal language model and write it as a Hugging Face folder.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or a transformers model in memory (which is not changed).
+        recipe: everything that decides the result; or give its parts as ``fields`` (see `make_recipe`), e.g.
+            ``method="coreq", bits=3, group_size=64, calib="pydoc", beam=4``.
+        out: output folder, new, empty or an earlier output of ours; default `default_output`.
+        tokenizer: needed with a model in memory, unless ``calibration`` is given.
+        calibration: tokens to use instead of the recipe's calibration source.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
+        on_event: called at every step (`ptq.events`).
+        trust_remote_code: run modelling code that ships with the model.
+
+    Returns:
+        The report, which is also in the folder.
+
+    Raises:
+        PtqError: see `ptq.errors`.
+    """
+    if recipe is not None and fields:
+        raise UsageError(f"give a recipe or its parts, not both: {', '.join(fields)}.")
+    recipe = recipe if recipe is not None else make_recipe(fields)
+    method = find_method(recipe.method)
+    config = make_config(method, recipe.options)
+    target = Path(out) if out is not None else default_output(model, recipe)
+    check_output_folder(target)
+    place = resolve_device(device)
+    source = open_model(model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code)
+    plan = make_plan(source.skeleton, recipe, source.dtype)
+    listener = on_event or _ignore
+    needs_data = bool(method.needs(config))
+    tokenizer = tokenizer or _load_tokenizer(source, required=needs_data and calibration is None)
+    if not needs_data:
+        calibration = None
+    elif calibration is None:
+        calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
+    dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
+    run = Run(
+        source, plan, recipe, method, config, calibration, target, device=place, dtype=dtype, listener=listener
+    )
+    return run.execute(tokenizer)
+
+
+def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe:
+    """A recipe from flat names.
+
+    Args:
+        fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``), ``calib``,
+            ``calib_samples``, ``calib_seqlen``, ``seed``, and options of the method (``beam``, ``damping``, ...).
+        base: what the fields change; default ``Recipe()``.
+
+    Raises:
+        UsageError: a name that is none of these, or a value that does not fit.
+    """
+    base = base or Recipe()
+    own = {field.name for field in dataclasses.fields(Recipe)} - {"scheme", "calibration", "options"}
+    scheme_names = {field.name for field in dataclasses.fields(Scheme)}
+    method = find_method(fields.get("method", base.method))
+    option_names = {field.name for field in dataclasses.fields(method.config)}
+    options = dict(base.options) if method.name == base.method else {}
+    options.update(fields.get("options", {}))
+    parts: dict[str, dict[str, Any]] = {"scheme": {}, "calibration": {}, "recipe": {}}
+    for name, value in fields.items():
+        if name in own:
+            parts["recipe"][name] = value
+        elif name in scheme_names:
+            parts["scheme"][name] = value
+        elif name in _CALIBRATION_FIELDS:
+            parts["calibration"][_CALIBRATION_FIELDS[name]] = value
+        elif name in option_names:
+            options[name] = value
+        elif name != "options":
+            raise unknown_name("argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | option_names)
+    return dataclasses.replace(
+        base,
+        scheme=dataclasses.replace(base.scheme, **parts["scheme"]),
+        calibration=dataclasses.replace(base.calibration, **parts["calibration"]),
+        options=options,
+        **parts["recipe"],
+    )
+
+
+def default_output(model: str | os.PathLike[str] | nn.Module, recipe: Recipe) -> Path:
+    """Where the result goes when nothing is said: ``<model>-<method>-w<bits>[a]g<group>`` in the current folder."""
+    name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).name.removesuffix(".gguf")
+    scheme = recipe.scheme
+    group = "pc" if scheme.group_size is None else f"g{scheme.group_size}"
+    return Path(f"{name}-{recipe.method}-w{scheme.bits}{'' if scheme.symmetric else 'a'}{group}")
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:i`` as a device that is there.
+
+    Raises:
+        UsageError: another name, or a GPU that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0, cuda:1, ...") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:i.")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UsageError(f"there is no device {device!r}: this machine shows {count} CUDA device(s) to PyTorch.")
+    return found
+
+
+def _ignore(event: Event) -> None:
+    """The listener of a caller who does not listen."""
+
+
+def _load_tokenizer(source: ModelSource, *, required: bool) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; ``None`` for a model in memory or where it is not needed and not there."""
+    path = Path(source.name)
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if source.folder is not None and required:
+            return AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name} has no tokenizer that can be read: {error}") from error
+    if required:
+        raise UsageError("a model in memory needs tokenizer=... or calibration=... to be calibrated.")
+    return None
+
+
+def _calibrate(
+    source: ModelSource,
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    listener: Listener,
+    trust_remote_code: bool,
+) -> Calibration:
+    listener(Event("message", f"calibration: {spec.samples} x {spec.seqlen} tokens of {spec.source}, seed {spec.seed}"))
+
+    def sample(samples: int, seqlen: int, seed: int) -> Tensor:
+        whole = _whole_model(source, trust_remote_code)
+        return sample_from_model(whole, samples, seqlen, seed)
+
+    context = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    calibration = load_calibration(
+        spec.source,
+        tokenizer,
+        samples=spec.samples,
+        seqlen=spec.seqlen,
+        seed=spec.seed,
+        context=context,
+        sampler=sample,
+    )
+    for note in calibration.notes:
+        listener(Event("message", f"calibration: {note}"))
+    return calibration
+
+
+def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:
+    """The full-precision model in memory, for sampling from it."""
+    if source.folder is None:
+        source.load(source.tensor_names())
+        return source.skeleton
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trust_remote_code)
+    return model.eval()

@@ -1,0 +1,90 @@
+"""The native format: every scheme of the toolkit, one scheme per linear, read by `ptq.integration`.
+
+``config.json`` of a native checkpoint holds
+
+    "quantization_config": {
+      "quant_method": "ptq", "version": 1,
+      "schemes": {"int3-asym-g64-float16": {"bits": 3, "symmetric": false, "group_size": 64, "scale_dtype": "float16"}},
+      "layers": {"model.layers.0.mlp.down_proj": "int3-asym-g64-float16", ...}
+    },
+    "transformers_weights": "these weights are packed by ptq: run `pip install ptq-toolkit` and ..."
+
+transformers only warns about a quantization method that it does not know, and goes on with random weights. Two things
+turn that into an error: ``transformers_weights`` (transformers takes it for the name of the weight file and raises an
+error that quotes it; our quantizer removes it first), and for every packed linear an empty tensor ``X.weight`` (int8,
+shape [0]), which a plain linear refuses by its shape even where ``save_pretrained`` has dropped the sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import OutputError, UsageError
+from ptq.formats import layout
+from ptq.quantized import QuantizedWeight
+from ptq.scheme import Scheme
+
+__all__ = [
+    "GUARD_KEY",
+    "GUARD_SENTENCE",
+    "QUANT_METHOD",
+    "VERSION",
+    "layer_tensors",
+    "quantization_config",
+    "read_schemes",
+]
+
+QUANT_METHOD = "ptq"
+VERSION = 1
+GUARD_KEY = "transformers_weights"
+GUARD_SENTENCE = (
+    "these weights are packed by ptq: run `pip install ptq-toolkit` and `import ptq` before from_pretrained"
+)
+
+
+def layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of `layout.layer_tensors` and the empty ``X.weight`` that plain linears refuse."""
+    return layout.layer_tensors(name, weight) | {f"{name}.weight": torch.empty(0, dtype=torch.int8)}
+
+
+def quantization_config(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``.
+
+    Args:
+        schemes: the scheme of every linear by full name; ``None`` stays in full precision and is not mentioned.
+        linears: not needed by this format; the argument makes all formats alike.
+    """
+    packed = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "schemes": {_scheme_id(scheme): scheme.to_dict() for scheme in packed.values()},
+        "layers": {name: _scheme_id(scheme) for name, scheme in packed.items()},
+    }
+
+
+def read_schemes(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Scheme]:
+    """Scheme of every packed linear, from a ``quantization_config``.
+
+    Raises:
+        OutputError: another version, or a config that does not hold together.
+    """
+    version = config.get("version")
+    if version != VERSION:
+        raise OutputError(
+            f"{where}: quantization_config has version {version!r}, this ptq reads version {VERSION}: "
+            "upgrade ptq-toolkit, or quantize again."
+        )
+    try:
+        known = {key: Scheme(**fields) for key, fields in config["schemes"].items()}
+        return {name: known[key] for name, key in config["layers"].items()}
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
+        raise OutputError(f"{where}: quantization_config is damaged ({error!r}); quantize again.") from error
+
+
+def _scheme_id(scheme: Scheme) -> str:
+    return f"{scheme.describe().replace(' ', '-')}-{scheme.scale_dtype}"

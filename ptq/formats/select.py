@@ -1,0 +1,31 @@
+"""Which format an output is written in, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ptq.errors import UsageError
+from ptq.formats import compressed_tensors
+from ptq.scheme import Scheme
+
+__all__ = ["select_format"]
+
+
+def select_format(
+    requested: str, schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module]
+) -> tuple[str, str]:
+    """``("compressed-tensors" or "native", reason)`` for a recipe's ``format`` (``auto`` or one of the two).
+
+    Raises:
+        UsageError: compressed-tensors was asked for and cannot carry the result.
+    """
+    if requested == "native":
+        return "native", "asked for"
+    problem = compressed_tensors.why_not(schemes, linears)
+    if problem is None:
+        return "compressed-tensors", "stock transformers and vLLM can load it"
+    if requested == "auto":
+        return "native", problem
+    raise UsageError(f"the compressed-tensors format cannot carry this: {problem}. Use format 'native' or 'auto'.")

@@ -1,0 +1,108 @@
+"""A grid answers one question: which representable value is nearest to this number?
+
+Every grid of the toolkit has the form ``value = scale * (level[code] - zero)`` with an ascending table of levels. The
+integer grids are the table 0, 1, 2, ...; floating-point and codebook grids are other tables. Solvers see only
+`BoundGrid`, so none of them can assume equal steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+__all__ = ["BoundGrid", "Grid", "uniform_grid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """An ascending table of levels, before scaling.
+
+    Args:
+        levels: float32 ``[L]``, strictly ascending, ``L <= 256`` so that codes fit in uint8.
+        uniform: the levels are ``0, 1, ..., L-1``; allows rounding by arithmetic instead of a search.
+    """
+
+    levels: Tensor
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        if self.levels.ndim != 1 or not 2 <= len(self.levels) <= 256:
+            raise ValueError(f"a grid has 2 to 256 levels in one dimension, got shape {tuple(self.levels.shape)}")
+        if not bool((self.levels.diff() > 0).all()):
+            raise ValueError("the levels of a grid must be strictly ascending")
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Code (uint8, the shape of ``x``) of the level nearest to ``x`` in units of the scale, zero already added."""
+        top = len(self.levels) - 1
+        if self.uniform:
+            return x.round().clamp_(0, top).to(torch.uint8)
+        levels = self.levels.to(x)
+        return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+    def nearest_several(self, x: Tensor, count: int) -> Tensor:
+        """The ``count`` nearest codes of every entry of ``x``, uint8 ``[*x.shape, count]``, in ascending order of level.
+
+        In a sorted table the nearest ``count`` levels are neighbours, so one start index names them all.
+        """
+        total = len(self.levels)
+        if self.uniform:
+            start = (x - (count - 1) / 2).round().clamp_(0, total - count)
+        else:
+            # The window [i, i + count) beats its right neighbour while x is below the middle of level i and i + count.
+            levels = self.levels.to(x)
+            start = torch.bucketize(x, (levels[: total - count] + levels[count:]) / 2).to(x.dtype)
+        window = torch.arange(count, device=x.device, dtype=x.dtype)
+        return (start.unsqueeze(-1) + window).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Levels of ``codes``, float32."""
+        if self.uniform:
+            return codes.float()
+        return self.levels.to(codes.device)[codes.long()]
+
+
+def uniform_grid(bits: int, device: torch.device | None = None) -> Grid:
+    """The integer grid of ``2^bits`` equal steps."""
+    return Grid(torch.arange(2**bits, dtype=torch.float32, device=device), uniform=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundGrid:
+    """A grid with the scales of one weight: what a solver rounds onto.
+
+    Args:
+        grid: the table of levels.
+        scale: float32 ``[out, groups]``, finite; a negative scale mirrors the grid, zero is not allowed.
+        zero: float32 ``[out, groups]``, in units of levels.
+        group: int64 ``[in]``, the group of every input channel.
+    """
+
+    grid: Grid
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+
+    def permuted(self, order: Tensor) -> BoundGrid:
+        """The same grid for columns taken in ``order`` (int64 ``[in]``)."""
+        return dataclasses.replace(self, group=self.group[order])
+
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero of columns ``start .. stop``, each ``[out, stop - start]``."""
+        group = self.group[start:stop]
+        return self.scale[:, group], self.zero[:, group]
+
+    def rows(self, start: int, stop: int) -> BoundGrid:
+        """The grid of some rows."""
+        return dataclasses.replace(self, scale=self.scale[start:stop], zero=self.zero[start:stop])
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Nearest codes of a whole weight ``[out, in]``, uint8."""
+        scale, zero = self.columns(0, weight.shape[1])
+        return self.grid.nearest(weight / scale + zero)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of codes ``[out, in]``, float32."""
+        scale, zero = self.columns(0, codes.shape[1])
+        return (self.grid.values(codes) - zero) * scale

@@ -1,0 +1,91 @@
+"""The stock compressed-tensors quantizer of transformers, except that packed integer weights stay packed.
+
+The stock one decompresses the whole model at the first forward. Ours takes over where every quantized module is a
+linear with packed integer weights and nothing else is quantized (no activations, no key-value cache); anything else is
+left to the stock code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_named_modules, match_targets
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from ptq.formats.compressed_tensors import FORMAT
+from ptq.integration.swap import swap_linear
+from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
+
+__all__ = ["PackedCompressedTensorsQuantizer", "is_scale"]
+
+
+class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
+    """Swaps linears for `QuantLinear` where it can carry them, and is the stock quantizer otherwise."""
+
+    packed = False
+    """Whether this model was taken over; known once its skeleton has been built."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        schemes = None if self._wants_stock() else packed_schemes(model, self.compressor.quantization_config)
+        if schemes is None:
+            super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
+            return
+        self.packed = True
+        for name, scheme in schemes.items():
+            swap_linear(model, name, scheme, guard=False)
+
+    def _wants_stock(self) -> bool:
+        config = self.quantization_config
+        transforms = getattr(config, "transform_config", None)
+        return bool(config.dequantize or transforms or not config.is_quantization_compressed or self.use_fp8_kernel)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        if self.packed and is_scale(converter):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    @property
+    def is_trainable(self) -> bool:
+        return not self.packed and bool(super().is_trainable)
+
+    def is_qat_trainable(self) -> bool:  # type: ignore[override]  # a method in the stock class too
+        return not self.packed and bool(super().is_qat_trainable())
+
+    @property
+    def is_compileable(self) -> bool:
+        """False for packed layers: the reference forward has not been measured under ``torch.compile``."""
+        return not self.packed and bool(super().is_compileable)
+
+
+def is_scale(converter: Any) -> bool:
+    """Whether a loading step of transformers is for stored scales: these keep their dtype whatever ``dtype=`` asks."""
+    return any(pattern.endswith(".weight_scale") for pattern in converter.target_patterns)
+
+
+def packed_schemes(model: nn.Module, config: QuantizationConfig | None) -> dict[str, Scheme] | None:
+    """The scheme of every linear that the config quantizes; ``None`` if any of it is beyond `QuantLinear`."""
+    if config is None or config.kv_cache_scheme is not None:
+        return None
+    targets = {target: group for group in config.config_groups.values() for target in group.targets}
+    schemes: dict[str, Scheme] = {}
+    for name, module in match_named_modules(model, targets, config.ignore):
+        scheme = _scheme(targets[match_targets(name, module, targets)[0]], config.format)
+        if scheme is None or not isinstance(module, nn.Linear):
+            return None
+        schemes[name] = scheme
+    return schemes or None
+
+
+def _scheme(group: QuantizationScheme, default_format: str) -> Scheme | None:
+    """Our name for a group's scheme, ``None`` if it is not plain packed integers, in groups or per channel."""
+    args = group.weights
+    if args is None or group.input_activations is not None or group.output_activations is not None:
+        return None
+    plain = args.type == "int" and not args.dynamic and args.strategy in ("group", "channel")
+    if not plain or (group.format or default_format) != FORMAT or not MIN_BITS <= args.num_bits <= MAX_BITS:
+        return None
+    return Scheme(args.num_bits, args.symmetric, args.group_size if args.strategy == "group" else None)

@@ -1,0 +1,43 @@
+"""Replace linears of a model skeleton by packed ones, before its weights are loaded."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ptq.errors import OutputError
+from ptq.runtime.linear import QuantLinear
+from ptq.scheme import Scheme
+
+__all__ = ["linear_shape", "swap_linear"]
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(out_features, in_features)`` of a ``torch.nn.Linear`` or transformers' ``Conv1D``, ``None`` for others."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return None
+
+
+def swap_linear(model: nn.Module, name: str, scheme: Scheme, *, guard: bool) -> None:
+    """Put a `QuantLinear` in the place of linear ``name``: same shape, same bias parameter, same device, no weight.
+
+    Raises:
+        OutputError: the model has no linear of that name, so that the checkpoint's config does not fit its model.
+    """
+    parent_name, _, child = name.rpartition(".")
+    try:
+        parent, old = model.get_submodule(parent_name), model.get_submodule(name)
+    except AttributeError as error:
+        raise OutputError(
+            f"the checkpoint's config says that {name} is packed, but {type(model).__name__} has no such module."
+        ) from error
+    shape = linear_shape(old)
+    if shape is None:
+        raise OutputError(f"the checkpoint's config says that {name} is packed, but it is a {type(old).__name__}.")
+    parameters = dict(old.named_parameters(recurse=False))
+    device = parameters["weight"].device
+    new = QuantLinear(shape[1], shape[0], scheme, parameters.get("bias"), guard=guard, device=device)
+    setattr(parent, child, new.train(old.training))

@@ -1,0 +1,96 @@
+"""transformers' side of the native format: ``from_pretrained`` builds packed layers once this module is registered.
+
+`register` puts two entries into transformers' own tables: quantization method ``ptq`` (the native format), and for
+``compressed-tensors`` a subclass of the stock quantizer that keeps weights packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ptq.formats import native
+from ptq.formats.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
+from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
+from ptq.integration.swap import swap_linear
+from ptq.scheme import Scheme
+
+__all__ = ["PtqConfig", "PtqQuantizer", "register"]
+
+
+def register() -> None:
+    """Make ``from_pretrained`` read our checkpoints. Calling it again changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[native.QUANT_METHOD] = PtqConfig
+    AUTO_QUANTIZER_MAPPING[native.QUANT_METHOD] = PtqQuantizer
+    AUTO_QUANTIZER_MAPPING[COMPRESSED_TENSORS] = PackedCompressedTensorsQuantizer
+
+
+class PtqConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a native checkpoint (see `ptq.formats.native`).
+
+    Raises:
+        OutputError: another version, or a config that does not hold together.
+    """
+
+    def __init__(
+        self,
+        version: int | None = None,
+        schemes: Mapping[str, Any] | None = None,
+        layers: Mapping[str, str] | None = None,
+        quant_method: str = native.QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes names of its enum or others
+        self.version = version
+        self.schemes = dict(schemes or {})
+        self.layers = dict(layers or {})
+        self.layer_schemes()
+
+    def layer_schemes(self) -> dict[str, Scheme]:
+        """Scheme of every packed linear by its full name in the causal language model."""
+        return native.read_schemes(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        keys = ("quant_method", "version", "schemes", "layers")
+        return {key: getattr(self, key) for key in keys}
+
+
+class PtqQuantizer(HfQuantizer):
+    """Builds `QuantLinear` modules; their buffers have the names of the checkpoint, so loading needs no conversion."""
+
+    requires_calibration = True  # passing a PtqConfig for a plain checkpoint raises: quantize it with ptq first
+    quantization_config: PtqConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        # transformers calls this after it has found us and before it looks for weight files: the moment to take away
+        # the sentence that stops a transformers without us (see ptq.formats.native).
+        if hasattr(config, native.GUARD_KEY):
+            delattr(config, native.GUARD_KEY)
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        modules = dict(model.named_modules())
+        prefix = f"{model.base_model_prefix}."
+        for name, scheme in self.quantization_config.layer_schemes().items():
+            inner = name.removeprefix(prefix)  # AutoModel builds only what lies under the prefix
+            swap_linear(model, inner if name not in modules and inner in modules else name, scheme, guard=True)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        return None if is_scale(converter) else super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: the reference forward has not been measured under ``torch.compile``."""
+        return False

@@ -1,0 +1,44 @@
+"""What a quantized weight costs at its own output, from the statistics that a method gathered anyway."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calib.stats import LinearStatistics
+from ptq.quantized import QuantizedWeight
+
+__all__ = ["layer_losses"]
+
+
+def layer_losses(
+    weight: Tensor, quantized: QuantizedWeight, stats: LinearStatistics | None
+) -> tuple[float | None, float | None]:
+    """Relative output errors of nearest rounding (on the same scales) and of what was chosen.
+
+    With the full-precision inputs X known, ``||W X - Q X~||^2 / ||W X||^2``, expanded to
+
+        ||(W - Q) X~||^2 + 2 <W D, W - Q> + ||W dX||^2      over the same with Q = 0;
+
+    with one stream only, ``||(W - Q) X~||^2 / ||W X~||^2``.
+
+    Args:
+        weight: float32 ``[out, in]``; quantized: the result; stats: what was gathered.
+
+    Returns:
+        ``(nearest, chosen)``, or ``(None, None)`` without statistics.
+    """
+    if stats is None:
+        return None, None
+    pull = weight @ stats.mismatch if stats.has_mismatch else None
+    constant = float(stats.energy.sum()) if pull is not None else 0.0
+
+    def error(difference: Tensor) -> float:
+        value = float(((difference @ stats.hessian) * difference).sum())
+        return value + constant + (2 * float((pull * difference).sum()) if pull is not None else 0.0)
+
+    size = error(weight)
+    if size <= 0:
+        return 0.0, 0.0
+    grid = quantized.bound_grid()
+    nearest = grid.dequantize(grid.round(weight))
+    return error(weight - nearest) / size, error(weight - grid.dequantize(quantized.codes)) / size

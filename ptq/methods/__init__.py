@@ -1,0 +1,44 @@
+"""The table of methods. Adding one: a file here, a line in ``_BUILT_IN``, a line in the test matrix, a docs page.
+
+Packages outside join through the entry-point group ``ptq.methods``; each entry point names a `LayerMethod`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from types import MappingProxyType
+
+from ptq.errors import UsageError, unknown_name
+from ptq.methods.base import LayerMethod, LayerResult, make_config, parse_options
+from ptq.methods.coreq import COREQ
+from ptq.methods.gptaq import GPTAQ
+from ptq.methods.gptq import GPTQ
+from ptq.methods.rtn import RTN
+
+__all__ = ["METHODS", "LayerMethod", "LayerResult", "find_method", "make_config", "parse_options"]
+
+_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ)
+
+
+def _collect() -> dict[str, LayerMethod]:
+    table = {method.name: method for method in _BUILT_IN}
+    for point in entry_points(group="ptq.methods"):
+        method = point.load()
+        if not isinstance(method, LayerMethod) or method.name in table:
+            raise UsageError(f"the entry point {point.value} of group ptq.methods is no new LayerMethod.")
+        table[method.name] = method
+    return table
+
+
+METHODS = MappingProxyType(_collect())
+
+
+def find_method(name: str) -> LayerMethod:
+    """The method of that name.
+
+    Raises:
+        UsageError: there is none; near names are offered.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name]

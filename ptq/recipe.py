@@ -1,0 +1,169 @@
+"""`Recipe`: everything that decides the result of a quantization, frozen, and the same as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from ptq.errors import UsageError, unknown_name
+from ptq.scheme import Scheme
+
+__all__ = ["COMPUTE_DTYPES", "FORMATS", "CalibrationSpec", "Recipe"]
+
+T = TypeVar("T")
+FORMATS = ("auto", "compressed-tensors", "native")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSpec:
+    """Which tokens the statistics are gathered on.
+
+    Args:
+        source: a text file, a ``.jsonl`` file with a ``text`` field, ``wikitext2``, ``c4``, ``repo:split:field`` of a hub
+            data set, ``pydoc`` (the reference manual every CPython carries) or ``self`` (sampled from the model).
+        samples: number of sequences.
+        seqlen: tokens in each sequence.
+        seed: seed of the draw of sequences.
+    """
+
+    source: str = "c4"
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seqlen"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"calibration {name} must be a positive whole number, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to do to which linear, and on what data.
+
+    Args:
+        method: a name of `ptq.methods.METHODS`.
+        options: fields of the method's own config, e.g. ``{"beam": 4}`` for coreq.
+        scheme: the storage of every linear that no override names.
+        overrides: ``(pattern, scheme)`` pairs; the first pattern that matches a linear's full name wins. Patterns are
+            shell-like (``*.down_proj``).
+        ignore: patterns of linears that stay in full precision.
+        calibration: the data; methods that need none do not read it.
+        compute_dtype: dtype of the passes through the model's blocks. ``auto`` is the checkpoint's half-precision dtype
+            where the device multiplies it natively, float32 otherwise. Statistics and solves are float32 in any case.
+        format: ``auto`` writes compressed-tensors where that format can carry the result, the native format otherwise.
+    """
+
+    method: str = "coreq"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scheme: Scheme = Scheme(bits=3)
+    overrides: tuple[tuple[str, Scheme], ...] = ()
+    ignore: tuple[str, ...] = ()
+    calibration: CalibrationSpec = CalibrationSpec()
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    format: Literal["auto", "compressed-tensors", "native"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise unknown_name("format", self.format, FORMATS)
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
+
+    def scheme_for(self, linear: str) -> Scheme | None:
+        """The scheme of a linear by its full name, or ``None`` if it stays in full precision."""
+        if any(fnmatch.fnmatchcase(linear, pattern) for pattern in self.ignore):
+            return None
+        for pattern, scheme in self.overrides:
+            if fnmatch.fnmatchcase(linear, pattern):
+                return scheme
+        return self.scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to YAML and to the report."""
+        return {
+            "method": self.method,
+            "options": dict(self.options),
+            "scheme": self.scheme.to_dict(),
+            "overrides": [{"pattern": pattern, **scheme.to_dict()} for pattern, scheme in self.overrides],
+            "ignore": list(self.ignore),
+            "calibration": dataclasses.asdict(self.calibration),
+            "compute_dtype": self.compute_dtype,
+            "format": self.format,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Read plain data; unknown keys and wrong values are refused with the key's full path.
+
+        Raises:
+            UsageError: an unknown key, or a value that a field refuses.
+        """
+        fields = _known(cls, data, where)
+        if "scheme" in fields:
+            fields["scheme"] = _record(Scheme, fields["scheme"], f"{where}.scheme")
+        if "calibration" in fields:
+            fields["calibration"] = _record(CalibrationSpec, fields["calibration"], f"{where}.calibration")
+        if "ignore" in fields:
+            fields["ignore"] = tuple(str(pattern) for pattern in _list(fields["ignore"], f"{where}.ignore"))
+        if "options" in fields and not isinstance(fields["options"], Mapping):
+            raise UsageError(f"{where}.options must be a mapping, got {type(fields['options']).__name__}.")
+        if "overrides" in fields:
+            fields["overrides"] = tuple(
+                _override(row, f"{where}.overrides[{i}]")
+                for i, row in enumerate(_list(fields["overrides"], f"{where}.overrides"))
+            )
+        return cls(**fields)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a YAML file (safe loader: nothing in it is executed).
+
+        Raises:
+            UsageError: the file is missing, is not YAML, or does not describe a recipe.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read the recipe {path}: {error.strerror}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"the recipe {path} is not valid YAML: {error}") from error
+        return cls.from_dict(data if data is not None else {}, where=str(path))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _known(kind: type, data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{where} must be a mapping of keys to values, got {type(data).__name__}.")
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in data:
+        if key not in names:
+            raise unknown_name(f"key in {where}", str(key), names)
+    return dict(data)
+
+
+def _record(kind: type[T], data: Any, where: str) -> T:
+    try:
+        return kind(**_known(kind, data, where))
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _list(data: Any, where: str) -> list[Any]:
+    if not isinstance(data, list):
+        raise UsageError(f"{where} must be a list, got {type(data).__name__}.")
+    return data
+
+
+def _override(row: Any, where: str) -> tuple[str, Scheme]:
+    if not isinstance(row, Mapping) or not isinstance(row.get("pattern"), str):
+        raise UsageError(f"{where} needs a 'pattern' and the fields of a scheme.")
+    return row["pattern"], _record(Scheme, {k: v for k, v in row.items() if k != "pattern"}, where)

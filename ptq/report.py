@@ -1,0 +1,100 @@
+"""`Report`: what a quantization did, layer by layer; written as ``ptq_report.json`` beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import OutputError
+from ptq.quantized import LayerRecord
+
+__all__ = ["REPORT_NAME", "REPORT_VERSION", "KeptTensor", "Report"]
+
+REPORT_NAME = "ptq_report.json"
+REPORT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptTensor:
+    """Parameters left in full precision: a linear that was ignored, the embedding, the head, fused experts, ..."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The record of one run. Everything in it is plain data.
+
+    Args:
+        model: ``source``, ``architecture``, ``model_type``, ``parameters``, ``dtype``.
+        recipe: `Recipe.to_dict`.
+        calibration: `calib.text.Calibration.describe`, or ``None`` for methods without data.
+        format: ``"compressed-tensors"`` or ``"native"``, and ``format_reason`` why.
+        layers: one record a quantized linear, in the order they were done.
+        kept: what stayed in full precision and why.
+        totals: ``quantized_parameters``, ``kept_parameters``, ``payload_bytes``, ``kept_bytes``, ``file_bytes``,
+            ``bits_per_weight`` (of the quantized linears), ``seconds``.
+        timing: seconds by part of the work (``read``, ``passes``, ``statistics``, ``scales``, ``solve``, ``write``).
+        environment: versions, device, dtype of the passes, threads, seed.
+        warnings: every fallback and anything the user should know.
+    """
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    calibration: dict[str, Any] | None
+    format: str
+    format_reason: str
+    layers: tuple[LayerRecord, ...]
+    kept: tuple[KeptTensor, ...]
+    totals: dict[str, Any]
+    timing: dict[str, float]
+    environment: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    version: int = REPORT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["layers"] = [layer.to_dict() for layer in self.layers]
+        data["kept"] = [dataclasses.asdict(tensor) for tensor in self.kept]
+        data["warnings"] = list(self.warnings)
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        layers = tuple(
+            LayerRecord(**(row | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])})) for row in data["layers"]
+        )
+        kept = tuple(KeptTensor(**row) for row in data["kept"])
+        return cls(**(data | {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"])}))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """Read the report in an output folder.
+
+        Raises:
+            OutputError: there is none, it is damaged, or a newer version of the toolkit wrote it.
+        """
+        path = Path(folder) / REPORT_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise OutputError(f"{folder} has no {REPORT_NAME}: it was not written by ptq quantize.") from error
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot read {path}: {error}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+            raise OutputError(f"{path} is not a report of ptq: it has no version.")
+        if data["version"] > REPORT_VERSION:
+            raise OutputError(
+                f"{path} has version {data['version']}, this ptq reads up to {REPORT_VERSION}: upgrade ptq-toolkit."
+            )
+        try:
+            return cls.from_dict(data)
+        except (KeyError, TypeError) as error:
+            raise OutputError(f"{path} is damaged: {error}") from error

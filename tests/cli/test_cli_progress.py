@@ -1,0 +1,68 @@
+"""Progress: plain lines with the time left, and a bar that names the layer on a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from cli.progress import ProgressListener, duration
+from ptq.events import Event
+
+
+def ticking(step: float) -> Callable[[], float]:
+    """A clock that moves by ``step`` seconds at every look."""
+    seen = [0.0]
+
+    def look() -> float:
+        seen[0] += step
+        return seen[0]
+
+    return look
+
+
+def run(listener: ProgressListener, start: int) -> None:
+    with listener:
+        listener(Event("message", text="format: [native] because"))
+        listener(Event("blocks", done=start, total=4))
+        listener(Event("layer", name="model.layers.1.mlp.down_proj"))
+        listener(Event("layer_done"))
+        listener(Event("block_done", done=start + 1, total=4))
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    text = io.StringIO()
+    run(ProgressListener(Console(file=text), ticking(10)), start=0)
+    assert text.getvalue().splitlines() == [
+        "format: [native] because",
+        "4 blocks",
+        "block 1/4  10.0 s elapsed  30.0 s left",
+    ]
+
+
+def test_blocks_done_by_an_earlier_run_do_not_flatter_the_estimate() -> None:
+    text = io.StringIO()
+    run(ProgressListener(Console(file=text), ticking(10)), start=2)
+    assert text.getvalue().splitlines()[-1] == "block 3/4  10.0 s elapsed  10.0 s left"
+
+
+def test_a_bar_on_a_terminal_names_the_layer_and_is_taken_down() -> None:
+    text = io.StringIO()
+    screen = Console(file=text, force_terminal=True, width=120)
+    with ProgressListener(screen) as listener:
+        listener(Event("blocks", total=4))
+        listener(Event("layer", name="model.layers.1.mlp.down_proj"))
+        listener._bar.refresh()  # type: ignore[union-attr]
+        assert "model.layers.1.mlp.down_proj" in text.getvalue()
+        listener(Event("block_done", done=1, total=4))
+    assert "1/4" in text.getvalue()
+    assert text.getvalue().rstrip("\n").endswith("\x1b[?25h"), "the cursor is back"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,188 @@
+"""Flags to a recipe, the call that follows, and what is shown of its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli.main import main
+from cli.quantize import command
+from cli.recipe_flags import build_recipe, parse_override
+from ptq.errors import UsageError
+from ptq.events import Event
+from ptq.recipe import COMPUTE_DTYPES, FORMATS, CalibrationSpec, Recipe
+from ptq.report import Report
+from ptq.scheme import SCALE_DTYPES, Scheme
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, small_report: Report) -> list[dict[str, Any]]:
+    """`ptq.quantize` replaced by a recorder that tells of two blocks and returns `small_report`."""
+    seen: list[dict[str, Any]] = []
+
+    def quantize(model: str, recipe: Recipe, **rest: Any) -> Report:
+        seen.append({"model": model, "recipe": recipe, **rest})
+        listener = rest["on_event"]
+        for event in (Event("blocks", total=2), Event("layer", name="a.b"), Event("block_done", done=1, total=2)):
+            listener(event)
+        return small_report
+
+    monkeypatch.setattr("ptq.quantize", quantize, raising=False)
+    return seen
+
+
+def test_no_flags_change_nothing() -> None:
+    assert build_recipe(Recipe(), {"bits": None, "options": (), "ignore": ()}) == Recipe()
+
+
+def test_every_flag_reaches_its_field(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    flags = "--method coreq --bits 2 --group-size 32 --asym --scale-dtype bfloat16 --calib pydoc --calib-samples 7"
+    flags += " --calib-seqlen 99 --seed 5 --beam 4 -O cd_passes=2 -O coefficient=fixed --ignore *.a --ignore *.b"
+    flags += " --override *.c=4,g0,sym --dtype float32 --format native --device cpu --trust-remote-code"
+    assert main(["quantize", "MODEL", "-o", str(tmp_path / "OUT"), *flags.split()]) == 0
+    (call,) = calls
+    scheme = Scheme(2, symmetric=False, group_size=32, scale_dtype="bfloat16")
+    assert call["recipe"] == Recipe(
+        method="coreq",
+        options={"beam": 4, "cd_passes": 2, "coefficient": "fixed"},
+        scheme=scheme,
+        overrides=(("*.c", dataclasses.replace(scheme, bits=4, group_size=None, symmetric=True)),),
+        ignore=("*.a", "*.b"),
+        calibration=CalibrationSpec("pydoc", samples=7, seqlen=99, seed=5),
+        compute_dtype="float32",
+        format="native",
+    )
+    assert (call["model"], call["out"], call["device"]) == ("MODEL", tmp_path / "OUT", "cpu")
+    assert call["trust_remote_code"] is True
+
+
+def test_group_size_zero_is_per_channel() -> None:
+    assert build_recipe(Recipe(), {"group_size": 0}).scheme.group_size is None
+
+
+def test_recipe_file_is_the_base_and_flags_win(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    base = Recipe(
+        "coreq",
+        {"beam": 8, "damping": 0.05},
+        Scheme(4, group_size=16),
+        overrides=(("*.x", Scheme(8)),),
+        ignore=("*.k",),
+        calibration=CalibrationSpec("self", 3, 4, 5),
+    )
+    (tmp_path / "recipe.yaml").write_text(base.to_yaml())
+    flags = ["--recipe", str(tmp_path / "recipe.yaml"), "--bits", "3", "--beam", "2", "--override", "*.y=2"]
+    assert main(["quantize", "MODEL", *flags]) == 0
+    recipe = calls[0]["recipe"]
+    assert recipe.scheme == Scheme(3, group_size=16)
+    assert recipe.options == {"beam": 2, "damping": 0.05}
+    assert [pattern for pattern, _ in recipe.overrides] == ["*.y", "*.x"]
+    assert (recipe.ignore, recipe.calibration) == (base.ignore, base.calibration)
+
+
+def test_another_method_drops_the_files_options_aloud(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(Recipe("coreq", {"beam": 8}).to_yaml())
+    assert main(["quantize", "MODEL", "--recipe", str(tmp_path / "recipe.yaml"), "--method", "rtn"]) == 0
+    assert calls[0]["recipe"].options == {}
+    assert "options of coreq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "coreqq"}, "Did you mean 'coreq'"),
+        ({"method": "rtn", "beam": 4}, "'beam'"),
+        ({"options": ("bem=4",)}, "Did you mean 'beam'"),
+        ({"options": ("beam",)}, "--option needs KEY=VALUE, got 'beam'"),
+        ({"options": ("beam=many",)}, "'many'"),
+        ({"options": ("coefficient=cor",)}, "Did you mean 'corr'"),
+        ({"bits": 9}, "from 2 to 8, got 9"),
+        ({"group_size": -1}, "got -1"),
+        ({"scale_dtype": "float64"}, "float64"),
+        ({"format": "natve"}, "Did you mean 'native'"),
+        ({"dtype": "float31"}, "Did you mean 'float32'"),
+        ({"calib_samples": 0}, "got 0"),
+    ],
+)
+def test_what_does_not_fit_is_a_usage_error(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_recipe(Recipe(), flags)
+
+
+@given(st.integers(2, 8), st.none() | st.integers(0, 512), st.none() | st.booleans())
+def test_override_text_round_trips(bits: int, group: int | None, symmetric: bool | None) -> None:
+    base = Scheme(3, symmetric=False, group_size=48)
+    text = f"*.down=x={bits}"
+    text += "" if group is None else f",g{group}"
+    text += "" if symmetric is None else f",{'sym' if symmetric else 'asym'}"
+    pattern, scheme = parse_override(text, base)
+    assert pattern == "*.down=x"
+    assert scheme.bits == bits
+    assert scheme.group_size == (48 if group is None else group or None)
+    assert scheme.symmetric is bool(symmetric)
+
+
+@pytest.mark.parametrize("text", ["4", "=4", "*.a=", "*.a=four", "*.a=4,h3", "*.a=4;g3"])
+def test_an_override_of_another_form_is_shown_the_form(text: str) -> None:
+    with pytest.raises(UsageError, match=r"PATTERN=bits\[,gN\]\[,asym\]"):
+        parse_override(text, Scheme())
+
+
+def test_default_output_names_method_and_width(calls: list[dict[str, Any]]) -> None:
+    assert main(["quantize", "models/x.Q4_1.gguf", "--bits", "4", "--asym", "--group-size", "32"]) == 0
+    assert calls[0]["out"] == Path("x.Q4_1-coreq-w4ag32")
+
+
+def test_json_is_the_report_and_nothing_else_on_stdout(
+    calls: list[dict[str, Any]], small_report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "MODEL", "-o", "OUT", "--json"]) == 0
+    assert Report.from_dict(json.loads(capsys.readouterr().out)) == small_report
+
+
+def test_summary_shows_bits_worst_layer_kept_tensors_and_warnings(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "MODEL", "-o", "OUT"]) == 0
+    shown = capsys.readouterr()
+    assert "block 1/2" in shown.err
+    for text in (
+        "3.250 in 3 quantized linears",
+        "40.0 kB bfloat16 -> 15.0 kB",
+        "1 min 02 s",
+        "warning: one block is small",
+    ):
+        assert text in shown.out
+    first, second = (shown.out.index(f"model.layers.{i}.self_attn.q_proj") for i in (1, 0))
+    assert first < second, "the layer with the larger loss comes first"
+    assert "66.7%" in shown.out, "share of the embedding in all weight bytes"
+    assert shown.out.rstrip().endswith("written to OUT")
+
+
+def test_help_states_the_defaults_and_choices_of_the_recipe() -> None:
+    recipe = Recipe()
+    texts = {option.name: f"{getattr(option, 'help', '')}" for option in command.params}
+    defaults = {
+        "method": recipe.method,
+        "bits": recipe.scheme.bits,
+        "group_size": recipe.scheme.group_size,
+        "symmetric": "sym",
+        "scale_dtype": recipe.scheme.scale_dtype,
+        "calib": recipe.calibration.source,
+        "calib_samples": recipe.calibration.samples,
+        "calib_seqlen": recipe.calibration.seqlen,
+        "seed": recipe.calibration.seed,
+        "format": recipe.format,
+    }
+    for name, value in defaults.items():
+        assert f"[default: {value}]" in texts[name]
+    assert all(name in texts["format"] for name in FORMATS)
+    assert all(name in texts["dtype"] for name in COMPUTE_DTYPES)
+    assert all(name in texts["scale_dtype"] for name in SCALE_DTYPES)

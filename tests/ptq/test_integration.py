@@ -1,0 +1,374 @@
+"""Checkpoints through transformers: packed loading, save and reload, and processes that have never heard of ptq."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+import ptq.loading
+from ptq.errors import OutputError
+from ptq.formats import compressed_tensors, native
+from ptq.formats.select import select_format
+from ptq.formats.writer import CheckpointWriter
+from ptq.integration.transformers import register
+from ptq.quantized import QuantizedWeight
+from ptq.report import Report
+from ptq.runtime.linear import QuantLinear
+from ptq.scheme import SCALE_DTYPES, Scheme
+
+SYM = Scheme(bits=3, group_size=32)
+ASYM = Scheme(bits=3, symmetric=False, group_size=32)
+TOKENS = torch.arange(12).reshape(2, 6) * 5
+
+
+def llama(hidden_size: int = 64, tie_word_embeddings: bool = True) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=80,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    return LlamaForCausalLM(config)
+
+
+def qwen2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=80,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=80, bos_token_id=0, eos_token_id=0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Round to nearest on min-max scales, group by group."""
+    groups = torch.split(weight.float(), scheme.group_size or weight.shape[1], dim=1)
+    half = 2 ** (scheme.bits - 1)
+    if scheme.symmetric:
+        spans = [group.abs().amax(1) / half for group in groups]
+    else:
+        spans = [(group.amax(1) - group.amin(1)) / (2 * half - 1) for group in groups]
+    scale = torch.stack(spans, 1).clamp_min(1e-6).to(SCALE_DTYPES[scheme.scale_dtype])
+    zero = torch.full(scale.shape, half, dtype=torch.uint8)
+    if not scheme.symmetric:
+        lows = torch.stack([group.amin(1) for group in groups], 1)
+        zero = (-lows / scale.float()).round().clamp(0, 2 * half - 1).to(torch.uint8)
+    empty = QuantizedWeight(
+        torch.empty(weight.shape, dtype=torch.uint8), scale, None if scheme.symmetric else zero, scheme
+    )
+    codes = empty.bound_grid().round(weight.float())
+    return QuantizedWeight(codes, scale, empty.zero, scheme)
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def report() -> Report:
+    return Report({}, {}, None, "test", "", (), (), {}, {}, {})
+
+
+def write(
+    model: PreTrainedModel, out: Path, schemes: Mapping[str, Scheme | None], wanted: str = "auto"
+) -> PreTrainedModel:
+    """Write a checkpoint (a shard a block) and give back the dense model with the same, dequantized weights."""
+    linears = linears_of(model)
+    name_of_format, _ = select_format(wanted, schemes, linears)
+    module = {"native": native, "compressed-tensors": compressed_tensors}[name_of_format]
+    state, shards = model.state_dict(), dict[str, dict[str, Tensor]]()
+    linear: Any
+    for name, linear in linears.items():
+        scheme = schemes.get(name)
+        if scheme is None:
+            continue
+        turn: Callable[[Tensor], Tensor] = (lambda w: w.T) if isinstance(linear, Conv1D) else (lambda w: w)
+        quantized = nearest(turn(linear.weight.detach()), scheme)
+        shards.setdefault(name.split(".")[2], {}).update(module.layer_tensors(name, quantized))
+        del state[f"{name}.weight"]
+        linear.weight.data = turn(quantized.dequantize(model.dtype)).contiguous()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    writer = CheckpointWriter(out)
+    for tensors in shards.values():
+        writer.write_shard(tensors)
+    writer.write_shard(state)
+    writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears), report())
+    model.train(False)
+    return model
+
+
+def blocks(model: PreTrainedModel, scheme: Scheme) -> dict[str, Scheme | None]:
+    return {name: None if name == "lm_head" else scheme for name in linears_of(model)}
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        result: Tensor = model(TOKENS).logits
+    return result
+
+
+def packed(model: nn.Module) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+@pytest.fixture(autouse=True)
+def no_loading_complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """transformers reports missing, unexpected or mismatched keys by its logger: no test here may cause one."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], Scheme, str]] = {
+    "llama sym": (llama, SYM, "compressed-tensors"),
+    "llama sym per channel": (llama, Scheme(bits=5, group_size=None), "compressed-tensors"),
+    "llama asym": (llama, ASYM, "native"),
+    "llama ragged": (llama, Scheme(bits=3, group_size=20), "native"),
+    "llama sym native": (llama, SYM, "native"),
+    "gpt2 sym": (gpt2, SYM, "native"),
+    "gpt2 asym bf16": (gpt2, Scheme(4, False, 64, "bfloat16"), "native"),
+    "qwen2 sym": (qwen2, SYM, "compressed-tensors"),
+    "qwen2 asym": (qwen2, ASYM, "native"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_load_forward_save_reload(case: str, tmp_path: Path) -> None:
+    make, scheme, wanted = CASES[case]
+    model = make()
+    dense = write(model, tmp_path / "out", blocks(model, scheme), wanted)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    count = len(linears_of(model)) - 1
+    assert len(packed(loaded)) == count
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-5, atol=1e-5)
+    assert len(packed(loaded)) == count, "weights must stay packed after a forward"
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight or not model.config.tie_word_embeddings
+
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    before, after = loaded.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert torch.equal(logits(again), logits(loaded))
+
+
+@pytest.mark.parametrize("wanted", ["compressed-tensors", "native"])
+@pytest.mark.parametrize("scheme", [SYM, Scheme(bits=3, group_size=32, scale_dtype="bfloat16")])
+def test_scales_keep_their_dtype(wanted: str, scheme: Scheme, tmp_path: Path) -> None:
+    model = llama()
+    write(model, tmp_path / "out", blocks(model, scheme), wanted)
+    stored = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        loaded = ptq.loading.load(tmp_path / "out", dtype=dtype)
+        assert loaded.dtype == dtype
+        nn.Module.to(loaded, torch.bfloat16)
+        for name, module in loaded.named_modules():
+            if isinstance(module, QuantLinear):
+                assert torch.equal(module.weight_scale, stored[f"{name}.weight_scale"])
+                assert module.quantized().scheme == scheme
+        assert logits(loaded).dtype == torch.bfloat16
+
+
+def test_mixed_schemes_and_a_dense_linear(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=False)
+    schemes = blocks(model, SYM)
+    schemes["model.layers.1.mlp.down_proj"] = Scheme(bits=8, group_size=None)
+    schemes["model.layers.0.self_attn.o_proj"] = None
+    dense = write(model, tmp_path / "out", schemes, "compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_1"]["targets"] == ["model.layers.1.mlp.down_proj"]
+    assert config["ignore"] == ["lm_head", "model.layers.0.self_attn.o_proj"]
+    loaded = ptq.loading.load(tmp_path / "out")
+    assert len(packed(loaded)) == 13
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["compressed-tensors", "native"])
+def test_device_map_auto(wanted: str, tmp_path: Path) -> None:
+    model = llama()
+    dense = write(model, tmp_path / "out", blocks(model, SYM), wanted)
+    loaded = ptq.loading.load(tmp_path / "out", device_map="auto")
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+    torch.testing.assert_close(logits(loaded.cpu()), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_automodel_builds_the_inner_model(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model = llama()
+    write(model, tmp_path / "out", blocks(model, ASYM))
+    inner = AutoModel.from_pretrained(tmp_path / "out")
+    assert len(packed(inner)) == 14
+
+
+def test_dequantize_on_request_is_stock(tmp_path: Path) -> None:
+    from transformers import CompressedTensorsConfig
+
+    model = llama()
+    dense = write(model, tmp_path / "out", blocks(model, SYM))
+    with pytest.warns(UserWarning, match="quantization_config"):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+    assert packed(loaded) == []
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-3, atol=1e-3)
+
+
+def test_packed_models_say_that_they_do_not_train(tmp_path: Path) -> None:
+    model = llama()
+    write(model, tmp_path / "a", blocks(model, SYM))
+    write(llama(), tmp_path / "b", blocks(model, ASYM))
+    for folder in ("a", "b"):
+        quantizer: Any = ptq.loading.load(tmp_path / folder).hf_quantizer
+        assert not quantizer.is_trainable
+        assert not quantizer.is_compileable
+        assert quantizer.is_serializable()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"version": 2}, "version 2, this ptq reads version 1"),
+        ({"layers": {"model.layers.7.mlp.up_proj": "x"}, "schemes": {"x": SYM.to_dict()}}, "has no such module"),
+        ({"layers": {"model.norm": "x"}, "schemes": {"x": SYM.to_dict()}}, "it is a LlamaRMSNorm"),
+        ({"layers": {"model.layers.0.mlp.up_proj": "y"}}, "damaged"),
+        ({"schemes": {"x": {"bits": 99}}}, "damaged"),
+    ],
+)
+def test_damaged_native_config(change: dict[str, object], match: str, tmp_path: Path) -> None:
+    model = llama()
+    write(model, tmp_path, blocks(model, ASYM))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OutputError, match=match):
+        ptq.loading.load(tmp_path)
+
+
+def test_load_refuses_other_folders(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is not a folder"):
+        ptq.loading.load(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match=r"has no config\.json"):
+        ptq.loading.load(tmp_path)
+
+
+STOCK = """
+import json, sys, torch, transformers
+assert not any(name.split(".")[0] == "ptq" for name in sys.modules)
+tokens, answers = torch.tensor(json.loads(sys.argv[1])), []
+for folder, name in json.loads(sys.argv[2]):
+    try:
+        model = getattr(transformers, name).from_pretrained(folder)
+        torch.save(model(tokens).logits, folder + "/logits.pt")
+        answers.append("OK")
+    except Exception as error:
+        answers.append(type(error).__name__ + " " + str(error))
+print(json.dumps(answers))
+"""
+NATIVE = [("native", cls) for cls in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel")]
+AGAIN = [("llama-again", "AutoModelForCausalLM"), ("llama-again", "LlamaForCausalLM"), ("llama-again", "AutoModel")]
+AGAIN += [("gpt2-again", "AutoModelForCausalLM"), ("gpt2-again", "GPT2LMHeadModel")]
+STOCK_READS = {
+    "sym": (SYM, "float32"),
+    "per-channel": (Scheme(bits=3, group_size=None), "float32"),
+    "24-in-72": (Scheme(bits=4, group_size=24), "float32"),
+    "bf16": (Scheme(bits=3, group_size=32, scale_dtype="bfloat16"), "bfloat16"),
+    "fp16": (Scheme(bits=8, group_size=32), "float16"),
+    "ct-again": (SYM, "float32"),
+}
+
+
+@pytest.fixture(scope="module")
+def without_ptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], str]]:
+    """What transformers makes of our folders in one process that never imports ptq (its start takes seconds)."""
+    register()
+    root = tmp_path_factory.mktemp("stock")
+    write(llama(), root / "native", blocks(llama(), ASYM))
+    ptq.loading.load(root / "native").save_pretrained(root / "llama-again")
+    write(gpt2(), root / "gpt2", blocks(gpt2(), ASYM))
+    ptq.loading.load(root / "gpt2").save_pretrained(root / "gpt2-again")
+    for name, (scheme, dtype) in STOCK_READS.items():
+        model = llama(hidden_size=64 if scheme.group_size == 32 else 72)
+        nn.Module.to(model, getattr(torch, dtype))
+        write(model, root / name, blocks(model, scheme), "compressed-tensors")
+    loaded = ptq.loading.load(root / "sym")
+    loaded.save_pretrained(root / "ct-again")
+    jobs = [*NATIVE, *AGAIN, *((name, "LlamaForCausalLM") for name in STOCK_READS)]
+    arguments = [json.dumps(TOKENS.tolist()), json.dumps([(str(root / name), cls) for name, cls in jobs])]
+    command = [sys.executable, "-c", STOCK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=root)
+    return root, dict(zip(jobs, json.loads(done.stdout), strict=True))
+
+
+Stock = tuple[Path, dict[tuple[str, str], str]]
+
+
+@pytest.mark.parametrize("job", NATIVE)
+def test_without_ptq_native_raises_with_the_sentence(job: tuple[str, str], without_ptq: Stock) -> None:
+    answer = without_ptq[1][job]
+    assert answer.startswith("ValueError")
+    assert native.GUARD_SENTENCE in answer
+
+
+@pytest.mark.parametrize("job", AGAIN)
+def test_without_ptq_native_saved_again_raises(job: tuple[str, str], without_ptq: Stock) -> None:
+    answer = without_ptq[1][job]
+    assert answer.startswith("RuntimeError")
+    assert "mismatch" in answer
+
+
+@pytest.mark.parametrize("name", STOCK_READS)
+def test_without_ptq_compressed_tensors_gives_our_logits(name: str, without_ptq: Stock) -> None:
+    root, answers = without_ptq
+    assert answers[name, "LlamaForCausalLM"] == "OK"
+    theirs, ours = torch.load(root / name / "logits.pt"), logits(ptq.loading.load(root / name))
+    assert theirs.dtype == getattr(torch, STOCK_READS[name][1])
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)

@@ -41,7 +41,9 @@ SOURCE_NAMES = (
 
 _SLICE = re.compile(r"(?P<name>.+)@(?P<start>[0-9.]+):(?P<end>[0-9.]+)")
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-_OFFLINE = "Without a network, give a text file or 'pydoc' (Python's own manual); to calibrate, 'self' (sampled) also serves."
+_OFFLINE = (
+    "Without a network, give a text file or 'pydoc' (Python's own manual); to calibrate, 'self' (sampled) also serves."
+)
 
 
 @dataclasses.dataclass(frozen=True)

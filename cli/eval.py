@@ -34,6 +34,7 @@ RECORD_VERSION = 1
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
 @click.option("--against", metavar="BASE", help="Also measure KL(BASE || MODEL) and top-1 agreement with BASE.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="The record on stdout (docs/evaluation.md), nothing else there.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write the record to a JSON file.")
 def command(
@@ -41,6 +42,7 @@ def command(
     text: str,
     device: str,
     dtype: str,
+    trust_remote_code: bool,
     against: str | None,
     as_json: bool,
     out: str | None,
@@ -61,7 +63,8 @@ def command(
     from cli.progress import console
 
     _check_target(out)
-    record = _evaluate(model, against, text, device, dtype, protocol)
+    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    record = _evaluate(model, against, text, loading, protocol)
     line = json.dumps(record, allow_nan=False)
     if out is not None:
         _write(Path(out), line + "\n")
@@ -72,7 +75,7 @@ def command(
 
 
 def _evaluate(
-    model: str, against: str | None, text: str, device: str, dtype: str, protocol: dict[str, Any]
+    model: str, against: str | None, text: str, loading: dict[str, Any], protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Read the text, load, score; the record as plain data."""
     import evals
@@ -81,8 +84,8 @@ def _evaluate(
     from cli.models import environment, load_model
 
     words = evals.load_text(text)  # first: a wrong name must not cost the loading of a model
-    subject = load_model(model, device=device, dtype=dtype)
-    base = None if against is None else load_model(against, device=device, dtype=dtype)
+    subject = load_model(model, **loading)
+    base = None if against is None else load_model(against, **loading)
     started = time.monotonic()
     with counter_bar("segments") as progress:
         options = protocol | {"progress": progress}

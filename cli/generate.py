@@ -26,6 +26,7 @@ __all__ = ["command"]
 @click.option("--seed", default=0, type=int, help="Seed of the draws.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout: text, tokens, speed.")
 def command(
     model: str,
@@ -35,6 +36,7 @@ def command(
     seed: int,
     device: str,
     dtype: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Let MODEL (a folder, packed or plain, a .gguf file or a hub id) continue PROMPT.
@@ -49,7 +51,7 @@ def command(
 
     if not prompt:
         raise UsageError('the prompt is empty; give some text to continue, for example "Once upon a time".')
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     started = time.monotonic()
     prompt_ids, new = _continue(loaded, prompt, max_new_tokens, temperature, seed)
     seconds = time.monotonic() - started

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from calib.errors import ModelError, UsageError, unknown_name
+from calib.safe_files import checkpoint_files, resolve_model
 from ptq.loading import load
 
 __all__ = ["DTYPES", "LoadedModel", "environment", "load_model", "pick_device"]
@@ -29,13 +32,16 @@ class LoadedModel(NamedTuple):
     source: str
 
 
-def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    source: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a causal language model, packed or plain, and the tokenizer beside it.
 
     Args:
         source: a folder of ``ptq quantize`` or of transformers, a ``.gguf`` file (dequantized on loading), a hub id.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
         dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's.
+        trust_remote_code: allow model code that comes with the model.
 
     Raises:
         UsageError: an unknown dtype or device.
@@ -45,16 +51,16 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Loa
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     place = pick_device(device)
-    where, extra = _locate(source)
-    options = extra | {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
-    options |= {} if extra else {"use_safetensors": True}  # weights are never unpickled
+    folder, extra = _locate(source)
+    extra |= {"trust_remote_code": trust_remote_code}
+    placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
+    read = AutoModelForCausalLM.from_pretrained if "gguf_file" in extra else load
     with _quiet_unless_terminal():
         try:
-            read = load if Path(where).is_dir() and not extra else AutoModelForCausalLM.from_pretrained
-            model: Any = read(where, **options)
+            model: Any = read(folder, **placed, **extra)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
-        tokenizer = _tokenizer(where, extra, source)
+            raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
     return LoadedModel(model.eval(), tokenizer, source)
 
 
@@ -90,25 +96,16 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id, and what from_pretrained must be told besides."""
+def _locate(source: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the weights, checked to hold no pickles only, and what from_pretrained must be told besides."""
     path = Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"there is no file {source}.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_file():
-        raise ModelError(f"{source} is a file; give a model folder, a .gguf file or a hub id.")
-    if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
-        raise ModelError(f"there is no model folder {source} (looked in {Path.cwd()}); a hub id is written owner/name.")
-    return source, {}
-
-
-def _tokenizer(where: str, extra: dict[str, Any], source: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(where, **extra)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
+    if path.suffix != ".gguf":
+        folder = resolve_model(source)
+        checkpoint_files(folder)
+        return folder, {}
+    if not path.is_file():
+        raise ModelError(f"there is no file {source} (looked in {Path.cwd()}).")
+    return path.parent, {"gguf_file": path.name}
 
 
 def _first_line(error: Exception) -> str:
@@ -118,12 +115,15 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet_unless_terminal() -> Iterator[None]:
-    """Loading bars of transformers are for terminals."""
-    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+    """Loading bars are for terminals. Those of transformers have a switch; the one for GGUF files only has stderr."""
+    if sys.stderr.isatty():
         yield
         return
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

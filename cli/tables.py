@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -98,22 +97,16 @@ def _totals(report: Report) -> list[tuple[str, str]]:
     totals, recipe = report.totals, report.recipe
     scheme = Scheme(**recipe["scheme"]).describe()
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.timing.items())
+    before = f"{size(totals['source_bytes'])} {report.model['dtype']}"
     return [
         ("model", f"{report.model['source']} ({report.model['architecture']})"),
         ("method", f"{recipe['method']}, {scheme}"),
         ("format", f"{report.format}: {report.format_reason}"),
         ("bits per weight", f"{totals['bits_per_weight']:.3f} in {len(report.layers)} quantized linears"),
-        ("weights", f"{_before(report)} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
+        ("weights", f"{before} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
         ("time", f"{duration(totals['seconds'])} ({parts})" if parts else duration(totals["seconds"])),
     ]
 
 
 def _weight_bytes(report: Report) -> int:
     return int(report.totals["payload_bytes"] + report.totals["kept_bytes"])
-
-
-def _before(report: Report) -> str:
-    """Bytes of the model as it came, in the dtype it is computed with."""
-    dtype = str(report.model["dtype"]).removeprefix("torch.")
-    width = getattr(torch, dtype).itemsize if hasattr(torch, dtype) else 2
-    return f"{size(report.model['parameters'] * width)} {dtype}"

@@ -70,7 +70,9 @@ class Run:
         self.needs = method.needs(config)
         self.timing = Timing()
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
-        self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears)
+        self.format, self.format_reason = select_format(
+            recipe.format, plan.schemes, self.linears, source.skeleton
+        )
         self.writer = CheckpointWriter(out)
         self._records: list[LayerRecord] = []
         self._kept: dict[str, KeptTensor] = {}

@@ -98,6 +98,7 @@ def small_report() -> Report:
             "payload_bytes": 4_992,
             "kept_bytes": 10_000,
             "file_bytes": 16_000,
+            "source_bytes": 40_000,
             "bits_per_weight": 3.25,
             "seconds": 62.5,
         },

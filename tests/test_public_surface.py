@@ -40,8 +40,8 @@ def test_ptq_exports_exactly_what_it_promises() -> None:
 
 @pytest.mark.parametrize("name", sorted(PROMISED))
 def test_promised_names_exist_and_explain_themselves(name: str) -> None:
-    text = inspect.getdoc(getattr(ptq, name))
-    assert text, f"ptq.{name} has no docstring"
+    value = getattr(ptq, name)
+    assert not callable(value) or inspect.getdoc(value), f"ptq.{name} has no docstring"
 
 
 def test_quantize_takes_a_model_a_recipe_and_keywords() -> None:

@@ -37,11 +37,10 @@ def why_not(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Modul
             return f"{name} is asymmetric, and transformers cannot load packed zero points"
         if not isinstance(linear, nn.Linear):
             return f"{name} is a {type(linear).__name__}, and compressed-tensors quantizes only torch.nn.Linear"
-        if linear.weight.dtype not in (SCALE_DTYPES[scheme.scale_dtype], torch.float32):
+        scale_dtype = scheme.resolved(linear.weight.dtype).scale_dtype
+        if linear.weight.dtype not in (SCALE_DTYPES[scale_dtype], torch.float32):
             model_dtype = str(linear.weight.dtype).removeprefix("torch.")
-            return (
-                f"{name} has {scheme.scale_dtype} scales, which stock loaders would round to the model's {model_dtype}"
-            )
+            return f"{name} has {scale_dtype} scales, which stock loaders would round to the model's {model_dtype}"
         if scheme.group_size is not None and linear.in_features % scheme.group_size:
             return (
                 f"{name} has {linear.in_features} input channels, not a multiple of the group size {scheme.group_size}"

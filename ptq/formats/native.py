@@ -57,8 +57,14 @@ def quantization_config(schemes: Mapping[str, Scheme | None], linears: Mapping[s
     Args:
         schemes: the scheme of every linear by full name; ``None`` stays in full precision and is not mentioned.
         linears: not needed by this format; the argument makes all formats alike.
+
+    Raises:
+        ValueError: a scheme's ``scale_dtype`` is still ``"auto"``.
     """
     packed = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    for name, scheme in packed.items():
+        if scheme.scale_dtype == "auto":
+            raise ValueError(f"{name}: a checkpoint names the dtype of its scales; call Scheme.resolved first")
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,

@@ -14,18 +14,28 @@ __all__ = ["select_format"]
 
 
 def select_format(
-    requested: str, schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module]
+    requested: str, schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module], model: nn.Module
 ) -> tuple[str, str]:
     """``("compressed-tensors" or "native", reason)`` for a recipe's ``format`` (``auto`` or one of the two).
+
+    ``schemes`` and ``linears`` are by full name, as in `compressed_tensors.why_not`; ``model`` is the skeleton.
 
     Raises:
         UsageError: compressed-tensors was asked for and cannot carry the result.
     """
     if requested == "native":
         return "native", "asked for"
-    problem = compressed_tensors.why_not(schemes, linears)
+    problem = _fused_experts(model) or compressed_tensors.why_not(schemes, linears)
     if problem is None:
         return "compressed-tensors", "stock transformers and vLLM can load it"
     if requested == "auto":
         return "native", problem
     raise UsageError(f"the compressed-tensors format cannot carry this: {problem}. Use format 'native' or 'auto'.")
+
+
+def _fused_experts(model: nn.Module) -> str | None:
+    """Stock transformers (5.23) runs the format's decompression on experts as well, and fails where they are dense."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:
+            return f"{name} holds experts in full precision, which transformers cannot load beside packed weights"
+    return None

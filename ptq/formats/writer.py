@@ -163,8 +163,11 @@ class CheckpointWriter:
             os.replace(shard, self.out / name)
         last = self.staging / "config.json"
         for path in sorted(self.staging.iterdir()):
+            target = self.out / path.name
+            if path.is_dir() and target.is_dir():
+                shutil.rmtree(target)
             if path != last:
-                os.replace(path, self.out / path.name)
+                os.replace(path, target)
         _sync(self.out)
         os.replace(last, self.out / "config.json")
         self.staging.rmdir()

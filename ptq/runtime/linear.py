@@ -86,11 +86,9 @@ class QuantLinear(nn.Module):
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
         """
         for name, dtype in SCALE_DTYPES.items():
-            if dtype == self.weight_scale.dtype:
+            if name != "auto" and dtype == self.weight_scale.dtype:
                 return Scheme(self.bits, self.symmetric, self.group_size, name)  # type: ignore[arg-type]
-        raise OutputError(
-            f"scales of {self.weight_scale.dtype} have no scheme: it must be one of {list(SCALE_DTYPES)}."
-        )
+        raise OutputError(f"scales of {self.weight_scale.dtype} have no scheme: float16 or bfloat16 would have one.")
 
     def quantized(self) -> QuantizedWeight:
         """Codes, scales and zero points.

@@ -151,7 +151,7 @@ def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        DataError, match=r"'c4' \(ConnectionError: Couldn't reach the Hub\).*text file, 'pydoc'.*'self'"
+        DataError, match=r"'c4' \(ConnectionError: Couldn't reach the Hub\).*text file or 'pydoc'.*'self'"
     ):
         read_text("c4")
     monkeypatch.setattr(datasets, "load_dataset", lambda **request: Rows([{"body": "a", "id": 1}]))

@@ -36,3 +36,14 @@ def test_every_field_of_a_real_record_is_documented(tiny_folder: Path, capsys: p
     assert keys(record) <= NAMED
     for part in ("text", "protocol", "perplexity", "base_perplexity", "divergence", "environment"):
         assert keys(record[part]) <= NAMED, part
+
+
+def test_every_field_of_a_real_report_is_documented(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--calib", "pydoc", "--calib-samples", "2", "--calib-seqlen", "32", "--json"]
+    assert main(["quantize", str(tiny_folder), "-o", str(tmp_path / "OUT"), *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert keys(report) <= NAMED
+    for part in ("model", "recipe", "calibration", "totals", "timing", "environment"):
+        assert keys(report[part]) <= NAMED, part

@@ -25,7 +25,10 @@ from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-SYM, ASYM = Scheme(bits=3, group_size=32), Scheme(bits=3, symmetric=False, group_size=32)
+SYM, ASYM = (
+    Scheme(bits=3, group_size=32, scale_dtype="float16"),
+    Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16"),
+)
 CONFIG = {"model_type": "llama", "dtype": "float32", "quantization_config": {"quant_method": "old"}}
 REPORT = Report({}, {}, None, "native", "", (), (), {}, {}, {})
 
@@ -39,7 +42,9 @@ def random_weight(scheme: Scheme, out: int = 40, width: int = 96) -> QuantizedWe
     return QuantizedWeight(codes, scale, None if scheme.symmetric else zero, scheme)
 
 
-@pytest.mark.parametrize("scheme", [SYM, ASYM, Scheme(7, False, 20, "bfloat16"), Scheme(2, True, None)])
+@pytest.mark.parametrize(
+    "scheme", [SYM, ASYM, Scheme(7, False, 20, "bfloat16"), Scheme(2, True, None, scale_dtype="float16")]
+)
 def test_layout_round_trip(scheme: Scheme) -> None:
     weight = random_weight(scheme)
     tensors = layout.layer_tensors("a.b", weight)
@@ -52,7 +57,9 @@ def test_layout_round_trip(scheme: Scheme) -> None:
 def test_layout_golden() -> None:
     codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8) % 8
     zero = torch.tensor([[5], [2]], dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.tensor([[0.5], [2.0]]).half(), zero, Scheme(3, False, 8))
+    weight = QuantizedWeight(
+        codes, torch.tensor([[0.5], [2.0]]).half(), zero, Scheme(3, False, 8, scale_dtype="float16")
+    )
     tensors = layout.layer_tensors("x", weight)
     # 0,1,...,7 in 3 bits each: 0o76543210; zero points 5 and 2 along the output channels: 0o25.
     assert tensors["x.weight_packed"].tolist() == [[0o76543210], [0o76543210]]
@@ -65,7 +72,7 @@ def test_layout_golden() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, None])
 def test_compressed_tensors_reads_the_same_values(bits: int, symmetric: bool, group_size: int | None) -> None:
-    scheme = Scheme(bits, symmetric, group_size)
+    scheme = Scheme(bits, symmetric, group_size, "float16")
     weight = random_weight(scheme)
     config = compressed_tensors.quantization_config({"x": scheme}, {"x": nn.Linear(96, 40)})
     group = QuantizationConfig.model_validate(config).config_groups["group_0"]
@@ -100,7 +107,11 @@ def test_weights_that_do_not_fit_their_scheme_are_not_written() -> None:
 LINEAR, HEAD = nn.Linear(96, 40), nn.Linear(40, 100)
 REFUSED: dict[str, tuple[Scheme, nn.Module, str]] = {
     "asymmetric": (ASYM, LINEAR, "a is asymmetric"),
-    "ragged": (Scheme(3, True, 64), LINEAR, "96 input channels, not a multiple of the group size 64"),
+    "ragged": (
+        Scheme(3, True, 64, scale_dtype="float16"),
+        LINEAR,
+        "96 input channels, not a multiple of the group size 64",
+    ),
     "Conv1D": (SYM, Conv1D(40, 96), "a is a Conv1D"),  # type: ignore[no-untyped-call]
     "scales": (SYM, nn.Linear(96, 40, dtype=torch.bfloat16), "float16 scales.*the model's bfloat16"),
 }
@@ -110,10 +121,10 @@ REFUSED: dict[str, tuple[Scheme, nn.Module, str]] = {
 def test_what_compressed_tensors_cannot_carry(case: str) -> None:
     scheme, linear, reason = REFUSED[case]
     linears = {"a": linear, "head": HEAD}
-    name, why = select_format("auto", {"a": scheme, "head": None}, linears)
+    name, why = select_format("auto", {"a": scheme, "head": None}, linears, nn.Module())
     assert name == "native"
     with pytest.raises(UsageError, match=reason):
-        select_format("compressed-tensors", {"a": scheme}, linears)
+        select_format("compressed-tensors", {"a": scheme}, linears, nn.Module())
     assert why == compressed_tensors.why_not({"a": scheme}, linears)
 
 
@@ -121,8 +132,8 @@ def test_what_compressed_tensors_can_carry() -> None:
     bf16 = dataclasses.replace(SYM, scale_dtype="bfloat16")
     linears = {"a": LINEAR, "b": nn.Linear(96, 40, dtype=torch.bfloat16, device="meta")}
     assert compressed_tensors.why_not({"a": SYM, "b": bf16}, linears) is None
-    assert select_format("auto", {"a": SYM}, linears)[0] == "compressed-tensors"
-    assert select_format("native", {"a": SYM}, linears)[0] == "native"
+    assert select_format("auto", {"a": SYM}, linears, nn.Module())[0] == "compressed-tensors"
+    assert select_format("native", {"a": SYM}, linears, nn.Module())[0] == "native"
 
 
 def test_compressed_tensors_config_is_plain_json() -> None:
@@ -152,6 +163,13 @@ def test_native_config_round_trip() -> None:
     assert native.read_schemes(json.loads(json.dumps(config))) == {"a": SYM, "b": ASYM, "c": SYM}
 
 
+def test_an_unsettled_scale_dtype_is_not_recorded() -> None:
+    with pytest.raises(ValueError, match=r"a: .*Scheme\.resolved"):
+        native.quantization_config({"a": Scheme(bits=3)}, {})
+    bf16 = nn.Linear(128, 8, dtype=torch.bfloat16)
+    assert compressed_tensors.why_not({"a": Scheme(bits=3)}, {"a": bf16}) is None
+
+
 def test_native_stores_a_weight_that_no_linear_takes() -> None:
     tombstone = native.layer_tensors("a", random_weight(SYM))["a.weight"]
     assert (tombstone.dtype, tuple(tombstone.shape)) == (torch.int8, (0,))
@@ -162,6 +180,8 @@ def write(out: Path, shards: int, method: str = "ptq", value: float = 1.0) -> Ch
     for i in range(shards):
         checkpoint.write_shard({f"t{i}": torch.full((4,), value), f"s{i}.weight_scale": torch.zeros(100).half()})
     (checkpoint.staging / "tokenizer.json").write_text("{}")
+    (checkpoint.staging / "templates").mkdir()
+    (checkpoint.staging / "templates" / "tool.jinja").touch()
     checkpoint.finish(CONFIG, {"quant_method": method}, REPORT)
     return checkpoint
 
@@ -173,7 +193,7 @@ def names(folder: Path) -> set[str]:
 def test_writer_makes_a_sharded_folder(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "out", 2)
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    rest = {"model.safetensors.index.json", "config.json", REPORT_NAME, "tokenizer.json"}
+    rest = {"model.safetensors.index.json", "config.json", REPORT_NAME, "tokenizer.json", "templates"}
     assert names(tmp_path / "out") == rest | set(shards)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["t1"] == shards[1]
@@ -204,18 +224,18 @@ def test_writer_fills_in_a_missing_dtype_but_not_from_scales(tmp_path: Path) -> 
 def test_writer_files_have_the_users_mode(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write(tmp_path / "out", 1)
-    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert modes == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_an_interrupted_run_leaves_the_old_result_whole(tmp_path: Path) -> None:
     write(tmp_path, 3, value=1.0)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     unfinished = CheckpointWriter(tmp_path)
     unfinished.write_shard({"t0": torch.full((4,), 2.0)})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     write(tmp_path, 1, value=3.0)
-    assert names(tmp_path) == {"model.safetensors", "config.json", REPORT_NAME, "tokenizer.json"}
+    assert names(tmp_path) == {"model.safetensors", "config.json", REPORT_NAME, "tokenizer.json", "templates"}
     assert load_file(tmp_path / "model.safetensors")["t0"].tolist() == [3.0] * 4
 
 

@@ -24,6 +24,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 import ptq.loading
@@ -31,14 +32,14 @@ from ptq.errors import OutputError
 from ptq.formats import compressed_tensors, native
 from ptq.formats.select import select_format
 from ptq.formats.writer import CheckpointWriter
-from ptq.integration.transformers import register
+from ptq.integration.transformers import PtqConfig, PtqQuantizer, register
 from ptq.quantized import QuantizedWeight
 from ptq.report import Report
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-SYM = Scheme(bits=3, group_size=32)
-ASYM = Scheme(bits=3, symmetric=False, group_size=32)
+SYM = Scheme(bits=3, group_size=32, scale_dtype="float16")
+ASYM = Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16")
 TOKENS = torch.arange(12).reshape(2, 6) * 5
 
 
@@ -114,7 +115,7 @@ def write(
 ) -> PreTrainedModel:
     """Write a checkpoint (a shard a block) and give back the dense model with the same, dequantized weights."""
     linears = linears_of(model)
-    name_of_format, _ = select_format(wanted, schemes, linears)
+    name_of_format = "compressed-tensors" if wanted == "forced" else select_format(wanted, schemes, linears, nn.Module())[0]
     module = {"native": native, "compressed-tensors": compressed_tensors}[name_of_format]
     state, shards = model.state_dict(), dict[str, dict[str, Tensor]]()
     linear: Any
@@ -169,9 +170,9 @@ def registered() -> None:
 
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], Scheme, str]] = {
     "llama sym": (llama, SYM, "compressed-tensors"),
-    "llama sym per channel": (llama, Scheme(bits=5, group_size=None), "compressed-tensors"),
+    "llama sym per channel": (llama, Scheme(bits=5, group_size=None, scale_dtype="float16"), "compressed-tensors"),
     "llama asym": (llama, ASYM, "native"),
-    "llama ragged": (llama, Scheme(bits=3, group_size=20), "native"),
+    "llama ragged": (llama, Scheme(bits=3, group_size=20, scale_dtype="float16"), "native"),
     "llama sym native": (llama, SYM, "native"),
     "gpt2 sym": (gpt2, SYM, "native"),
     "gpt2 asym bf16": (gpt2, Scheme(4, False, 64, "bfloat16"), "native"),
@@ -220,7 +221,7 @@ def test_scales_keep_their_dtype(wanted: str, scheme: Scheme, tmp_path: Path) ->
 def test_mixed_schemes_and_a_dense_linear(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=False)
     schemes = blocks(model, SYM)
-    schemes["model.layers.1.mlp.down_proj"] = Scheme(bits=8, group_size=None)
+    schemes["model.layers.1.mlp.down_proj"] = Scheme(bits=8, group_size=None, scale_dtype="float16")
     schemes["model.layers.0.self_attn.o_proj"] = None
     dense = write(model, tmp_path / "out", schemes, "compressed-tensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -318,10 +319,10 @@ AGAIN = [("llama-again", "AutoModelForCausalLM"), ("llama-again", "LlamaForCausa
 AGAIN += [("gpt2-again", "AutoModelForCausalLM"), ("gpt2-again", "GPT2LMHeadModel")]
 STOCK_READS = {
     "sym": (SYM, "float32"),
-    "per-channel": (Scheme(bits=3, group_size=None), "float32"),
-    "24-in-72": (Scheme(bits=4, group_size=24), "float32"),
+    "per-channel": (Scheme(bits=3, group_size=None, scale_dtype="float16"), "float32"),
+    "24-in-72": (Scheme(bits=4, group_size=24, scale_dtype="float16"), "float32"),
     "bf16": (Scheme(bits=3, group_size=32, scale_dtype="bfloat16"), "bfloat16"),
-    "fp16": (Scheme(bits=8, group_size=32), "float16"),
+    "fp16": (Scheme(bits=8, group_size=32, scale_dtype="float16"), "float16"),
     "ct-again": (SYM, "float32"),
 }
 
@@ -339,9 +340,10 @@ def without_ptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tu
         model = llama(hidden_size=64 if scheme.group_size == 32 else 72)
         nn.Module.to(model, getattr(torch, dtype))
         write(model, root / name, blocks(model, scheme), "compressed-tensors")
+    write(llama(), root / "ct-asym", blocks(llama(), ASYM), "forced")
     loaded = ptq.loading.load(root / "sym")
     loaded.save_pretrained(root / "ct-again")
-    jobs = [*NATIVE, *AGAIN, *((name, "LlamaForCausalLM") for name in STOCK_READS)]
+    jobs = [*NATIVE, *AGAIN, ("ct-asym", "LlamaForCausalLM"), *((name, "LlamaForCausalLM") for name in STOCK_READS)]
     arguments = [json.dumps(TOKENS.tolist()), json.dumps([(str(root / name), cls) for name, cls in jobs])]
     command = [sys.executable, "-c", STOCK, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=root)
@@ -372,3 +374,22 @@ def test_without_ptq_compressed_tensors_gives_our_logits(name: str, without_ptq:
     theirs, ours = torch.load(root / name / "logits.pt"), logits(ptq.loading.load(root / name))
     assert theirs.dtype == getattr(torch, STOCK_READS[name][1])
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_without_ptq_asymmetric_compressed_tensors_fails(without_ptq: Stock) -> None:
+    """The reason why `why_not` refuses it; once transformers loads these files, this test says so."""
+    assert "mismatch" in without_ptq[1]["ct-asym", "LlamaForCausalLM"]
+
+
+def test_asymmetric_compressed_tensors_of_others_stay_packed(tmp_path: Path) -> None:
+    dense = write(llama(), tmp_path, blocks(llama(), ASYM), "forced")
+    loaded = ptq.loading.load(tmp_path)
+    assert len(packed(loaded)) == 14
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_the_quantizer_itself_leaves_scales_alone() -> None:
+    quantizer = PtqQuantizer(PtqConfig(**native.quantization_config({}, {})))
+    for name, wanted in (("a.weight_scale", None), ("a.weight", torch.bfloat16)):
+        step = WeightRenaming(name, name)
+        assert quantizer.get_new_dtype(step, torch.zeros(1), torch.bfloat16) == wanted

@@ -13,11 +13,11 @@ from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, Scheme
 
 SCHEMES = [
-    Scheme(bits=3, group_size=32),
-    Scheme(bits=3, symmetric=False, group_size=32),
-    Scheme(bits=2, symmetric=False, group_size=28),  # 96 = 3 * 28 + 12: a ragged last group
-    Scheme(bits=5, group_size=128),  # one group, shorter than its size
-    Scheme(bits=8, symmetric=False, group_size=None),
+    Scheme(bits=3, group_size=32, scale_dtype="float16"),
+    Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16"),
+    Scheme(bits=2, symmetric=False, group_size=28, scale_dtype="float16"),  # 96 = 3 * 28 + 12: a ragged last group
+    Scheme(bits=5, group_size=128, scale_dtype="float16"),  # one group, shorter than its size
+    Scheme(bits=8, symmetric=False, group_size=None, scale_dtype="float16"),
     Scheme(bits=7, group_size=None, scale_dtype="bfloat16"),
 ]
 

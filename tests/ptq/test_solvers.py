@@ -1,0 +1,217 @@
+"""Solvers against slow formulas written independently: plain loops, explicit inverses, exhaustive search."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq.errors import NumericalError
+from ptq.grids import BoundGrid, Grid, fit_scales, uniform_grid
+from ptq.scheme import Scheme
+from ptq.solvers import (
+    ORDERS,
+    beam_search,
+    column_order,
+    coordinate_descent,
+    factorize,
+    quadratic,
+    successive_rounding,
+)
+
+
+def problem(rows: int, width: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """A weight and a correlated Hessian."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width, generator=generator)
+    mix = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    inputs = torch.randn(tokens or 4 * width, width, generator=generator) @ mix
+    return weight, inputs.T @ inputs
+
+
+def uniform(weight: Tensor, bits: int = 3, group_size: int | None = 16) -> BoundGrid:
+    scheme = Scheme(bits, False, group_size)
+    scale, zero = fit_scales(weight, scheme)
+    assert zero is not None
+    return BoundGrid(uniform_grid(bits), scale.float(), zero.float(), scheme.group_index(weight.shape[1]))
+
+
+def codebook(weight: Tensor) -> BoundGrid:
+    """Unequal steps: no solver may assume a step."""
+    levels = torch.tensor([-3.0, -1.7, -0.9, -0.3, 0.25, 0.8, 1.5, 2.6])
+    scale = weight.abs().amax(1, keepdim=True) / 3
+    return BoundGrid(Grid(levels), scale, torch.zeros_like(scale), torch.zeros(weight.shape[1], dtype=torch.int64))
+
+
+GRIDS = {"uniform": uniform, "codebook": codebook}
+
+
+def nearest(grid: BoundGrid, value: float, row: int, column: int) -> float:
+    """Slow: all levels of one cell, the nearest wins."""
+    group = int(grid.group[column])
+    levels = (grid.grid.levels - grid.zero[row, group]) * grid.scale[row, group]
+    return float(levels[(levels - value).abs().argmin()])
+
+
+def gptq_by_inverse(weight: Tensor, grid: BoundGrid, hessian: Tensor, order: Tensor) -> Tensor:
+    """Textbook GPTQ, one row and one column at a time, with the explicit inverse of what is left of the Hessian."""
+    result = torch.empty_like(weight)
+    for row in range(len(weight)):
+        w, left = weight[row].double().clone(), order.tolist()
+        inverse = torch.linalg.inv(hessian.double()[order][:, order])
+        while left:
+            j = left[0]
+            q = nearest(grid, float(w[j]), row, j)
+            result[row, j] = q
+            error = (w[j] - q) / inverse[0, 0]
+            w[left] -= error * inverse[0]
+            inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+            left = left[1:]
+    return result
+
+
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_greedy_is_gptq_with_fixed_scales(make: object, order: str) -> None:
+    weight, hessian = problem(6, 40)
+    grid = make(weight)  # type: ignore[operator]
+    factor = factorize(hessian, 0.01, order)  # type: ignore[arg-type]
+    codes, _ = successive_rounding(weight, grid, factor, block=16)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(40)
+    slow = gptq_by_inverse(weight, grid, damped, factor.order)
+    torch.testing.assert_close(grid.dequantize(codes), slow)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 128])
+def test_the_block_size_does_not_change_the_result(block: int) -> None:
+    weight, hessian = problem(8, 50)
+    grid, factor = uniform(weight), factorize(hessian)
+    whole, _ = successive_rounding(weight, grid, factor, block=50)
+    parts, _ = successive_rounding(weight, grid, factor, block=block)
+    assert torch.equal(whole, parts)
+
+
+def test_objective_identity_of_the_corrected_target() -> None:
+    """||W X~ + a M - Q X~||^2 = ||(W + a B - Q) X~||^2 + a^2 ||U||^2, M = W dX, B = W D H^-1, U what X~ cannot reach."""
+    generator = torch.Generator().manual_seed(1)
+    inputs, other = (torch.randn(12, 90, generator=generator).double() for _ in range(2))
+    weight = torch.randn(5, 12, generator=generator).double()
+    quantized = weight.mul(2).round().div(2)
+    difference = other - inputs
+    shift = weight @ (difference @ inputs.T) @ torch.linalg.inv(inputs @ inputs.T)
+    mismatch = weight @ difference
+    unreachable = mismatch - shift @ inputs
+    for alpha in (0.0, 0.3, 1.0):
+        direct = ((weight @ inputs + alpha * mismatch - quantized @ inputs) ** 2).sum()
+        split = (((weight + alpha * shift - quantized) @ inputs) ** 2).sum() + alpha**2 * (unreachable**2).sum()
+        torch.testing.assert_close(direct, split)
+
+
+def test_the_quadratic_is_the_output_error() -> None:
+    weight, hessian = problem(4, 24)
+    difference = weight - weight.round()
+    factor = factorize(hessian, 0.0)
+    direct = torch.einsum("mi,ij,mj->m", difference.double(), hessian.double(), difference.double()).float()
+    torch.testing.assert_close(quadratic(difference, factor), direct, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+def test_a_beam_of_one_is_greedy_and_wider_ones_are_no_worse(make: object) -> None:
+    weight, hessian = problem(12, 70)
+    grid, factor = make(weight), factorize(hessian)  # type: ignore[operator]
+    greedy, _ = successive_rounding(weight, grid, factor)
+    assert torch.equal(beam_search(weight, grid, factor, width=1), greedy)
+
+    def loss(codes: Tensor) -> Tensor:
+        return quadratic(weight - grid.dequantize(codes), factor)
+
+    wide = beam_search(weight, grid, factor, width=4)
+    assert bool((loss(wide) <= loss(greedy)).all())
+    assert float(loss(wide).sum()) < float(loss(greedy).sum())
+
+
+@pytest.mark.parametrize("make", [lambda w: uniform(w, bits=2, group_size=None), codebook], ids=["uniform", "codebook"])
+def test_a_wide_beam_is_exhaustive_search(make: object) -> None:
+    weight, hessian = problem(3, 4, seed=3)
+    grid, factor = make(weight), factorize(hessian)  # type: ignore[operator]
+    count = len(grid.grid.levels)
+    every = torch.tensor(list(itertools.product(range(count), repeat=4)), dtype=torch.uint8)
+    found = beam_search(weight, grid, factor, width=count**4)
+    for row in range(3):
+        one = grid.rows(row, row + 1)
+        values = torch.cat([one.dequantize(codes[None]) for codes in every])
+        best = quadratic(weight[row] - values, factor).min()
+        mine = quadratic(weight[row : row + 1] - one.dequantize(found[row : row + 1]), factor)[0]
+        torch.testing.assert_close(mine, best)
+
+
+def test_coordinate_descent_ends_where_no_single_change_helps() -> None:
+    weight, hessian = problem(5, 20)
+    grid, factor = uniform(weight, bits=2), factorize(hessian)
+    greedy, _ = successive_rounding(weight, grid, factor)
+    codes = coordinate_descent(weight, greedy, grid, factor, passes=50, block=8)
+
+    def loss(c: Tensor) -> Tensor:
+        return quadratic(weight - grid.dequantize(c), factor)
+
+    final = loss(codes)
+    assert bool((final <= loss(greedy) * (1 + 1e-6)).all())
+    for column in range(20):
+        for code in range(4):
+            changed = codes.clone()
+            changed[:, column] = code
+            assert bool((loss(changed) >= final * (1 - 1e-5)).all())
+
+
+def test_min_pivot_order_takes_the_smallest_pivot_last() -> None:
+    """Slow: at each step the Schur complement of every candidate, by an explicit inverse."""
+    _, hessian = problem(1, 10, seed=2)
+    picked: list[int] = []
+    for _ in range(10):
+        left = [j for j in range(10) if j not in picked]
+        inner = torch.linalg.inv(hessian[picked][:, picked].double()) if picked else torch.zeros(0, 0).double()
+        schur = {
+            j: float(hessian[j, j] - hessian[j, picked].double() @ inner @ hessian[picked, j].double()) for j in left
+        }
+        picked.append(min(left, key=schur.__getitem__))
+    assert column_order(hessian, "min_pivot").tolist() == picked[::-1]
+
+
+def test_factor_reproduces_the_hessian_and_solves() -> None:
+    weight, hessian = problem(3, 30)
+    before = hessian.clone()
+    factor = factorize(hessian, 0.05)
+    assert torch.equal(hessian, before)  # damping must not add up over linears that share the Hessian
+    assert torch.equal(factor.upper, factor.upper.triu())
+    torch.testing.assert_close(factor.upper @ factor.upper.T, factor.hessian)
+    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(30)
+    torch.testing.assert_close(factor.solve(weight), weight @ torch.linalg.inv(damped), rtol=1e-3, atol=1e-6)
+
+
+def test_dead_columns_are_rounded_to_nearest_and_named() -> None:
+    weight, hessian = problem(4, 20)
+    hessian[7, :] = hessian[:, 7] = 0.0
+    grid, factor = uniform(weight), factorize(hessian)
+    codes, _ = successive_rounding(weight, grid, factor)
+    assert torch.equal(codes[:, 7], grid.round(weight)[:, 7])
+    assert any("1 input channels" in note for note in factor.notes)
+
+
+def test_a_singular_hessian_is_damped_and_an_indefinite_one_noted_or_refused() -> None:
+    _, hessian = problem(1, 30, tokens=5)
+    assert factorize(hessian, 0.01).damping == 0.01
+    indefinite = torch.eye(8) - 0.3 * torch.ones(8, 8)  # smallest eigenvalue -1.4, mean diagonal 0.7
+    with pytest.raises(NumericalError, match="damping 1"):
+        factorize(indefinite)
+    slightly = torch.eye(8) - 0.13 * torch.ones(8, 8)
+    factor = factorize(slightly)
+    assert factor.damping > 0.01
+    assert any("raised" in note for note in factor.notes)
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN"), (0.0, "zero")])
+def test_hessians_without_content_are_refused(value: float, message: str) -> None:
+    with pytest.raises(NumericalError, match=message):
+        factorize(torch.full((4, 4), value))

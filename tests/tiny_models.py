@@ -1,0 +1,55 @@
+"""Tiny random models of many families: two to four blocks, hidden size 64, the parts that make each family different."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},  # biases on q, k, v
+    "qwen3": {"head_dim": 16},  # norms on q and k
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},  # soft-capping, extra norms
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},  # two rotary tables
+    "phi3": {"rope_scaling": None},  # fused qkv and gate/up
+    "phi": {},  # parallel attention and MLP, biases
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512, "n_inner": 96},  # Conv1D, tied head
+    "gpt_neox": {"rotary_pct": 0.25},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False},
+    "olmo2": {},
+    "stablelm": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+MIXTURES = ("mixtral", "qwen3_moe")
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A random causal language model of a family, in evaluation mode."""
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # the default of 0.02 makes blocks almost transparent
+            if parameter.ndim >= 2:
+                parameter.data.mul_(3.0)
+            else:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()

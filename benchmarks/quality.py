@@ -193,7 +193,7 @@ def table(folder: Path) -> str:
             continue
         lines += [
             f"\n**{scheme}**, {rows[0]['bits_per_weight']:.3f} bits a weight\n",
-            "| method | WikiText-2 perplexity | held-out C4 perplexity | KL to the full model | top-1 | seconds | seeds |",
+            "| method | WikiText-2 perplexity | held-out C4 perplexity | KL to the full model | top-1 | s | seeds |",
             "|---|---|---|---|---|---|---|",
         ]
         for method in METHODS:

@@ -39,7 +39,7 @@ class BlockCall:
         return first_tensor(block(*self.args, **self.kwargs, **{self.hidden_key: hidden}))
 
 
-class _Done(Exception):  # noqa: N818  (control flow, never seen outside this file)
+class _Done(Exception):
     """All blocks have been called: the rest of the model's forward is not needed."""
 
 
@@ -66,9 +66,9 @@ class _Recorder:
         return (hidden,) if self.returns_tuple else hidden
 
 
-def capture_calls(model: nn.Module, block_names: list[str], batches: Iterator[Tensor]) -> tuple[
-    list[list[BlockCall]], list[Tensor]
-]:
+def capture_calls(
+    model: nn.Module, block_names: list[str], batches: Iterator[Tensor]
+) -> tuple[list[list[BlockCall]], list[Tensor]]:
     """Capture how the model calls its blocks on every batch.
 
     The first block must be loaded: it is run once, to see whether blocks return a tensor or a tuple.
@@ -103,7 +103,7 @@ def _run_recorded(model: nn.Module, blocks: list[nn.Module], recorder: _Recorder
         return lambda *args, **kwargs: recorder.record(index, args, kwargs)
 
     for index, block in enumerate(blocks):
-        block.forward = stand_in(index)  # type: ignore[method-assign]
+        block.forward = stand_in(index)
     try:
         model(input_ids=tokens, use_cache=False)
     except _Done:

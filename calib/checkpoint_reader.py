@@ -1,12 +1,12 @@
 """Models opened without loading them: config and tensor index first, weights block by block.
 
-`open_model` gives a `ModelSource`. Its ``skeleton`` is the Hugging Face model with parameters on the meta device (buffers
-such as rotary frequencies are real); ``load`` fills some of the parameters through transformers' own key
+`open_model` gives a `ModelSource`. Its ``skeleton`` is the Hugging Face model with parameters on the meta device
+(buffers such as rotary frequencies are real); ``load`` fills some of the parameters through transformers' own key
 conversions, ``release`` empties them again. Tensors that are not quantized are handed out under their original names
 and bytes (`raw_tensors`), so that they pass through a quantization unchanged.
 
-Three kinds of model: a folder or hub id with safetensors (lazy), a ``.gguf`` file (dequantized by transformers on opening)
-and a module in memory (copied block by block, never changed).
+Three kinds of model: a folder or hub id with safetensors (lazy), a ``.gguf`` file (dequantized by transformers on
+opening) and a module in memory (copied block by block, never changed).
 """
 
 from __future__ import annotations
@@ -46,8 +46,12 @@ class ModelSource(Protocol):
 
     skeleton: PreTrainedModel
     name: str
-    folder: Path | None
     dtype: torch.dtype
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the checkpoint; ``None`` for a model in memory."""
+        ...
 
     def tensor_names(self) -> frozenset[str]:
         """Full names of the parameters and buffers that the checkpoint has, without second names of tied ones."""
@@ -115,7 +119,8 @@ class FolderSource:
     """A folder of safetensors; see `ModelSource`."""
 
     def __init__(self, folder: Path, name: str, config: Any, trust_remote_code: bool) -> None:
-        self.folder, self.name = folder, name
+        self.folder: Path = folder
+        self.name = name
         self._where = {}
         for file in checkpoint_files(folder):
             try:
@@ -126,10 +131,12 @@ class FolderSource:
         dtype = getattr(config, "dtype", None) or self._stored_dtype()
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            )
         self.skeleton: PreTrainedModel = model.eval()
-        self._conversions = get_model_conversion_mapping(self.skeleton)
-        known = self.skeleton.state_dict()
+        self._conversions: list[Any] = get_model_conversion_mapping(self.skeleton)
+        known = dict(self.skeleton.state_dict())
         self._targets = {key: self._parameters_of(key, known) for key in self._where}
         self._check_complete()
 
@@ -141,7 +148,7 @@ class FolderSource:
                 return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
         return torch.float32
 
-    def _parameters_of(self, key: str, known: Mapping[str, Tensor]) -> frozenset[str]:
+    def _parameters_of(self, key: str, known: dict[str, Tensor]) -> frozenset[str]:
         """The model's parameters that a checkpoint tensor becomes (several where a tensor is split on loading)."""
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
@@ -162,7 +169,7 @@ class FolderSource:
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ModelError(
-                f"{self.folder} lacks {len(missing)} of the model's tensors ({shown}). Is the download complete, and is "
+                f"{self.folder} lacks {len(missing)} of the model's tensors ({shown}). Is the download complete, is "
                 f"{type(self.skeleton).__name__} the right class?"
             )
 
@@ -222,7 +229,8 @@ class ModuleSource:
         self.name = name
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         with init_empty_weights(include_buffers=False):
-            self.skeleton: PreTrainedModel = type(self._model)(copy.deepcopy(config)).to(self.dtype).eval()
+            skeleton: Any = type(self._model)(copy.deepcopy(config))
+        self.skeleton: PreTrainedModel = skeleton.to(self.dtype).eval()
         self.skeleton.tie_weights()
 
     def load(self, names: frozenset[str]) -> None:
@@ -279,7 +287,8 @@ def _open_gguf(file: Path) -> ModuleSource:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16
-    plain = type(model)(config).to(torch.bfloat16)
+    plain: Any = type(model)(config)
+    plain = plain.to(torch.bfloat16)
     plain.load_state_dict({name: value.to(torch.bfloat16) for name, value in model.state_dict().items()})
     return ModuleSource(plain, str(file))
 
@@ -289,11 +298,11 @@ def _quiet_transformers() -> Iterator[None]:
     """No loading bars and reports of transformers for every block; its errors are raised as usual."""
     level = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if bar:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -9,13 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calib.errors import ModelError
 
-__all__ = ["InputGroup", "find_blocks", "find_linears", "is_linear", "linear_weight", "set_linear_weight", "trace_groups"]
+__all__ = [
+    "InputGroup",
+    "find_blocks",
+    "find_linears",
+    "is_linear",
+    "linear_weight",
+    "set_linear_weight",
+    "trace_groups",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +63,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         ModelError: the model has no list of modules with parameters.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [
-        (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)
-    ]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     sizes = [sum(p.numel() for p in module.parameters()) for _, module in outer]
     if not sizes or max(sizes) == 0:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks; ptq quantizes decoder-only models.")

@@ -1,7 +1,7 @@
 """Statistics of one input group, streamed batch by batch.
 
-With tokens as rows, ``X [t, n]`` the group's inputs in the full-precision model and ``X~`` those in the model quantized so
-far, on the same tokens:
+With tokens as rows, ``X [t, n]`` the group's inputs in the full-precision model and ``X~`` those in the model
+quantized so far, on the same tokens:
 
     H = X~^T X~ [n, n]        D = (X - X~)^T X~ [n, n]        energy_i = ||W_i (X - X~)^T||^2   a row of W
 

@@ -2,8 +2,9 @@
 
 For every calibration batch the walk keeps X, the hidden states of the full-precision model, and X~, those of the model
 quantized so far. At a block it loads the weights, finds the input groups by running the block once, and hands out one
-`GroupVisit` after another in the order of execution; between them the caller replaces weights, so that the X~ statistics
-of a later group see the quantized linears before it. Then both streams move on and the block's memory is given back.
+`GroupVisit` after another in the order of execution; between them the caller replaces weights, so that the X~
+statistics of a later group see the quantized linears before it. Then both streams move on and the block's memory is
+given back.
 
     for visit in walk:                       # BlockVisit
         for group in visit.groups(needs):    # GroupVisit: names, weights, statistics
@@ -11,7 +12,8 @@ of a later group see the quantized linears before it. Then both streams move on 
         visit.raw_tensors(...)               # what passes through
 
 The inputs of the full-precision stream are captured in its one pass when they fit into a quarter of the free memory and
-are computed again group by group when they do not. The walk knows no method and no format.
+are computed again group by group when they do not. The walk knows no method and no format. Run it inside
+`calib.precision.strict_float32`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psutil
 import torch
@@ -28,7 +31,7 @@ from calib.block_calls import BlockCall, capture_calls
 from calib.checkpoint_reader import ModelSource
 from calib.errors import NumericalError
 from calib.model_map import InputGroup, find_blocks, find_linears, linear_weight, set_linear_weight, trace_groups
-from calib.precision import has_fast_bfloat16, strict_float32
+from calib.precision import has_fast_bfloat16
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
 
 __all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "pass_dtype", "place"]
@@ -66,7 +69,7 @@ class Walk:
 
     Args:
         source: the model.
-        tokens: calibration tokens int64 ``[sequences, seqlen]``; ``None`` for methods without data: nothing is run then.
+        tokens: calibration tokens int64 ``[sequences, seqlen]``; ``None`` for methods without data: nothing is run.
         device: where blocks are run and statistics gathered.
         dtype: dtype of the passes.
         two_streams: keep the full-precision stream beside the quantized one.
@@ -93,17 +96,16 @@ class Walk:
         self._groups: dict[object, list[InputGroup]] = {}
 
     def __iter__(self) -> Iterator[BlockVisit]:
-        with torch.no_grad(), strict_float32():
-            if self._tokens is not None:
-                self._capture(self._tokens)
-            for index, name in enumerate(self.block_names):
-                names = self.tensors_of_block(name)
-                with self.timing.part("read", self.device):
-                    self.source.load(names)
-                visit = BlockVisit(self, index, name, self.source.skeleton.get_submodule(name))
-                yield visit
-                visit.close()
-                self.source.release(names)
+        if self._tokens is not None:
+            self._capture(self._tokens)
+        for index, name in enumerate(self.block_names):
+            names = self.tensors_of_block(name)
+            with self.timing.part("read", self.device):
+                self.source.load(names)
+            visit = BlockVisit(self, index, name, self.source.skeleton.get_submodule(name))
+            yield visit
+            visit.close()
+            self.source.release(names)
 
     @property
     def has_tokens(self) -> bool:
@@ -127,7 +129,7 @@ class Walk:
             self.source.load(needed)
             place(model, self.device, self.dtype)
         with self.timing.part("passes", self.device):
-            batches = (part.to(self.device) for part in tokens.split(batch))
+            batches = (tokens[i : i + batch].to(self.device) for i in range(0, len(tokens), batch))
             self._calls, self._full = capture_calls(model, self.block_names, batches)
         self._quantized = list(self._full)
         self.source.release(needed)
@@ -135,7 +137,7 @@ class Walk:
     def _head_tensors(self) -> frozenset[str]:
         """The head's tensors where they are not the embedding's: calibration does not need them."""
         model = self.source.skeleton
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None or head.weight is model.get_input_embeddings().weight:
             return frozenset()
         name = next(name for name, module in model.named_modules() if module is head)
@@ -172,7 +174,9 @@ class Walk:
     def has_room(self, features: int) -> bool:
         """Whether ``features`` numbers a token of the full-precision stream fit into a share of the free memory."""
         tokens = sum(hidden[..., 0].numel() for hidden in self._full)
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        )
         return tokens * features * self.dtype.itemsize <= _CAPTURE_SHARE * free
 
 
@@ -323,7 +327,7 @@ class GroupVisit:
         self.block.replace(name, weight)
 
 
-class _Reached(Exception):  # noqa: N818  (control flow, never seen outside this file)
+class _Reached(Exception):
     """The input that was asked for is there."""
 
 

@@ -18,7 +18,7 @@ from calib.walk import pass_dtype
 from ptq.errors import ModelError, UsageError, unknown_name
 from ptq.events import Event, Listener
 from ptq.formats.writer import check_output_folder
-from ptq.methods import LayerMethod, find_method, make_config
+from ptq.methods import find_method, make_config
 from ptq.pipeline import Run
 from ptq.plan import make_plan
 from ptq.recipe import CalibrationSpec, Recipe
@@ -69,7 +69,9 @@ def quantize(
     target = Path(out) if out is not None else default_output(model, recipe)
     check_output_folder(target)
     place = resolve_device(device)
-    source = open_model(model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code)
+    source = open_model(
+        model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code
+    )
     plan = make_plan(source.skeleton, recipe, source.dtype)
     listener = on_event or _ignore
     needs_data = bool(method.needs(config))
@@ -79,9 +81,7 @@ def quantize(
     elif calibration is None:
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
-    run = Run(
-        source, plan, recipe, method, config, calibration, target, device=place, dtype=dtype, listener=listener
-    )
+    run = Run(source, plan, recipe, method, config, calibration, target, device=place, dtype=dtype, listener=listener)
     return run.execute(tokenizer)
 
 
@@ -204,5 +204,5 @@ def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:
     if source.folder is None:
         source.load(source.tensor_names())
         return source.skeleton
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trust_remote_code)
     return model.eval()

@@ -16,7 +16,8 @@ class Event:
     """One step of a run.
 
     Args:
-        kind: ``"message"`` (a sentence for the log), ``"blocks"`` (work starts, ``total`` blocks), ``"layer"`` (a linear
+        kind: ``"message"`` (a sentence for the log), ``"blocks"`` (work starts, ``total`` blocks), ``"layer"`` (a
+        linear
             is about to be done, named in ``name``), ``"layer_done"`` (``record`` is set), ``"block_done"`` (``done`` of
             ``total`` blocks are written).
     """

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint_reader import ModelSource
 from calib.model_map import is_linear
+from calib.precision import strict_float32
 from calib.stats import TWO_STREAMS, GroupStatistics
 from calib.text import Calibration
 from calib.walk import BlockVisit, GroupVisit, Timing, Walk
@@ -70,9 +70,7 @@ class Run:
         self.needs = method.needs(config)
         self.timing = Timing()
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
-        self.format, self.format_reason = select_format(
-            recipe.format, plan.schemes, self.linears, source.skeleton
-        )
+        self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears, source.skeleton)
         self.writer = CheckpointWriter(out)
         self._records: list[LayerRecord] = []
         self._kept: dict[str, KeptTensor] = {}
@@ -85,13 +83,15 @@ class Run:
         Raises:
             PtqError: see the tree in `ptq.errors`; what an earlier run wrote to the folder is still there.
         """
+        with torch.no_grad(), strict_float32():
+            return self._execute(tokenizer)
+
+    def _execute(self, tokenizer: PreTrainedTokenizerBase | None) -> Report:
         start = time.perf_counter()
         self.tell(Event("message", f"format {self.format}: {self.format_reason}"))
         tokens = None if self.calibration is None else self.calibration.tokens
         two = bool(self.needs & TWO_STREAMS)
-        walk = Walk(
-            self.source, tokens, device=self.device, dtype=self.dtype, two_streams=two, timing=self.timing
-        )
+        walk = Walk(self.source, tokens, device=self.device, dtype=self.dtype, two_streams=two, timing=self.timing)
         total = len(walk.block_names)
         self.tell(Event("blocks", total=total))
         for visit in walk:
@@ -139,7 +139,7 @@ class Run:
         with self.timing.part("solve", self.device):
             try:
                 result = self.method.quantize(weight, own, scheme, self.config)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise NumericalError(f"{full}: {error}") from error
             except PtqError as error:
                 raise error if full in str(error) else type(error)(f"{full}: {error}") from error
@@ -166,7 +166,8 @@ class Run:
         )
         self._records.append(record)
         self.tell(Event("layer_done", name=full, record=record))
-        return _FORMATS[self.format].layer_tensors(full, result.weight.to("cpu"))
+        tensors: dict[str, Tensor] = _FORMATS[self.format].layer_tensors(full, result.weight.to("cpu"))
+        return tensors
 
     def _warn(self, text: str) -> None:
         self._warnings.append(text)
@@ -194,7 +195,7 @@ class Run:
 
     def _reason(self, module: str, tensor: Tensor) -> str:
         model = self.source.skeleton
-        head = next((n for n, m in self.linears.items() if m is model.get_output_embeddings()), None)
+        head = next((n for n, m in self.linears.items() if m is model.get_output_embeddings()), None)  # type: ignore[no-untyped-call]
         if module == head:
             return "the head"
         if module and module.endswith(tuple(n for n, m in model.named_modules() if m is model.get_input_embeddings())):
@@ -269,7 +270,7 @@ class Run:
             tuple(self._warnings),
         )
 
-    def _environment(self) -> Mapping[str, Any]:
+    def _environment(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
         return {
             "versions": {name: version(name) for name in _VERSIONS},

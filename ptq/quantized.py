@@ -53,7 +53,7 @@ class QuantizedWeight:
     @property
     def payload_bytes(self) -> int:
         """Bytes of codes, scales and zero points without padding to words: the real size of this weight."""
-        out, width = self.shape
+        _out, _width = self.shape
         bits = self.codes.numel() * self.scheme.bits
         bits += self.scale.numel() * 8 * SCALE_DTYPES[self.scheme.scale_dtype].itemsize
         bits += 0 if self.zero is None else self.zero.numel() * self.scheme.bits
@@ -74,10 +74,10 @@ class QuantizedWeight:
 class LayerRecord:
     """What happened to one linear; one row of ``ptq_report.json``.
 
-    ``loss_rtn`` and ``loss`` are the layer's relative output error ``||W X - Q X~||^2 / ||W X||^2`` for nearest rounding
-    of the original weight on the same kind of scales, and for what was chosen (``None`` without calibration data).
-    ``alpha`` is the mismatch coefficient used, ``r2`` the fraction of the mismatch's energy that a linear map of the
-    quantized model's inputs explains. ``notes`` names every fallback that was taken.
+    ``loss_rtn`` and ``loss`` are the layer's relative output error ``||W X - Q X~||^2 / ||W X||^2`` for nearest
+    rounding of the original weight on the same kind of scales, and for what was chosen (``None`` without calibration
+    data). ``alpha`` is the mismatch coefficient used, ``r2`` the fraction of the mismatch's energy that a linear map
+    of the quantized model's inputs explains. ``notes`` names every fallback that was taken.
     """
 
     name: str

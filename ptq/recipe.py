@@ -25,7 +25,8 @@ class CalibrationSpec:
     """Which tokens the statistics are gathered on.
 
     Args:
-        source: a text file, a ``.jsonl`` file with a ``text`` field, ``wikitext2``, ``c4``, ``repo:split:field`` of a hub
+        source: a text file, a ``.jsonl`` file with a ``text`` field, ``wikitext2``, ``c4``, ``repo:split:field`` of a
+        hub
             data set, ``pydoc`` (the reference manual every CPython carries) or ``self`` (sampled from the model).
         samples: number of sequences.
         seqlen: tokens in each sequence.
@@ -63,7 +64,7 @@ class Recipe:
 
     method: str = "coreq"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    scheme: Scheme = Scheme(bits=3)
+    scheme: Scheme = dataclasses.field(default_factory=lambda: Scheme(bits=3))
     overrides: tuple[tuple[str, Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()

@@ -69,7 +69,8 @@ class Report:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         layers = tuple(
-            LayerRecord(**(row | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])})) for row in data["layers"]
+            LayerRecord(**(row | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])}))
+            for row in data["layers"]
         )
         kept = tuple(KeptTensor(**row) for row in data["kept"])
         return cls(**(data | {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"])}))

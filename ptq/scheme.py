@@ -27,7 +27,8 @@ class Scheme:
             integer zero point of ``bits`` bits.
         group_size: consecutive input channels that share a scale, e.g. 64 gives ``ceil(in_features / 64)`` scales a
             row (the last group may be shorter); ``None`` is one scale a row (per channel).
-        scale_dtype: dtype in which scales are stored, ``"float16"`` or ``"bfloat16"``; ``"auto"`` becomes bfloat16 for a
+        scale_dtype: dtype in which scales are stored, ``"float16"`` or ``"bfloat16"``; ``"auto"`` becomes bfloat16
+        for a
             bfloat16 model (stock loaders would round other scales to that) and float16 for any other (`resolved`).
 
     Raises:

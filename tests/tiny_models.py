@@ -1,4 +1,4 @@
-"""Tiny random models of many families: two to four blocks, hidden size 64, the parts that make each family different."""
+"""Tiny random models of many families: two to four blocks, hidden size 64, what makes each different."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Grid:
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
     def nearest_several(self, x: Tensor, count: int) -> Tensor:
-        """The ``count`` nearest codes of every entry of ``x``, uint8 ``[*x.shape, count]``, in ascending order of level.
+        """The ``count`` nearest codes of every entry of ``x``, uint8 ``[*x.shape, count]``, ascending.
 
         In a sorted table the nearest ``count`` levels are neighbours, so one start index names them all.
         """

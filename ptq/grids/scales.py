@@ -3,8 +3,8 @@
 The search tries ranges ``ratio * (min, max)`` and keeps, per group, the one with the smallest error
 ``sum_j h_j |w_j - q_j|^p``: ``h = 1, p = 2.4`` for the p-norm (GPTQ's ``mse`` option), ``h = diag(H), p = 2`` for the
 Hessian diagonal. A coarse sweep is followed by a refinement around its best ratio: 20 evaluations where a fine sweep
-takes 80, and no worse in our measurements. Symmetric grids have one more level below zero than above; up to 4 bits the search
-also tries mirrored (negative) scales, so that the extra level falls on the side that needs it.
+takes 80, and no worse in our measurements. Symmetric grids have one more level below zero than above; up to 4 bits
+the search also tries mirrored (negative) scales, so that the extra level falls on the side that needs it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class _Groups:
     def error(self, scale: Tensor, zero: Tensor) -> Tensor:
         """``sum h |w - q|^p`` of every group, ``[rows, groups]``.
 
-        Taken in units of the scale, and the power by way of logarithms of ``error^2 + tiny``: `pow` is some thirty times
-        slower on the zeros and subnormals that weights which were on a grid before leave behind.
+        Taken in units of the scale, and the power by way of logarithms of ``error^2 + tiny``: `pow` is some thirty
+        times slower on the zeros and subnormals that weights which were on a grid before leave behind.
         """
         s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
         exact = (self.weight / s).add_(z)
@@ -81,7 +81,8 @@ def fit_scales(
         importance: float32 ``[in]``, the diagonal of the Hessian; needed for ``hessian``.
 
     Returns:
-        ``scale [out, groups]`` in the scheme's scale dtype and ``zero`` uint8 ``[out, groups]`` (``None`` if symmetric).
+        ``scale [out, groups]`` in the scheme's scale dtype and ``zero`` uint8 ``[out, groups]`` (``None`` if
+        symmetric).
 
     Raises:
         NumericalError: a scale overflows its dtype.
@@ -116,31 +117,28 @@ def _search(slab: _Groups, search: ScaleSearch) -> tuple[Tensor, Tensor]:
     if search == "minmax":
         return slab.scale_zero(1.0, 1)
     mirrored = slab.scheme.symmetric and slab.scheme.bits <= _MIRROR_BITS
-    best = None
-    for sign in (1, -1) if mirrored else (1,):
-        found = _search_ratio(slab, sign)
-        if best is None:
-            best = found
-        else:
-            better = found[0] < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
-    assert best is not None
-    return best[1], best[2]
+    error, scale, zero = _search_ratio(slab, 1)
+    if mirrored:
+        other_error, other_scale, other_zero = _search_ratio(slab, -1)
+        better = other_error < error
+        scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
+    return scale, zero
 
 
 def _search_ratio(slab: _Groups, sign: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best (error, scale, zero) over the coarse ratios, then over small steps around each group's best."""
     scale, zero = slab.scale_zero(1.0, sign)
     error, ratio = slab.error(scale, zero), torch.ones_like(scale)
-    coarse = [torch.full_like(scale, r) for r in _COARSE[1:]]
-    for step in (*coarse, *_FINE):
-        trial = step if isinstance(step, Tensor) else (centre + step).clamp_(max=1.0)
+    centre = ratio
+    for number, step in enumerate((*_COARSE[1:], *_FINE)):
+        coarse = number < len(_COARSE) - 1
+        trial = torch.full_like(scale, step) if coarse else (centre + step).clamp_(max=1.0)
         trial_scale, trial_zero = slab.scale_zero(trial, sign)
         trial_error = slab.error(trial_scale, trial_zero)
         better = trial_error < error
         error = torch.where(better, trial_error, error)
         scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
         ratio = torch.where(better, trial, ratio)
-        if isinstance(step, Tensor):
+        if coarse:
             centre = ratio  # fine steps go around the best coarse ratio, not around each other
     return error, scale, zero

@@ -100,5 +100,3 @@ def finish(codes: Tensor, grid: BoundGrid, scheme: Scheme) -> QuantizedWeight:
     """A `QuantizedWeight` from codes and the grid they were rounded onto (its scales are stored values already)."""
     zero = None if scheme.symmetric else grid.zero.to(torch.uint8)
     return QuantizedWeight(codes, grid.scale.to(SCALE_DTYPES[scheme.scale_dtype]), zero, scheme)
-
-

@@ -1,8 +1,9 @@
-"""CoreQ (arXiv 2602.05902): correct the target for what earlier layers lost, by as much as can be relied on, then round.
+"""CoreQ (arXiv 2602.05902): correct the target for what earlier layers lost, as far as that is reliable, then round.
 
-Paper's letters: X inputs in the full-precision model, X~ in the model quantized so far, dX = X - X~, M = W dX the output
-mismatch, H = X~ X~^T, D = dX X~^T. The part of M that some change of this weight can absorb is R = B X~ with
-``B = W D H^-1``; the rest is out of reach. The target is ``W* = W + alpha B`` with one number alpha a linear, by default
+Paper's letters: X inputs in the full-precision model, X~ in the model quantized so far, dX = X - X~, M = W dX the
+output mismatch, H = X~ X~^T, D = dX X~^T. The part of M that some change of this weight can absorb is R = B X~ with
+``B = W D H^-1``; the rest is out of reach. The target is ``W* = W + alpha B`` with one number alpha a linear, by
+default
 
     alpha = <B, W D> / ||W dX||^2 = ||R||^2 / ||M||^2      (``corr``: the R^2 of regressing M on X~).
 

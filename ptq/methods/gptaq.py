@@ -1,6 +1,7 @@
 """GPTAQ (arXiv 2504.02692): GPTQ whose target also follows the full-precision inputs, column by column.
 
-With ``H^-1 = V^T V`` (V upper triangular) and ``D = (X - X~) X~^T`` the sweep adds ``w_i P_ij`` to every later column j,
+With ``H^-1 = V^T V`` (V upper triangular) and ``D = (X - X~) X~^T`` the sweep adds ``w_i P_ij`` to every later column
+j,
 
     P = strength * ((D V^T) o M) V,        M = strictly upper triangular ones,
 
@@ -55,16 +56,15 @@ def drift_matrix(factor: Factor, mismatch: Tensor, strength: float) -> Tensor:
     identity = torch.eye(len(mismatch), device=mismatch.device)
     v = torch.linalg.solve_triangular(factor.upper, identity, upper=True)
     ordered = mismatch[factor.order][:, factor.order]
-    return strength * ((ordered @ v.T).triu_(1) @ v).triu_(1)
+    drift: Tensor = strength * ((ordered @ v.T).triu_(1) @ v).triu_(1)
+    return drift
 
 
 def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: GptaqConfig) -> LayerResult:
     """Round ``weight`` ``[out, in]`` with error compensation and a drifting target."""
     stats = require(stats)
     factor = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
-    drift = stats.group.memo(
-        ("drift", config), lambda: drift_matrix(factor, require(stats).mismatch, config.strength)
-    )
+    drift = stats.group.memo(("drift", config), lambda: drift_matrix(factor, require(stats).mismatch, config.strength))
     grid = fit_grid(weight, scheme, config.scales, stats)
     codes, _ = successive_rounding(weight, grid, factor, drift=drift)
     return LayerResult(finish(codes, grid, scheme), config.strength, damping=factor.damping, notes=factor.notes)

@@ -1,7 +1,7 @@
 """Beam search for the same quadratic as successive rounding: K partial roundings a row instead of one (K-CoreQ).
 
-Columns are taken in the factor's order. A branch of beam b with code c costs ``U_jj^2 (w_j - level_c)^2`` more, where w_j
-is that beam's own compensated column; the K cheapest of all branches survive. Costs add up to the exact objective
+Columns are taken in the factor's order. A branch of beam b with code c costs ``U_jj^2 (w_j - level_c)^2`` more, where
+w_j is that beam's own compensated column; the K cheapest of all branches survive. Costs add up to the exact objective
 ``||(T - Q) U||^2``. Only the K nearest codes of a beam can be among the K cheapest branches, so no others are expanded.
 
 Memory: codes are uint8, ``K n`` bytes a row; rows go in chunks. Inside a block parents are followed at once, across

@@ -1,8 +1,9 @@
 """Column orders and the triangular factor of a damped Hessian, shared by every solver.
 
-Columns are processed in an order ``p``; the Hessian in that order is written ``H_p = U U^T`` with ``U`` upper triangular,
-so that ``||E X~||^2 = ||E U||^2`` and the error of column j depends only on columns processed before it. (In the
-literature's picture this is the Cholesky factor of the reversed matrix, swept from the last column to the first.)
+Columns are processed in an order ``p``; the Hessian in that order is written ``H_p = U U^T`` with ``U`` upper
+triangular, so that ``||E X~||^2 = ||E U||^2`` and the error of column j depends only on columns processed before it.
+(In the literature's picture this is the Cholesky factor of the reversed matrix, swept from the last column to the
+first.)
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ __all__ = ["GridFitter", "coordinate_descent", "quadratic", "successive_rounding
 
 _BLOCK = 128  # columns a product is delayed for; a multiple of common group sizes
 GridFitter = Callable[[int, int, Tensor], BoundGrid]
-"""``(start, stop, columns)`` -> the grid to use from ``start`` on; ``columns`` are those columns with the errors so far."""
+"""``(start, stop, columns)`` -> the grid to use from ``start`` on; ``columns`` are those, errors added."""
 
 
 def successive_rounding(
@@ -89,7 +89,7 @@ def _round_block(
     codes: Tensor,
     errors: Tensor,
 ) -> None:
-    """The columns of one block, in place: ``codes`` and ``errors`` are filled, ``columns`` ends as w before rounding."""
+    """The columns of one block, in place: ``codes`` and ``errors`` are filled, ``columns`` ends as w unrounded."""
     scale, zero = (part.T.contiguous() for part in grid.columns(start, start + len(columns)))
     table = grid.grid
     for j in range(len(columns)):
@@ -137,7 +137,9 @@ def coordinate_descent(
         for start in range(0, len(wanted), block):
             stop = min(start + block, len(wanted))
             gradient = hessian[start:stop] @ difference
-            _descend_block(difference[start:stop], gradient, current[start:stop], wanted[start:stop], bound, start, factor)
+            _descend_block(
+                difference[start:stop], gradient, current[start:stop], wanted[start:stop], bound, start, factor
+            )
         if torch.equal(before, current):
             break
     return _restore(current, order)

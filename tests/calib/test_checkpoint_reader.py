@@ -69,7 +69,7 @@ def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     with pytest.raises(ModelError, match="t5"):
         open_model(tmp_path / "t5")
-    with pytest.raises(ModelError, match="decoder-only|not a causal"):
+    with pytest.raises(ModelError, match=r"not a causal"):
         open_model(torch.nn.Linear(2, 2))
     assert BertForMaskedLM(BertConfig(**tiny, vocab_size=32)) is not None
 

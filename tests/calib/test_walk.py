@@ -131,20 +131,28 @@ def test_blocks_and_linears_are_found(family: str) -> None:
     assert all("head" not in name and "embed" not in name for name in linears)
 
 
+def read_all_weights(walk: Walk) -> None:
+    for visit in walk:
+        for group in visit.groups(frozenset(), frozenset(visit.linears)):
+            group.weight(group.names[0])
+
+
+def gather_all_statistics(walk: Walk) -> None:
+    for visit in walk:
+        for group in visit.groups(frozenset({Stat.HESSIAN}), frozenset(visit.linears)):
+            group.statistics()
+
+
 def test_nan_in_weights_and_activations_names_the_place(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, :2] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj: 0\.03% of the weights"):
-        for visit in make_walk(open_model(tmp_path), None):
-            for group in visit.groups(frozenset(), frozenset(visit.linears)):
-                group.weight(group.names[0])
+        read_all_weights(make_walk(open_model(tmp_path), None))
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
     model.save_pretrained(tmp_path)
     with pytest.raises(NumericalError, match=r"layers\.1"):
-        for visit in make_walk(open_model(tmp_path)):
-            for group in visit.groups(frozenset({Stat.HESSIAN}), frozenset(visit.linears)):
-                group.statistics()
+        gather_all_statistics(make_walk(open_model(tmp_path)))
 
 
 def test_pass_dtype_follows_the_checkpoint_and_the_request() -> None:

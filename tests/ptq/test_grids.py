@@ -124,7 +124,12 @@ def test_stored_scales_are_what_the_dtype_holds() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"bits": 1}, "2 to 8"), ({"bits": 9}, "2 to 8"), ({"group_size": 0}, "group_size"), ({"scale_dtype": "f8"}, "f8")],
+    [
+        ({"bits": 1}, "2 to 8"),
+        ({"bits": 9}, "2 to 8"),
+        ({"group_size": 0}, "group_size"),
+        ({"scale_dtype": "f8"}, "f8"),
+    ],
 )
 def test_a_scheme_refuses_nonsense(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -115,7 +115,9 @@ def write(
 ) -> PreTrainedModel:
     """Write a checkpoint (a shard a block) and give back the dense model with the same, dequantized weights."""
     linears = linears_of(model)
-    name_of_format = "compressed-tensors" if wanted == "forced" else select_format(wanted, schemes, linears, nn.Module())[0]
+    name_of_format = (
+        "compressed-tensors" if wanted == "forced" else select_format(wanted, schemes, linears, nn.Module())[0]
+    )
     module = {"native": native, "compressed-tensors": compressed_tensors}[name_of_format]
     state, shards = model.state_dict(), dict[str, dict[str, Tensor]]()
     linear: Any

@@ -46,8 +46,9 @@ def dense_twin(model: Any, packed: Any) -> Any:
         if isinstance(module, QuantLinear):
             linear = model.get_submodule(name)
             weight = module.quantized().dequantize()
-            linear.weight.data.copy_(weight if linear.weight.shape == weight.shape and "Conv1D" not in
-                                     type(linear).__name__ else weight.T)
+            linear.weight.data.copy_(
+                weight if linear.weight.shape == weight.shape and "Conv1D" not in type(linear).__name__ else weight.T
+            )
     return model
 
 
@@ -176,8 +177,12 @@ def test_wrong_requests_are_refused_before_work(
     fields: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        ptq.quantize(tiny_model("llama", tie_word_embeddings=False), out=tmp_path / "out", calibration=CALIBRATION,
-                     **{"device": "cpu", "group_size": 16, **fields})
+        ptq.quantize(
+            tiny_model("llama", tie_word_embeddings=False),
+            out=tmp_path / "out",
+            calibration=CALIBRATION,
+            **{"device": "cpu", "group_size": 16, **fields},
+        )
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -193,9 +198,7 @@ def test_nothing_of_the_users_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_model_in_memory_needs_a_tokenizer_or_tokens(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_model_in_memory_needs_a_tokenizer_or_tokens(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model("llama")
     with pytest.raises(UsageError, match="tokenizer"):
         ptq.quantize(model, out=tmp_path / "out", device="cpu")

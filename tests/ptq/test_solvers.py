@@ -94,7 +94,7 @@ def test_the_block_size_does_not_change_the_result(block: int) -> None:
 
 
 def test_objective_identity_of_the_corrected_target() -> None:
-    """||W X~ + a M - Q X~||^2 = ||(W + a B - Q) X~||^2 + a^2 ||U||^2, M = W dX, B = W D H^-1, U what X~ cannot reach."""
+    """||W X~ + a M - Q X~||^2 = ||(W + a B - Q) X~||^2 + a^2 ||U||^2, M = W dX, B = W D H^-1, U out of reach."""
     generator = torch.Generator().manual_seed(1)
     inputs, other = (torch.randn(12, 90, generator=generator).double() for _ in range(2))
     weight = torch.randn(5, 12, generator=generator).double()

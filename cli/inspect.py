@@ -32,14 +32,15 @@ def _largest(value: float | None) -> float:
 @click.command()
 @click.argument("out")
 @click.option("--sort", type=click.Choice(list(SORTS)), default="order", show_default=True, help="Order of the layers.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the first N layers of that order.")
 @click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md).")
-def command(out: str, sort: str, as_json: bool) -> None:
+def command(out: str, sort: str, top: int | None, as_json: bool) -> None:
     """Show what is in OUT, a folder that ptq quantize wrote: scheme, bytes, bits per weight, loss, alpha, seconds.
 
     \b
     Examples:
       ptq inspect OUT
-      ptq inspect OUT --sort loss
+      ptq inspect OUT --sort loss --top 10
       ptq inspect OUT --json
     """
     from cli.progress import console
@@ -47,7 +48,7 @@ def command(out: str, sort: str, as_json: bool) -> None:
     from ptq.report import Report
 
     report = Report.load(out)
-    layers = tuple(sorted(report.layers, key=SORTS[sort]))
+    layers = tuple(sorted(report.layers, key=SORTS[sort]))[:top]
     if as_json:
         click.echo(dataclasses.replace(report, layers=layers).to_json(), nl=False)
         return

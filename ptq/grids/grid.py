@@ -41,6 +41,18 @@ class Grid:
         levels = self.levels.to(x)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
+    def snap(self, x: Tensor) -> Tensor:
+        """The level nearest to ``x``, float32: `nearest` and `values` in one step, for loops that need no codes."""
+        if self.uniform:
+            return x.round().clamp_(0, len(self.levels) - 1)
+        return self.values(self.nearest(x))
+
+    def codes_of(self, levels: Tensor) -> Tensor:
+        """Codes, uint8, of numbers that are levels (as `snap` gives them)."""
+        if self.uniform:
+            return levels.to(torch.uint8)
+        return torch.searchsorted(self.levels.to(levels), levels.contiguous()).to(torch.uint8)
+
     def nearest_several(self, x: Tensor, count: int) -> Tensor:
         """The ``count`` nearest codes of every entry of ``x``, uint8 ``[*x.shape, count]``, ascending.
 

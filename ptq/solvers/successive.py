@@ -91,16 +91,15 @@ def _round_block(
 ) -> None:
     """The columns of one block, in place: ``codes`` and ``errors`` are filled, ``columns`` ends as w unrounded."""
     scale, zero = (part.T.contiguous() for part in grid.columns(start, start + len(columns)))
-    table = grid.grid
-    for j in range(len(columns)):
-        code = table.nearest(torch.addcdiv(zero[j], columns[j], scale[j]))
-        codes[j] = code
-        torch.sub(wanted[j], (table.values(code) - zero[j]) * scale[j], out=errors[j])
+    levels, offset = torch.empty_like(columns), zero * scale
+    for j in range(len(columns)):  # five operations a column: on a GPU their launches are what this loop costs
+        levels[j] = level = grid.grid.snap(torch.addcdiv(zero[j], columns[j], scale[j]))
+        torch.addcmul(wanted[j] + offset[j], level, scale[j], value=-1.0, out=errors[j])
         if drift is not None:
-            step = torch.outer(drift[j, j + 1 :], columns[j])
-            wanted[j + 1 :] += step
-            columns[j + 1 :] += step
+            wanted[j + 1 :].addr_(drift[j, j + 1 :], columns[j])
+            columns[j + 1 :].addr_(drift[j, j + 1 :], columns[j])
         columns[j + 1 :].addr_(feed[j, j + 1 :], errors[j])
+    codes.copy_(grid.grid.codes_of(levels))
 
 
 def _restore(codes: Tensor, order: Tensor) -> Tensor:

@@ -52,6 +52,12 @@ def test_sorting(
     assert names == [small_report.layers[i].name for i in order]
 
 
+def test_top_keeps_the_first_of_the_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(folder), "--sort", "loss", "--top", "1", "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert layer["name"] == "model.layers.1.self_attn.q_proj"
+
+
 @pytest.mark.parametrize("sort", SORTS)
 def test_every_sort_works_on_missing_figures(sort: str, folder: Path) -> None:
     assert main(["inspect", str(folder), "--sort", sort]) == 0

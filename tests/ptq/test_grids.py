@@ -134,3 +134,12 @@ def test_stored_scales_are_what_the_dtype_holds() -> None:
 def test_a_scheme_refuses_nonsense(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Scheme(**wrong)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_snapping_is_nearest_and_its_codes_come_back(seed: int, codebook: bool) -> None:
+    grid = Grid(E2M1) if codebook else uniform_grid(4)
+    x = 9 * random(64, seed=seed)
+    assert torch.equal(grid.snap(x), grid.values(grid.nearest(x)))
+    assert torch.equal(grid.codes_of(grid.snap(x)), grid.nearest(x))

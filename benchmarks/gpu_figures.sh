@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Every figure of docs/results that needs a GPU, in one run: GPU tests, seconds of coreq, the quality tables.
+#
+#   benchmarks/gpu_figures.sh MODEL TEXTS RESULTS
+#
+# MODEL    a folder with SmolLM2-135M-Instruct in bfloat16 (or any other model)
+# TEXTS    a folder with c4.txt (calibration: first 80 %, held out: the rest) and wikitext2-raw-test.txt
+# RESULTS  receives records/*.json, table.md, variants.md, seconds.json, tests.txt, machine.txt
+#
+# It may be interrupted and started again: finished runs are not repeated. PYTHON names the interpreter.
+set -euo pipefail
+[ $# -eq 3 ] || { sed -n '2,11p' "$0" | cut -c3-; exit 2; }
+model=$1 texts=$2 results=$3 python=${PYTHON:-python}
+cd "$(dirname "$0")/.."
+mkdir -p "$results"
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"'
+{ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv; "$python" -m pip freeze; } > "$results/machine.txt"
+common=("$model" --calib "$texts/c4.txt@0:0.8" --wiki "$texts/wikitext2-raw-test.txt" --held-out "$texts/c4.txt@0.8:1"
+        --device cuda --records "$results/records")
+
+"$python" -m pytest -q -rs tests/ptq/test_cuda.py tests/ptq/test_quant_linear.py tests/ptq/test_packing.py \
+    tests/ptq/test_integration.py 2>&1 | tee "$results/tests.txt"
+
+# Seconds: a warm-up in the same process, then with and without the scale search.
+"$python" benchmarks/seconds.py "$model" --calib "$texts/c4.txt@0:0.8" --device cuda > "$results/seconds.json"
+
+# The table of the main job: six methods, four schemes, three seeds, 128 x 2048 tokens, whole test text.
+"$python" benchmarks/quality.py "${common[@]}"
+"$python" benchmarks/quality.py --table "$results/records" > "$results/table.md"
+
+# Symmetric grids, and every variant of coreq at W3 g64.
+"$python" benchmarks/quality.py "${common[@]}" --schemes "W4 g64 sym" "W3 g64 sym" "W3 channel sym" \
+    --methods rtn gptq coreq
+"$python" benchmarks/quality.py "${common[@]}" --schemes "W3 g64 asym" --methods "coreq cd 2" "coreq row" "coreq js" \
+    "coreq cv" "coreq .25" "coreq .5" "coreq 1" "coreq min-max" "coreq hessian scales" "coreq min-pivot"
+"$python" benchmarks/quality.py --table "$results/records" > "$results/variants.md"

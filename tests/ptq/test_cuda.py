@@ -1,0 +1,49 @@
+"""The same work on a GPU. Skipped where there is none; the results pages say where it was run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+import ptq
+from calib.precision import product_t
+from calib.text import Calibration
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+TOKENS = torch.randint(2, 400, (6, 32), generator=torch.Generator().manual_seed(1))
+OPTIONS: dict[str, Any] = {"calibration": Calibration(TOKENS, "test", 1, "none"), "group_size": 16, "bits": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_on_the_gpu(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, torch.bfloat16)
+    ptq.quantize(model, out=tmp_path / "out", device="cuda", **OPTIONS)
+    packed = ptq.load(tmp_path / "out", device_map="cuda")
+    with torch.no_grad():
+        assert bool(torch.isfinite(packed(input_ids=TOKENS.cuda()).logits).all())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "coreq"])
+def test_both_devices_give_almost_the_same_codes(method: str, tmp_path: Path) -> None:
+    models = {}
+    for device in ("cpu", "cuda"):
+        ptq.quantize(
+            tiny_model("llama"), out=tmp_path / device, device=device, method=method, compute_dtype="float32", **OPTIONS
+        )
+        models[device] = ptq.load(tmp_path / device)
+    pairs = zip(models["cpu"].modules(), models["cuda"].modules(), strict=True)
+    same = [(a.quantized().codes == b.quantized().codes).float().mean() for a, b in pairs if hasattr(a, "quantized")]
+    assert len(same) == 14
+    assert float(torch.stack(same).mean()) > 0.97  # ties and the order of summation
+
+
+def test_half_precision_products_are_exact_on_the_gpu() -> None:
+    a, b = (torch.randn(5000, 64).bfloat16() for _ in range(2))
+    torch.testing.assert_close(
+        product_t(a.cuda(), b.cuda()).cpu().double(), a.double().T @ b.double(), rtol=1e-4, atol=1e-3
+    )

@@ -11,6 +11,8 @@ given back.
             group.replace(name, weight)
         visit.raw_tensors(...)               # what passes through
 
+A part of the block that is finished (attention, once q, k, v and o are replaced) is not computed again for later
+groups.
 The inputs of the full-precision stream are captured in its one pass when they fit into a quarter of the free memory and
 are computed again group by group when they do not. The walk knows no method and no format. Run it inside
 `calib.precision.strict_float32`.
@@ -196,6 +198,8 @@ class BlockVisit:
         self._replaced: dict[str, Tensor] = {}
         self._captured: dict[InputGroup, list[Tensor]] = {}
         self._full_next: list[Tensor] | None = None
+        self._waiting: dict[str, set[str]] = {}  # parts of the block, with their linears that are still to be replaced
+        self._outputs: dict[str, dict[int, Any]] = {}  # of parts that are done, by batch
 
     def groups(self, needs: frozenset[Stat], only: frozenset[str]) -> Iterator[GroupVisit]:
         """Input groups in the order of execution.
@@ -213,9 +217,17 @@ class BlockVisit:
             wanted = [group for group in groups if only.intersection(group.linears)]
             if self.walk.two_streams:
                 self._pass_full(wanted if needs & TWO_STREAMS else [])
+        self._watch_parts(frozenset(name for group in wanted for name in group.linears if name in only))
         for group in wanted:
             yield GroupVisit(self, group, tuple(name for name in group.linears if name in only), needs)
             self._captured.pop(group, None)
+
+    def _watch_parts(self, linears: frozenset[str]) -> None:
+        """Note which children of the block wait for which linears, where there is room to keep their outputs."""
+        if not self.walk.has_room(self.walk.hidden(0, full=False).shape[-1]):
+            return
+        for name in linears:
+            self._waiting.setdefault(name.partition(".")[0], set()).add(name)
 
     def _pass_full(self, groups: list[InputGroup]) -> None:
         """The full-precision stream's one pass through the block; captures group inputs where there is room."""
@@ -243,10 +255,39 @@ class BlockVisit:
         """From now on the quantized stream runs with ``weight`` ``[out, in]`` in this linear."""
         self._replaced[name] = weight.to(self._full[name])
         set_linear_weight(self.linears[name], self._replaced[name])
+        part = name.partition(".")[0]
+        self._waiting.get(part, set()).discard(name)
+        if part in self._waiting and not self._waiting[part]:
+            del self._waiting[part]
+            self._outputs[part] = {}
 
     def inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
         """The group's input in the quantized stream for one batch, ``[sequences, tokens, n]``."""
-        return _run_to(self.block, group, call, self.walk.hidden(batch, full=False))
+        with self._done_parts(batch):
+            return _run_to(self.block, group, call, self.walk.hidden(batch, full=False))
+
+    @contextlib.contextmanager
+    def _done_parts(self, batch: int, *, last: bool = False) -> Iterator[None]:
+        """Parts of the block whose linears are all replaced (attention, once q, k, v and o are) run once more and
+        then give the output they gave: nothing that they depend on will change."""
+        parts = [(self.block.get_submodule(name), outputs) for name, outputs in self._outputs.items()]
+        handles = []
+        for part, outputs in parts:
+            if batch in outputs:
+                part.forward = lambda *_, done=outputs[batch], **__: done
+            elif not last:
+
+                def keep(_: nn.Module, __: Any, output: Any, outputs: dict[int, Any] = outputs) -> None:
+                    outputs[batch] = output
+
+                handles.append(part.register_forward_hook(keep))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part, _ in parts:
+                part.__dict__.pop("forward", None)
 
     def full_inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
         """The group's input in the full-precision stream for one batch, captured or computed again."""
@@ -269,7 +310,8 @@ class BlockVisit:
         outputs = []
         with self.walk.timing.part("passes", self.walk.device):
             for number, call in self.walk.batches(self.index):
-                output = call(self.block, self.walk.hidden(number, full=False))
+                with self._done_parts(number, last=True):
+                    output = call(self.block, self.walk.hidden(number, full=False))
                 _check_finite(output, self.name)
                 outputs.append(output)
         self.walk.move(self._full_next, outputs)

@@ -13,7 +13,7 @@ from torch import Tensor
 import calib.walk as walk_module
 from calib.checkpoint_reader import ModelSource, open_model
 from calib.errors import NumericalError
-from calib.model_map import find_blocks, find_linears
+from calib.model_map import find_blocks, find_linears, linear_weight
 from calib.stats import Stat
 from calib.walk import Walk, pass_dtype
 
@@ -84,14 +84,15 @@ def test_llama_groups_are_qkv_o_gate_up_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2", "falcon", "opt"])
 def test_the_quantized_stream_sees_what_was_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capture: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, capture: bool
 ) -> None:
     """H and D of every group equal those of two whole models, one of them changed linear by linear."""
     if not capture:  # no room: full-precision inputs are computed again, group by group
         monkeypatch.setattr(walk_module, "_CAPTURE_SHARE", 0.0)
-    full, source = saved("llama", tmp_path)
-    changed = tiny_model("llama")
+    full, source = saved(family, tmp_path)
+    changed = tiny_model(family)
     for visit in make_walk(source):
         for group in visit.groups(TWO, frozenset(visit.linears)):
             stats = group.statistics()
@@ -107,7 +108,7 @@ def test_the_quantized_stream_sees_what_was_replaced(
                 torch.testing.assert_close(stats.of(name).energy, energy, rtol=1e-3, atol=1e-3)
                 rounded = weight.mul(4).round().div(4)
                 group.replace(name, rounded)
-                changed.get_submodule(group.full_name(name)).weight.data.copy_(rounded)
+                linear_weight(changed.get_submodule(group.full_name(name))).data.copy_(rounded)
 
 
 def test_weights_are_given_back_and_the_model_in_memory_stays_as_it_was(tmp_path: Path) -> None:

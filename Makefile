@@ -5,7 +5,7 @@
 #   make check   the same as test
 #   make fix     format and apply the safe lint fixes
 #   make docs    only the documentation: snippets run, links resolve
-#   make bench   the recorded figures (benchmarks/, slow)
+#   make bench   the recorded figures (benchmarks/quality.py, slow): make bench MODEL=folder [BENCH='options']
 
 SHELL   := /bin/bash
 VENV    := .venv
@@ -45,7 +45,8 @@ docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/quality.py
+	@test -n "$(MODEL)" || { echo "usage: make bench MODEL=folder [BENCH='--seeds 0 --max-tokens 65536 ...']" >&2; exit 2; }
+	$(BIN)/python benchmarks/quality.py '$(MODEL)' $(BENCH)
 
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or say make PYTHON=/path/to/python" >&2; exit 1; }

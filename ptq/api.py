@@ -126,7 +126,7 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
 
 def default_output(model: str | os.PathLike[str] | nn.Module, recipe: Recipe) -> Path:
     """Where the result goes when nothing is said: ``<model>-<method>-w<bits>[a]g<group>`` in the current folder."""
-    name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).name.removesuffix(".gguf")
+    name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).resolve().name.removesuffix(".gguf")
     scheme = recipe.scheme
     group = "pc" if scheme.group_size is None else f"g{scheme.group_size}"
     return Path(f"{name}-{recipe.method}-w{scheme.bits}{'' if scheme.symmetric else 'a'}{group}")

@@ -33,10 +33,10 @@ from calib.block_calls import BlockCall, capture_calls
 from calib.checkpoint_reader import ModelSource
 from calib.errors import NumericalError
 from calib.model_map import InputGroup, find_blocks, find_linears, linear_weight, set_linear_weight, trace_groups
-from calib.precision import has_fast_bfloat16
+from calib.passes import check_finite, place, recording, run_to
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
 
-__all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "pass_dtype", "place"]
+__all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk"]
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _CAPTURE_SHARE = 0.25
@@ -52,18 +52,6 @@ class Timing(dict[str, float]):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self[name] = self.get(name, 0.0) + time.perf_counter() - start
-
-
-def pass_dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype of the passes through blocks: what was asked, or for ``auto`` bfloat16 where the checkpoint is in half
-    precision and the device multiplies bfloat16 natively, else float32 (float16 stays float16 on a GPU)."""
-    if asked != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
-    if stored == torch.float16 and device.type == "cuda":
-        return torch.float16
-    if stored == torch.bfloat16 and has_fast_bfloat16(device):
-        return torch.bfloat16
-    return torch.float32
 
 
 class Walk:
@@ -237,7 +225,7 @@ class BlockVisit:
         outputs = []
         for number, call in self.walk.batches(self.index):
             hidden = self.walk.hidden(number, full=True)
-            with _recording(self.block, self._captured, hidden):
+            with recording(self.block, self._captured, hidden):
                 outputs.append(call(self.block, hidden))
         self._full_next = outputs
 
@@ -264,7 +252,7 @@ class BlockVisit:
     def inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
         """The group's input in the quantized stream for one batch, ``[sequences, tokens, n]``."""
         with self._done_parts(batch):
-            return _run_to(self.block, group, call, self.walk.hidden(batch, full=False))
+            return run_to(self.block, group, call, self.walk.hidden(batch, full=False))
 
     @contextlib.contextmanager
     def _done_parts(self, batch: int, *, last: bool = False) -> Iterator[None]:
@@ -295,7 +283,7 @@ class BlockVisit:
             return self._captured[group][batch]
         self._set_weights(self._full)
         try:
-            return _run_to(self.block, group, call, self.walk.hidden(batch, full=True))
+            return run_to(self.block, group, call, self.walk.hidden(batch, full=True))
         finally:
             self._set_weights(self._replaced)
 
@@ -312,7 +300,7 @@ class BlockVisit:
             for number, call in self.walk.batches(self.index):
                 with self._done_parts(number, last=True):
                     output = call(self.block, self.walk.hidden(number, full=False))
-                _check_finite(output, self.name)
+                check_finite(output, self.name)
                 outputs.append(output)
         self.walk.move(self._full_next, outputs)
 
@@ -367,72 +355,3 @@ class GroupVisit:
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on the quantized model has ``weight`` ``[out, in]`` in this linear."""
         self.block.replace(name, weight)
-
-
-class _Reached(Exception):
-    """The input that was asked for is there."""
-
-
-def _run_to(block: nn.Module, group: InputGroup, call: BlockCall, hidden: Tensor) -> Tensor:
-    """The group's input: the pass through the block stops there (or collects, if the group is called several times)."""
-    found: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(_three_dims(args[0], hidden))
-        if group.calls == 1:
-            raise _Reached
-
-    handle = block.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
-    with contextlib.suppress(_Reached):
-        try:
-            call(block, hidden)
-        finally:
-            handle.remove()
-    return found[0] if len(found) == 1 else torch.cat([part.reshape(1, -1, part.shape[-1]) for part in found], dim=1)
-
-
-def _three_dims(inputs: Tensor, hidden: Tensor) -> Tensor:
-    """``[sequences, tokens, n]``, also where a block flattens its tokens or routes only some of them here."""
-    if inputs.ndim == 3:
-        return inputs
-    if inputs[..., 0].numel() == hidden[..., 0].numel():
-        return inputs.reshape(*hidden.shape[:2], -1)
-    return inputs.reshape(1, -1, inputs.shape[-1])
-
-
-@contextlib.contextmanager
-def _recording(block: nn.Module, captured: dict[InputGroup, list[Tensor]], hidden: Tensor) -> Iterator[None]:
-    """Append every group's input in the pass made inside the context."""
-    handles = []
-    for group, store in captured.items():
-
-        def note(_: nn.Module, args: tuple[Tensor, ...], store: list[Tensor] = store) -> None:
-            store.append(_three_dims(args[0].detach(), hidden))
-
-        handles.append(block.get_submodule(group.linears[0]).register_forward_pre_hook(note))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Parameters to ``dtype`` and ``device``; buffers keep their dtype (rotary frequencies must stay float32)."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
-                wanted = dtype if parameter.is_floating_point() else parameter.dtype
-                part._parameters[name] = nn.Parameter(parameter.detach().to(device, wanted), requires_grad=False)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(device)
-
-
-def _check_finite(hidden: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(hidden.sum(dtype=torch.float32))):
-        bad = (~torch.isfinite(hidden)).float().mean().item()
-        raise NumericalError(
-            f"the outputs of {name} hold NaN or Inf ({bad:.2%} of the entries). Try --dtype float32; if that does not "
-            f"help the checkpoint is damaged."
-        )

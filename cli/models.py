@@ -15,11 +15,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from calib.errors import ModelError, UsageError, unknown_name
+from calib.errors import ModelError, unknown_name
 from calib.safe_files import checkpoint_files, resolve_model
+from ptq.api import resolve_device
 from ptq.loading import load
 
-__all__ = ["DTYPES", "LoadedModel", "environment", "load_model", "pick_device"]
+__all__ = ["DTYPES", "LoadedModel", "environment", "load_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -50,7 +51,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    place = pick_device(device)
+    place = resolve_device(device)
     folder, extra = _locate(source)
     extra |= {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
@@ -62,25 +63,6 @@ def load_model(
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
     return LoadedModel(model.eval(), tokenizer, source)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that ``name`` stands for.
-
-    Raises:
-        UsageError: not a device, or one that this machine lacks.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:i.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu."
-        )
-    return device
 
 
 def environment(model: Any) -> dict[str, Any]:

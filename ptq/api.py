@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from calib.checkpoint_reader import ModelSource, open_model
+from calib.passes import pass_dtype
 from calib.text import Calibration, load_calibration, sample_from_model
-from calib.walk import pass_dtype
 from ptq.errors import ModelError, UsageError, unknown_name
 from ptq.events import Event, Listener
 from ptq.formats.writer import check_output_folder

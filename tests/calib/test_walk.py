@@ -14,8 +14,9 @@ import calib.walk as walk_module
 from calib.checkpoint_reader import ModelSource, open_model
 from calib.errors import NumericalError
 from calib.model_map import find_blocks, find_linears, linear_weight
+from calib.passes import pass_dtype
 from calib.stats import Stat
-from calib.walk import Walk, pass_dtype
+from calib.walk import Walk
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 400, (5, 24), generator=torch.Generator().manual_seed(0))

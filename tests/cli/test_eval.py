@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from calib.text import tokenize, tokenizer_hash
 from cli.main import main
-from cli.models import load_model, pick_device
+from cli.models import load_model
+from ptq.api import resolve_device
 from ptq.errors import UsageError
 
 TEXT = "Once upon a time there was a quick brown fox that jumps over the lazy dog. " * 8
@@ -74,7 +75,7 @@ def test_a_slice_of_the_text(tiny_folder: Path, text_file: str, capsys: pytest.C
         (["--seqlen", "4096"], 4, "exceed the model's context of 2048"),
         (["--max-tokens", "8"], 4, "one segment needs 32"),
         (["--dtype", "float61"], 2, "unknown dtype 'float61'. Did you mean 'float16'"),
-        (["--device", "tpus"], 2, "is not a device"),
+        (["--device", "tpus"], 2, "unknown device"),
         (["--against", "no/such/model"], 3, "there is no folder no/such/model"),
         (["-o", "no/such/folder/record.json"], 6, "there is no folder"),
         (["--seqlen", "1"], 2, "x>=2"),
@@ -119,10 +120,10 @@ def test_a_pickle_is_never_opened(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_devices() -> None:
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(UsageError, match="CUDA devices; use auto or cpu"):
-        pick_device("cuda:99")
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(UsageError, match=r"no device .cuda:99."):
+        resolve_device("cuda:99")
 
 
 def test_generate_greedy_equals_transformers(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import statistics
 import sys
@@ -184,31 +185,52 @@ def brief(record: dict[str, Any]) -> str:
 
 
 def table(folder: Path) -> str:
-    """Markdown: a row a method, a block of columns a scheme; mean and, with several seeds, standard deviation."""
+    """Markdown: a block a scheme, a row a method; mean and, with several seeds, standard deviation over seeds.
+
+    The second text is scored on the segments that all records share. The last column pairs every record with coreq's on
+    the same segments and seed: difference of the mean log-likelihood with its standard error over segments.
+    """
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    shared = min(len(r["held_out_segment_nll"]) for r in records)
     lines = []
     for scheme in SCHEMES:
         rows = [r for r in records if r["cell"]["scheme"] == scheme]
         if not rows:
             continue
+        reference = {r["cell"]["seed"]: r for r in rows if r["cell"]["method"] == "coreq"}
         lines += [
             f"\n**{scheme}**, {rows[0]['bits_per_weight']:.3f} bits a weight\n",
-            "| method | WikiText-2 perplexity | held-out C4 perplexity | KL to the full model | top-1 | s | seeds |",
-            "|---|---|---|---|---|---|---|",
+            "| method | WikiText-2 | held-out C4 | KL to the full model | top-1 | s | seeds | ln ratio to coreq |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for method in METHODS:
             same = [r for r in rows if r["cell"]["method"] == method]
             if same:
                 columns = [
                     spread([r["wiki"] for r in same], 2),
-                    spread([r["held_out"] for r in same], 2),
+                    spread([math.exp(statistics.fmean(r["held_out_segment_nll"][:shared])) for r in same], 2),
                     spread([r["divergence"]["kl_mean"] for r in same], 4),
                     spread([r["divergence"]["top1_agreement"] for r in same], 3),
                     spread([r["seconds"] for r in same], 0),
                     str(len(same)),
+                    paired(same, reference),
                 ]
                 lines.append(f"| {method} | {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def paired(records: list[dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
+    """Mean over the seeds of the paired difference to coreq, and the mean of its standard errors."""
+    means, errors = [], []
+    for record in records:
+        other = reference.get(record["cell"]["seed"])
+        if other is None or other is record:
+            continue
+        pairs = zip(record["wiki_segment_nll"], other["wiki_segment_nll"], strict=True)
+        differences = [mine - its for mine, its in pairs]
+        means.append(statistics.fmean(differences))
+        errors.append(statistics.stdev(differences) / math.sqrt(len(differences)))
+    return f"{statistics.fmean(means):+.4f} (SE {statistics.fmean(errors):.4f})" if means else ""
 
 
 def spread(values: list[float], digits: int) -> str:

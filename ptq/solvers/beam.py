@@ -16,6 +16,7 @@ from torch import Tensor
 from ptq.grids import BoundGrid
 from ptq.solvers.cholesky import Factor
 from ptq.solvers.successive import quadratic, successive_rounding
+from ptq.solvers.threads import one_thread
 
 __all__ = ["beam_search"]
 
@@ -61,7 +62,8 @@ def _search_rows(target: Tensor, grid: BoundGrid, factor: Factor, width: int) ->
         stop = min(start + _BLOCK, columns)
         base = wanted[:, start:stop].repeat_interleave(width, 0)
         state = _Block(base, torch.addmm(base, errors[:, :start], feed[:start, start:stop]), codes, errors)
-        cost = _advance(state, grid, start, feed[start:stop, start:stop], pivots[start:stop], cost)
+        with one_thread(state.columns):
+            cost = _advance(state, grid, start, feed[start:stop, start:stop], pivots[start:stop], cost)
         codes, errors = state.finish(start, stop)
     best = cost.argmin(1) + torch.arange(rows, device=cost.device) * width
     return factor.restore(codes[best])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ptq.grids import BoundGrid
 from ptq.solvers.cholesky import Factor
+from ptq.solvers.threads import one_thread
 
 __all__ = ["GridFitter", "coordinate_descent", "quadratic", "successive_rounding"]
 
@@ -64,16 +65,17 @@ def successive_rounding(
         if refit is not None:
             grid = refit(start, stop, compensated.T)
         local = None if drift is None else drift[start:stop, start:stop]
-        _round_block(
-            wanted[start:stop],
-            compensated,
-            grid,
-            start,
-            feed[start:stop, start:stop],
-            local,
-            codes[start:stop],
-            errors[start:stop],
-        )
+        with one_thread(compensated):
+            _round_block(
+                wanted[start:stop],
+                compensated,
+                grid,
+                start,
+                feed[start:stop, start:stop],
+                local,
+                codes[start:stop],
+                errors[start:stop],
+            )
         if seen is not None:
             seen[start:stop] = compensated
     return _restore(codes, order), grid
@@ -136,9 +138,10 @@ def coordinate_descent(
         for start in range(0, len(wanted), block):
             stop = min(start + block, len(wanted))
             gradient = hessian[start:stop] @ difference
-            _descend_block(
-                difference[start:stop], gradient, current[start:stop], wanted[start:stop], bound, start, factor
-            )
+            with one_thread(gradient):
+                _descend_block(
+                    difference[start:stop], gradient, current[start:stop], wanted[start:stop], bound, start, factor
+                )
         if torch.equal(before, current):
             break
     return _restore(current, order)

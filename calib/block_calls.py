@@ -7,6 +7,7 @@ blocks.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from calib.errors import ModelError
 
-__all__ = ["BlockCall", "capture_calls"]
+__all__ = ["BlockCall", "capture_calls", "own_state"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,12 @@ class _Done(Exception):
 
 @dataclasses.dataclass
 class _Recorder:
-    """Stands in for the blocks during one forward of the model."""
+    """Stands in for the blocks during one forward of the model; returns the structure that a real block returns."""
 
     last: int
+    output: Any  # what the first block returned when it was run
     calls: dict[int, BlockCall] = dataclasses.field(default_factory=dict)
     hidden: Tensor | None = None
-    returns_tuple: bool = False
 
     def record(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = None if args else next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3), None)
@@ -63,7 +64,9 @@ class _Recorder:
         self.calls[index] = BlockCall(tuple(args[1:]), rest, key)
         if index == self.last:
             raise _Done
-        return (hidden,) if self.returns_tuple else hidden
+        if isinstance(self.output, tuple | list):
+            return type(self.output)([hidden, *self.output[1:]])
+        return hidden
 
 
 def capture_calls(
@@ -71,7 +74,7 @@ def capture_calls(
 ) -> tuple[list[list[BlockCall]], list[Tensor]]:
     """Capture how the model calls its blocks on every batch.
 
-    The first block must be loaded: it is run once, to see whether blocks return a tensor or a tuple.
+    The first block must be loaded: it is run once, to see what blocks return.
 
     Args:
         model: the skeleton with everything but the blocks loaded (the head may be missing).
@@ -81,21 +84,57 @@ def capture_calls(
     Returns:
         ``calls[batch][block]`` (equal tensors are shared between batches) and the hidden states that enter the first
         block, ``[sequences, tokens, width]`` a batch.
+
+    Raises:
+        ModelError: the model does not call its blocks one after the other with a hidden state, or cannot be run.
     """
     blocks = [model.get_submodule(name) for name in block_names]
-    returns_tuple: bool | None = None
-    calls, hidden = [], []
+    calls, hidden, output = [], [], None
     pool: list[Tensor] = []
     for tokens in batches:
-        if returns_tuple is None:
-            returns_tuple = _returns_tuple(model, blocks, tokens[:1])
-        recorder = _Recorder(len(blocks) - 1, returns_tuple=returns_tuple)
-        _run_recorded(model, blocks, recorder, tokens)
+        try:
+            output = _probe(model, blocks, tokens[:1]) if output is None else output
+            recorder = _Recorder(len(blocks) - 1, output)
+            _run_recorded(model, blocks, recorder, tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be walked block by block: {type(error).__name__}: {error}"
+            ) from error
         if recorder.hidden is None or len(recorder.calls) != len(blocks):
             raise ModelError(f"{type(model).__name__} did not call all of its {len(blocks)} blocks.")
         calls.append([_shared(recorder.calls[i], pool) for i in range(len(blocks))])
         hidden.append(recorder.hidden)
     return calls, hidden
+
+
+def own_state(calls: list[BlockCall]) -> list[BlockCall]:
+    """The calls of one batch with copies of everything that blocks can write to.
+
+    Some models hand a table from block to block (Gemma 3n: keys and values that later blocks share). Each stream needs
+    a table of its own, the same for all blocks.
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor | str | int | float | bool | None):
+            return value
+        if isinstance(value, tuple):
+            return tuple(copied(part) for part in value)
+        if id(value) not in copies:
+            copies[id(value)] = copy.deepcopy(value)
+        return copies[id(value)]
+
+    return [BlockCall(copied(c.args), {k: copied(v) for k, v in c.kwargs.items()}, c.hidden_key) for c in calls]
 
 
 def _run_recorded(model: nn.Module, blocks: list[nn.Module], recorder: _Recorder, tokens: Tensor) -> None:
@@ -113,12 +152,12 @@ def _run_recorded(model: nn.Module, blocks: list[nn.Module], recorder: _Recorder
             del block.forward
 
 
-def _returns_tuple(model: nn.Module, blocks: list[nn.Module], tokens: Tensor) -> bool:
-    """Whether blocks return a tuple; runs the first block for real on one sequence."""
+def _probe(model: nn.Module, blocks: list[nn.Module], tokens: Tensor) -> Any:
+    """What a block returns; runs the first one for real on one sequence."""
     found: list[Any] = []
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(isinstance(output, tuple))
+        found.append(output)
         raise _Done
 
     handle = blocks[0].register_forward_hook(hook)
@@ -130,7 +169,7 @@ def _returns_tuple(model: nn.Module, blocks: list[nn.Module], tokens: Tensor) ->
         handle.remove()
     if not found:
         raise ModelError(f"{type(model).__name__} did not call its first block.")
-    return bool(found[0])
+    return found[0]
 
 
 def _shared(call: BlockCall, pool: list[Tensor]) -> BlockCall:
@@ -154,5 +193,5 @@ def _shared(call: BlockCall, pool: list[Tensor]) -> BlockCall:
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden state in what a block returns."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    tensor: Tensor = output[0] if isinstance(output, tuple | list) else output
     return tensor

@@ -65,8 +65,8 @@ class ModelSource(Protocol):
         """Give the memory of these parameters back."""
         ...
 
-    def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that these parameters are made of, under their names in the checkpoint, unchanged."""
+    def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
+        """The tensors that these parameters are made of, unchanged: ``(name in the checkpoint, parameter, tensor)``."""
         ...
 
     def fingerprint(self) -> str:
@@ -195,14 +195,14 @@ class FolderSource:
     def release(self, names: frozenset[str]) -> None:
         release_parameters(self.skeleton, names, self.dtype)
 
-    def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+    def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
         for key, targets in self._targets.items():
             if not targets & names:
                 continue
             if not targets <= names:
                 raise ModelError(f"the tensor {key} holds linears that are quantized and some that are not.")
             with safe_open(self._where[key], framework="pt") as handle:
-                yield key, handle.get_tensor(key)
+                yield key, min(targets), handle.get_tensor(key)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -242,10 +242,10 @@ class ModuleSource:
     def release(self, names: frozenset[str]) -> None:
         release_parameters(self.skeleton, names, self.dtype)
 
-    def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+    def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in self._state().items():
             if name in names:
-                yield name, value.detach().cpu()
+                yield name, name, value.detach().cpu()
 
     def _state(self) -> Mapping[str, Tensor]:
         """The state without tensors that are another name of one before (tied weights)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,7 @@ __all__ = [
     "InputGroup",
     "find_blocks",
     "find_linears",
+    "fused_experts",
     "is_linear",
     "linear_weight",
     "set_linear_weight",
@@ -56,6 +58,15 @@ def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
     module._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
 
 
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of parameters that hold the weights of several experts in one three-dimensional tensor."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
+    ]
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the repeated decoder blocks, in order.
 
@@ -68,6 +79,11 @@ def find_blocks(model: nn.Module) -> list[str]:
     if not sizes or max(sizes) == 0:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks; ptq quantizes decoder-only models.")
     name, module = outer[sizes.index(max(sizes))]
+    owners = [id(p) for block in module for p in set(block.parameters())]
+    if len(owners) != len(set(owners)):
+        raise ModelError(
+            f"blocks of {type(model).__name__} share parameters with each other: ptq cannot walk through it."
+        )
     return [f"{name}.{index}" for index in range(len(module))]
 
 
@@ -96,6 +112,10 @@ def trace_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
     handles = [module.register_forward_pre_hook(note(name)) for name, module in find_linears(block).items()]
     try:
         run()
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"{type(block).__name__} cannot be run by itself: {type(error).__name__}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -29,7 +29,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall, capture_calls
+from calib.block_calls import BlockCall, capture_calls, own_state
 from calib.checkpoint_reader import ModelSource
 from calib.errors import NumericalError
 from calib.model_map import InputGroup, find_blocks, find_linears, linear_weight, set_linear_weight, trace_groups
@@ -40,6 +40,7 @@ __all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk"]
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _CAPTURE_SHARE = 0.25
+_PROBE_TOKENS = 16
 
 
 class Timing(dict[str, float]):
@@ -59,7 +60,8 @@ class Walk:
 
     Args:
         source: the model.
-        tokens: calibration tokens int64 ``[sequences, seqlen]``; ``None`` for methods without data: nothing is run.
+        tokens: calibration tokens int64 ``[sequences, seqlen]``; ``None`` for methods without data: a block is
+            then run on a few made-up tokens only to see which of its linears are called.
         device: where blocks are run and statistics gathered.
         dtype: dtype of the passes.
         two_streams: keep the full-precision stream beside the quantized one.
@@ -80,14 +82,14 @@ class Walk:
         self.timing = Timing() if timing is None else timing
         self.block_names = find_blocks(source.skeleton)
         self._tokens, self._two_streams = tokens, two_streams
-        self._calls: list[list[BlockCall]] = []
+        self._calls_full: list[list[BlockCall]] = []
+        self._calls_quantized: list[list[BlockCall]] = []
         self._full: list[Tensor] = []
         self._quantized: list[Tensor] = []
         self._groups: dict[object, list[InputGroup]] = {}
 
     def __iter__(self) -> Iterator[BlockVisit]:
-        if self._tokens is not None:
-            self._capture(self._tokens)
+        self._capture(self._made_up_tokens() if self._tokens is None else self._tokens)
         for index, name in enumerate(self.block_names):
             names = self.tensors_of_block(name)
             with self.timing.part("read", self.device):
@@ -110,6 +112,11 @@ class Walk:
         blocks = tuple(f"{name}." for name in self.block_names)
         return frozenset(tensor for tensor in self.source.tensor_names() if not tensor.startswith(blocks))
 
+    def _made_up_tokens(self) -> Tensor:
+        embedding: Any = self.source.skeleton.get_input_embeddings()
+        vocabulary = int(embedding.weight.shape[0])
+        return (torch.arange(_PROBE_TOKENS) % vocabulary)[None]
+
     def _capture(self, tokens: Tensor) -> None:
         """Embed the tokens and capture how the model calls its blocks."""
         model = self.source.skeleton
@@ -120,7 +127,9 @@ class Walk:
             place(model, self.device, self.dtype)
         with self.timing.part("passes", self.device):
             batches = (tokens[i : i + batch].to(self.device) for i in range(0, len(tokens), batch))
-            self._calls, self._full = capture_calls(model, self.block_names, batches)
+            calls, self._full = capture_calls(model, self.block_names, batches)
+            self._calls_full = [own_state(c) for c in calls] if self._two_streams else []
+            self._calls_quantized = [own_state(c) for c in calls]
         self._quantized = list(self._full)
         self.source.release(needed)
 
@@ -135,10 +144,15 @@ class Walk:
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
-    def batches(self, index: int) -> Iterator[tuple[int, BlockCall]]:
-        """Batch numbers with the call of block ``index``."""
-        for number, calls in enumerate(self._calls):
-            yield number, calls[index]
+    @property
+    def batches(self) -> range:
+        """Numbers of the batches."""
+        return range(len(self._full))
+
+    def call(self, batch: int, block: int, *, full: bool) -> BlockCall:
+        """How the model calls a block, with the state of that stream."""
+        calls = self._calls_full if full and self._two_streams else self._calls_quantized
+        return calls[batch][block]
 
     def hidden(self, batch: int, *, full: bool) -> Tensor:
         """What enters the current block, ``[sequences, tokens, width]``."""
@@ -156,8 +170,7 @@ class Walk:
         """Input groups of a block; blocks of one class with the same linears are traced once."""
         key = (type(visit.block), tuple(visit.linears))
         if key not in self._groups:
-            number, call = next(self.batches(visit.index))
-            hidden = self.hidden(number, full=True)
+            call, hidden = self.call(0, visit.index, full=True), self.hidden(0, full=True)
             self._groups[key] = trace_groups(visit.block, lambda: call(visit.block, hidden))
         return self._groups[key]
 
@@ -196,14 +209,10 @@ class BlockVisit:
             needs: the statistics that will be asked for.
             only: linears that will be quantized; groups without any are skipped.
         """
-        if not self.walk.has_tokens:
-            for name in sorted(only, key=list(self.linears).index):
-                yield GroupVisit(self, InputGroup((name,)), (name,), needs)
-            return
         with self.walk.timing.part("passes", self.walk.device):
             groups = self.walk.groups_of(self)
             wanted = [group for group in groups if only.intersection(group.linears)]
-            if self.walk.two_streams:
+            if self.walk.has_tokens and self.walk.two_streams:
                 self._pass_full(wanted if needs & TWO_STREAMS else [])
         self._watch_parts(frozenset(name for group in wanted for name in group.linears if name in only))
         for group in wanted:
@@ -212,7 +221,7 @@ class BlockVisit:
 
     def _watch_parts(self, linears: frozenset[str]) -> None:
         """Note which children of the block wait for which linears, where there is room to keep their outputs."""
-        if not self.walk.has_room(self.walk.hidden(0, full=False).shape[-1]):
+        if not self.walk.has_tokens or not self.walk.has_room(self.walk.hidden(0, full=False).shape[-1]):
             return
         for name in linears:
             self._waiting.setdefault(name.partition(".")[0], set()).add(name)
@@ -223,8 +232,8 @@ class BlockVisit:
         if self.walk.has_room(features):
             self._captured = {group: [] for group in groups if group.calls == 1}
         outputs = []
-        for number, call in self.walk.batches(self.index):
-            hidden = self.walk.hidden(number, full=True)
+        for batch in self.walk.batches:
+            call, hidden = self.walk.call(batch, self.index, full=True), self.walk.hidden(batch, full=True)
             with recording(self.block, self._captured, hidden):
                 outputs.append(call(self.block, hidden))
         self._full_next = outputs
@@ -249,8 +258,9 @@ class BlockVisit:
             del self._waiting[part]
             self._outputs[part] = {}
 
-    def inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
+    def inputs(self, group: InputGroup, batch: int) -> Tensor:
         """The group's input in the quantized stream for one batch, ``[sequences, tokens, n]``."""
+        call = self.walk.call(batch, self.index, full=False)
         with self._done_parts(batch):
             return run_to(self.block, group, call, self.walk.hidden(batch, full=False))
 
@@ -277,10 +287,11 @@ class BlockVisit:
             for part, _ in parts:
                 part.__dict__.pop("forward", None)
 
-    def full_inputs(self, group: InputGroup, batch: int, call: BlockCall) -> Tensor:
+    def full_inputs(self, group: InputGroup, batch: int) -> Tensor:
         """The group's input in the full-precision stream for one batch, captured or computed again."""
         if group in self._captured:
             return self._captured[group][batch]
+        call = self.walk.call(batch, self.index, full=True)
         self._set_weights(self._full)
         try:
             return run_to(self.block, group, call, self.walk.hidden(batch, full=True))
@@ -297,9 +308,10 @@ class BlockVisit:
             return
         outputs = []
         with self.walk.timing.part("passes", self.walk.device):
-            for number, call in self.walk.batches(self.index):
-                with self._done_parts(number, last=True):
-                    output = call(self.block, self.walk.hidden(number, full=False))
+            for batch in self.walk.batches:
+                call = self.walk.call(batch, self.index, full=False)
+                with self._done_parts(batch, last=True):
+                    output = call(self.block, self.walk.hidden(batch, full=False))
                 check_finite(output, self.name)
                 outputs.append(output)
         self.walk.move(self._full_next, outputs)
@@ -343,10 +355,10 @@ class GroupVisit:
         weights = {name: self.block.full(name) for name in self.names}
         accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
         two = bool(self._needs & TWO_STREAMS)
-        for number, call in walk.batches(self.block.index):
+        for batch in walk.batches:
             with walk.timing.part("passes", walk.device):
-                own = self.block.inputs(self.group, number, call)
-                full = self.block.full_inputs(self.group, number, call) if two else None
+                own = self.block.inputs(self.group, batch)
+                full = self.block.full_inputs(self.group, batch) if two else None
             with walk.timing.part("statistics", walk.device):
                 accumulator.add(own, full)
         with walk.timing.part("statistics", walk.device):

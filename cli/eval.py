@@ -81,9 +81,12 @@ def _evaluate(
     import evals
     from calib.text import tokenizer_hash
     from cli.bar import counter_bar
-    from cli.models import environment, load_model
+    from cli.models import environment, load_model, locate
 
-    words = evals.load_text(text)  # first: a wrong name must not cost the loading of a model
+    for source in (model, against):
+        if source is not None:
+            locate(source)
+    words = evals.load_text(text)  # before the models: a wrong name must not cost loading them
     subject = load_model(model, **loading)
     base = None if against is None else load_model(against, **loading)
     started = time.monotonic()

@@ -23,7 +23,7 @@ __all__ = ["command"]
 @click.argument("prompt")
 @click.option("--max-new-tokens", default=64, type=click.IntRange(min=1), metavar="N", help="Tokens to add at most.")
 @click.option("--temperature", default=0.7, type=click.FloatRange(min=0), help="0 takes the most probable token.")
-@click.option("--seed", default=0, type=int, help="Seed of the draws.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of the draws.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with the model.")
@@ -58,6 +58,8 @@ def command(
     text = _decode(loaded.tokenizer, prompt_ids, new)
     if not as_json:
         click.echo(prompt + text)
+        if len(new) < max_new_tokens:
+            click.echo("(the model ended the text here)", err=True)
         click.echo(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} a second)", err=True)
         return
     record = {"model": model, "prompt": prompt, "text": text, "prompt_tokens": len(prompt_ids), "tokens": new}

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from calib.errors import ModelError, unknown_name
+from calib.precision import has_fast_bfloat16
 from calib.safe_files import checkpoint_files, resolve_model
 from ptq.api import resolve_device
 from ptq.loading import load
 
-__all__ = ["DTYPES", "LoadedModel", "environment", "load_model"]
+__all__ = ["DTYPES", "LoadedModel", "environment", "load_model", "locate"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -41,7 +42,8 @@ def load_model(
     Args:
         source: a folder of ``ptq quantize`` or of transformers, a ``.gguf`` file (dequantized on loading), a hub id.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
-        dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's.
+        dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's, or
+            float32 where the device has no native bfloat16.
         trust_remote_code: allow model code that comes with the model.
 
     Raises:
@@ -52,7 +54,9 @@ def load_model(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     place = resolve_device(device)
-    folder, extra = _locate(source)
+    if dtype == "auto" and not has_fast_bfloat16(place):
+        dtype = "float32"  # half precision is emulated here, slower than float32
+    folder, extra = locate(source)
     extra |= {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
     read = AutoModelForCausalLM.from_pretrained if "gguf_file" in extra else load
@@ -61,6 +65,8 @@ def load_model(
             model: Any = read(folder, **placed, **extra)
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
         except (OSError, ValueError, ImportError) as error:
+            if "Unrecognized configuration class" in str(error):
+                raise ModelError(f"{source} is not a causal language model: ptq evaluates and runs those.") from error
             raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
     return LoadedModel(model.eval(), tokenizer, source)
 
@@ -78,7 +84,7 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def _locate(source: str) -> tuple[Path, dict[str, Any]]:
+def locate(source: str) -> tuple[Path, dict[str, Any]]:
     """The folder of the weights, checked to hold no pickles only, and what from_pretrained must be told besides."""
     path = Path(source)
     if path.suffix != ".gguf":

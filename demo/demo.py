@@ -91,7 +91,7 @@ def comparison(record: dict[str, Any], report: dict[str, Any]) -> str:
     bits = report["totals"]["bits_per_weight"]
     rows = [
         ("", "before", "after"),
-        ("bits per weight (quantized linears)", "source", f"{bits:.3f}"),
+        ("bits per weight (quantized linears)", "16", f"{bits:.3f}"),
         ("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"),
         ("bits per byte", f"{before['bits_per_byte']:.3f}", f"{after['bits_per_byte']:.3f}"),
         ("KL to the model before, nats a token", "0", f"{divergence['kl_mean']:.3f}"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint_reader import ModelSource
-from calib.model_map import is_linear
+from calib.model_map import fused_experts, is_linear
 from calib.precision import strict_float32
 from calib.stats import TWO_STREAMS, GroupStatistics
 from calib.text import Calibration
@@ -69,6 +69,7 @@ class Run:
         self.calibration, self.device, self.dtype, self.tell = calibration, device, dtype, listener
         self.needs = method.needs(config)
         self.timing = Timing()
+        self._experts = frozenset(fused_experts(source.skeleton))
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
         self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears, source.skeleton)
         self.writer = CheckpointWriter(out)
@@ -83,7 +84,7 @@ class Run:
         Raises:
             PtqError: see the tree in `ptq.errors`; what an earlier run wrote to the folder is still there.
         """
-        with torch.no_grad(), strict_float32():
+        with torch.no_grad(), strict_float32(), self.writer:
             return self._execute(tokenizer)
 
     def _execute(self, tokenizer: PreTrainedTokenizerBase | None) -> Report:
@@ -122,8 +123,8 @@ class Run:
                 tensors.update(self._quantize_linear(group, name, schemes[name], stats))
         for name in sorted(schemes.keys() - self._done_in(visit)):
             full = f"{visit.name}.{name}"
-            self.plan.reasons[full] = "no calibration token reached it"
-            self._warn(f"{full} stays in full precision: no calibration token reached it")
+            self.plan.reasons[full] = "never called: no token reached it, or the model reads its weight directly"
+            self._warn(f"{full} stays in full precision, {self.plan.reasons[full]}")
         return tensors
 
     def _done_in(self, visit: BlockVisit) -> frozenset[str]:
@@ -177,9 +178,10 @@ class Run:
 
     def _passing(self, names: frozenset[str]) -> dict[str, Tensor]:
         """Tensors that are not quantized, unchanged, and noted as kept."""
-        tensors = dict(self.source.raw_tensors(names))
-        for name, tensor in tensors.items():
-            self._keep(name, tensor)
+        tensors = {}
+        for key, parameter, tensor in self.source.raw_tensors(names):
+            tensors[key] = tensor
+            self._keep(parameter, tensor)
         return tensors
 
     def _keep(self, name: str, tensor: Tensor) -> None:
@@ -189,18 +191,18 @@ class Run:
         if reason is None and tensor.ndim < 2:
             name, reason = "norms, biases and other vectors", "small"
         elif reason is None:
-            reason = self._reason(module, tensor)
+            reason = self._reason(name)
         before = self._kept[name].bytes if name in self._kept else 0
         self._kept[name] = KeptTensor(name, reason, before + tensor.nbytes)
 
-    def _reason(self, module: str, tensor: Tensor) -> str:
+    def _reason(self, parameter: str) -> str:
         model = self.source.skeleton
-        head = next((n for n, m in self.linears.items() if m is model.get_output_embeddings()), None)  # type: ignore[no-untyped-call]
-        if module == head:
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        if module is model.get_output_embeddings():  # type: ignore[no-untyped-call]
             return "the head"
-        if module and module.endswith(tuple(n for n, m in model.named_modules() if m is model.get_input_embeddings())):
+        if module is model.get_input_embeddings():
             return "the embedding"
-        if tensor.ndim == 3 or ".experts" in module:
+        if parameter in self._experts:
             return "fused experts: not quantized by this version"
         return "no linear of a block"
 

@@ -16,7 +16,7 @@ from ptq.scheme import Scheme
 
 __all__ = ["KEEP_BY_DEFAULT", "Plan", "make_plan"]
 
-KEEP_BY_DEFAULT = ("*.gate", "*.router", "*.shared_expert_gate")
+KEEP_BY_DEFAULT = ("*.gate", "*.gate.*", "*.router", "*.router.*", "*.shared_expert_gate")
 """Linears that choose experts: tiny, and an error there sends tokens to the wrong expert."""
 
 

@@ -39,10 +39,12 @@ class CalibrationSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seqlen"):
+        if not isinstance(self.source, str) or not self.source:
+            raise UsageError(f"the calibration source must be a name or a path, got {self.source!r}.")
+        for name, low in (("samples", 1), ("seqlen", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"calibration {name} must be a positive whole number, got {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
+                raise UsageError(f"calibration {name} must be a whole number from {low} to 2^63 - 1, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Recipe:
     format: Literal["auto", "compressed-tensors", "native"] = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("method", "compute_dtype", "format"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be a name, got {getattr(self, name)!r}.")
+        if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise UsageError(f"ignore must be a tuple of patterns, got {self.ignore!r}.")
         if self.format not in FORMATS:
             raise unknown_name("format", self.format, FORMATS)
         if self.compute_dtype not in COMPUTE_DTYPES:

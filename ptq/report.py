@@ -86,6 +86,8 @@ class Report:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
+            if (Path(folder) / ".ptq_partial").exists():
+                raise OutputError(f"the quantization into {folder} was not finished: run it again.") from error
             raise OutputError(f"{folder} has no {REPORT_NAME}: it was not written by ptq quantize.") from error
         except (OSError, ValueError) as error:
             raise OutputError(f"cannot read {path}: {error}") from error

@@ -41,14 +41,17 @@ class Scheme:
     scale_dtype: Literal["auto", "float16", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+        if not isinstance(self.symmetric, bool):
+            raise UsageError(f"symmetric must be true or false, got {self.symmetric!r}.")
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {self.bits!r}.")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        size = self.group_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise UsageError(
                 f"group_size must be a positive number of input channels, or None (0 on the command line) for one "
                 f"scale per output channel; got {self.group_size!r}."
             )
-        if self.scale_dtype not in SCALE_DTYPES:
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}.")
 
     def resolved(self, model_dtype: torch.dtype) -> Scheme:

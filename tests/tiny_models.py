@@ -38,12 +38,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
+ODD_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {  # keys and values shared between blocks, inputs of its own for every block
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+        "vocab_size_per_layer_input": 400,
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},  # a router inside the gate
+    "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512, "n_inner": 96},
+    "mamba": {"state_size": 8, "conv_kernel": 4, "expand": 2, "time_step_rank": 4},  # a weight read without a call
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # a convolution, whose weight has three dimensions
+}
+"""Families that break an assumption each."""
 MIXTURES = ("mixtral", "qwen3_moe")
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random causal language model of a family, in evaluation mode."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | ODD_FAMILIES)[family], **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

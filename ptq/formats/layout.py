@@ -90,7 +90,9 @@ def layer_weight(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Qu
 
 def unpack_zeros(packed: Tensor, bits: int, out_features: int) -> Tensor:
     """Zero points, int32 ``[ceil(out*bits/32), groups]`` to uint8 ``[out, groups]``."""
-    return unpack_rows(packed.T.contiguous(), bits, out_features).T.contiguous()
+    # clone and not contiguous(): with one word a column the transpose counts as contiguous, with strides that do not.
+    words = packed.T.clone(memory_format=torch.contiguous_format)
+    return unpack_rows(words, bits, out_features).T.contiguous()
 
 
 def _show(tensor: Tensor) -> str:

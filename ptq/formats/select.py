@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from calib.model_map import fused_experts
 from ptq.errors import UsageError
 from ptq.formats import compressed_tensors
 from ptq.scheme import Scheme
@@ -35,7 +36,6 @@ def select_format(
 
 def _fused_experts(model: nn.Module) -> str | None:
     """Stock transformers (5.23) runs the format's decompression on experts as well, and fails where they are dense."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3:
-            return f"{name} holds experts in full precision, which transformers cannot load beside packed weights"
+    for name in fused_experts(model):
+        return f"{name} holds experts in full precision, which transformers cannot load beside packed weights"
     return None

@@ -8,9 +8,11 @@ does not load. Until `finish`, the result of an earlier run stays whole.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ from ptq.report import REPORT_NAME, Report
 __all__ = ["COMPANIONS", "STAGING", "CheckpointWriter", "check_output_folder"]
 
 STAGING = ".ptq_partial"
+LOCK = ".ptq_lock"
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     "generation_config.json",
@@ -52,7 +55,7 @@ def check_output_folder(out: Path) -> None:
         raise OutputError(f"{out} is a file: name a new folder for the output.")
     if not out.exists() or (out / REPORT_NAME).exists() or (out / STAGING).exists():
         return
-    if any(out.iterdir()):
+    if any(path.name != LOCK for path in out.iterdir()):
         raise OutputError(
             f"{out} is not empty and was not written by ptq (it has no {REPORT_NAME}): name a new or empty folder."
         )
@@ -79,8 +82,23 @@ class CheckpointWriter:
         self._tensor_bytes = 0
         self._dense_dtypes: Counter[str] = Counter()
         with _os_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            # Released by `release`, or with this object, or with the process, however it ends.
+            self._unlock = weakref.finalize(self, os.close, _acquire(out / LOCK))
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other runs write to the folder again."""
+        if self._unlock.alive:
+            (self.out / LOCK).unlink(missing_ok=True)
+            self._unlock()
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> Path:
         """Write one safetensors file, durably; returns its path (until `finish`).
@@ -138,6 +156,7 @@ class CheckpointWriter:
         _write(self.staging / REPORT_NAME, lambda path: path.write_text(report.to_json(), encoding="utf-8"))
         with _os_errors(self.out):
             self._move_into_place(names)
+            self.release()
 
     def _full_config(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         full = {key: value for key, value in config.items() if key != GUARD_KEY}
@@ -172,6 +191,21 @@ class CheckpointWriter:
         os.replace(last, self.out / "config.json")
         self.staging.rmdir()
         _sync(self.out)
+
+
+def _acquire(path: Path) -> int:
+    """The descriptor of an open, locked file.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise OutputError(f"another run is writing to {path.parent}: wait for it, or name another folder.") from error
+    return handle
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

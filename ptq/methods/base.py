@@ -59,13 +59,21 @@ def make_config(method: LayerMethod, options: Mapping[str, Any]) -> Any:
         UsageError: an unknown option (near names are offered) or a value the config refuses.
     """
     names = [field.name for field in dataclasses.fields(method.config)]
-    for key in options:
+    for key, value in options.items():
         if key not in names:
             raise unknown_name(f"option of {method.name}", key, names or ["(it has none)"])
+        _check_type(f"{method.name}.{key}", value, getattr(method.config(), key))
     try:
         return method.config(**options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{method.name}: {error}") from error
+
+
+def _check_type(where: str, value: Any, default: Any) -> None:
+    """An option has the type of its default; a whole number will do for a float, a truth value not for a number."""
+    wanted = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+        raise UsageError(f"{where} is a {type(default).__name__}, got {value!r}.")
 
 
 def parse_options(method: LayerMethod, texts: Mapping[str, str]) -> dict[str, Any]:

@@ -58,4 +58,4 @@ def group_factor(stats: LinearStatistics, damping: float, order: Order) -> Facto
     try:
         return stats.group.memo(("factor", damping, order), lambda: factorize(stats.hessian, damping, order))
     except NumericalError as error:
-        raise NumericalError(f"{stats.linear}: {error}. More or other calibration text may help.") from error
+        raise NumericalError(f"{error}. More or other calibration text may help.") from error

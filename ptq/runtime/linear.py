@@ -62,8 +62,8 @@ class QuantLinear(nn.Module):
             self.register_buffer(key, torch.empty(shape, dtype=dtype, device=device))
         if scheme.symmetric:
             self.register_buffer("weight_zero_point", None)
-        if guard:
-            self.register_buffer("weight", torch.empty(0, dtype=torch.int8, device=device))
+        # Stored only in the native format; in memory always, because some models look at `weight` while they are built.
+        self.register_buffer("weight", torch.empty(0, dtype=torch.int8, device=device), persistent=guard)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)

@@ -105,15 +105,13 @@ def factorize(hessian: Tensor, damping: float = 0.01, order: Order = "descending
         order: the processing order.
 
     Raises:
-        NumericalError: the Hessian is not finite, has no live column, or no fallback could factor it.
+        NumericalError: the Hessian is not finite, or no fallback could factor it.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(hessian).all()):
         raise NumericalError("the Hessian holds NaN or Inf")
     live = diagonal > 0
-    if not bool(live.any()):
-        raise NumericalError("the Hessian is zero: every calibration input of this layer is zero")
-    mean = diagonal[live].mean()
+    mean = diagonal[live].mean() if bool(live.any()) else torch.ones_like(diagonal[0])
     damped = hessian.clone()
     dead = int((~live).sum())
     if dead:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ptq.errors import OutputError, UsageError
 from ptq.formats import compressed_tensors, layout, native, writer
 from ptq.formats.select import select_format
-from ptq.formats.writer import CheckpointWriter, check_output_folder
+from ptq.formats.writer import LOCK, CheckpointWriter, check_output_folder
 from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
 from ptq.scheme import SCALE_DTYPES, Scheme
@@ -233,7 +233,11 @@ def test_an_interrupted_run_leaves_the_old_result_whole(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     unfinished = CheckpointWriter(tmp_path)
     unfinished.write_shard({"t0": torch.full((4,), 2.0)})
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    now = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {name: data for name, data in now.items() if name != LOCK} == before
+    with pytest.raises(OutputError, match="another run is writing"):
+        CheckpointWriter(tmp_path)
+    del unfinished  # its process ends, and its lock with it
     write(tmp_path, 1, value=3.0)
     assert names(tmp_path) == {"model.safetensors", "config.json", REPORT_NAME, "tokenizer.json", "templates"}
     assert load_file(tmp_path / "model.safetensors")["t0"].tolist() == [3.0] * 4

@@ -103,3 +103,13 @@ def test_cuda_gives_the_same_words(bits: int) -> None:
     packed = pack_rows(codes.cuda(), bits)
     assert np.array_equal(packed.cpu().numpy(), pack_rows(codes, bits).numpy())
     assert torch.equal(unpack_rows(packed, bits, 77).cpu(), codes)
+
+
+@pytest.mark.parametrize("out", range(1, 11))
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_points_of_few_rows_come_back(out: int, bits: int) -> None:
+    from ptq.formats.layout import unpack_zeros
+
+    zeros = torch.randint(0, 2**bits, (out, 3), generator=torch.Generator().manual_seed(out)).to(torch.uint8)
+    packed = pack_rows(zeros.T.contiguous(), bits).T.contiguous()
+    assert torch.equal(unpack_zeros(packed, bits, out), zeros)

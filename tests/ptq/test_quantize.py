@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MIXTURES, tiny_model
+from tiny_models import FAMILIES, MIXTURES, ODD_FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -95,6 +95,33 @@ def test_families(family: str, tmp_path: Path) -> None:
         assert any("experts" in warning for warning in report.warnings)
 
 
+@pytest.mark.parametrize("family", ODD_FAMILIES)
+@pytest.mark.parametrize("method", ["rtn", "coreq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_odd_families(family: str, method: str, symmetric: bool, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "model")
+    report = run(str(tmp_path / "model"), tmp_path / "out", method, bits=4, symmetric=symmetric)
+    packed = ptq.load(tmp_path / "out")
+    torch.testing.assert_close(logits(packed), logits(dense_twin(model, packed)), rtol=1e-3, atol=1e-3)
+    done, kept = {layer.name for layer in report.layers}, {tensor.name: tensor.reason for tensor in report.kept}
+    if family == "hunyuan_v1_moe":
+        assert kept["model.layers.0.mlp.gate.wg.weight"] == "chooses experts"
+    if family == "mamba":
+        assert not any("dt_proj" in name for name in done)
+        assert "reads its weight directly" in kept["backbone.layers.0.mixer.dt_proj.weight"]
+    if family == "lfm2":
+        assert not any("experts" in reason for reason in kept.values())
+        assert report.format == ("compressed-tensors" if symmetric else "native")
+
+
+def test_a_layer_that_is_always_zero_is_no_reason_to_stop(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data.zero_()
+    report = run(model, tmp_path / "out", "coreq")
+    assert any("layers.1.mlp.down_proj: 96 input channels were never active" in text for text in report.warnings)
+
+
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(tiny_model("llama"), tmp_path / name, "coreq", beam=2)
@@ -169,6 +196,10 @@ def test_self_calibration_needs_no_text(tiny_folder: Path, tmp_path: Path) -> No
         ({"ignore": ("*",)}, UsageError, "nothing is left"),
         ({"device": "tpu"}, UsageError, "tpu"),
         ({"device": "cuda:77"}, UsageError, "cuda:77"),
+        ({"seed": 10**20}, UsageError, "2\\^63"),
+        ({"symmetric": "no"}, UsageError, "true or false"),
+        ({"beam": "4"}, UsageError, r"coreq\.beam is a int, got '4'"),
+        ({"compute_dtype": ["x"]}, UsageError, "compute_dtype must be a name"),
         ({"format": "gguf"}, UsageError, "compressed-tensors"),
         ({"format": "compressed-tensors", "symmetric": False}, UsageError, "asymmetric"),
     ],

@@ -40,7 +40,7 @@ def inputs_of(model: Any, name: str, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         model(input_ids=tokens, use_cache=False)
     handle.remove()
-    return found[0].reshape(-1, found[0].shape[-1])
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in found])  # some linears are called more than once
 
 
 def assert_close_to_scale(found: Tensor, wanted: Tensor) -> None:

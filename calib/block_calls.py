@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.errors import ModelError
+from calib.errors import MODEL_FAILURES, ModelError
 
 __all__ = ["BlockCall", "capture_calls", "own_state"]
 
@@ -98,15 +98,7 @@ def capture_calls(
             _run_recorded(model, blocks, recorder, tokens)
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            KeyError,
-            IndexError,
-            NotImplementedError,
-        ) as error:
+        except MODEL_FAILURES as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be walked block by block: {type(error).__name__}: {error}"
             ) from error

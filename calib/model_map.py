@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from calib.errors import ModelError
+from calib.errors import MODEL_FAILURES, ModelError
 
 __all__ = [
     "InputGroup",
@@ -112,7 +112,7 @@ def trace_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
     handles = [module.register_forward_pre_hook(note(name)) for name, module in find_linears(block).items()]
     try:
         run()
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+    except MODEL_FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{type(block).__name__} cannot be run by itself: {type(error).__name__}: {error}") from error

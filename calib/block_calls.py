@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.errors import MODEL_FAILURES, ModelError
+from calib.errors import ModelError
+from calib.model_map import foreign_code
 
 __all__ = ["BlockCall", "capture_calls", "own_state"]
 
@@ -92,16 +93,10 @@ def capture_calls(
     calls, hidden, output = [], [], None
     pool: list[Tensor] = []
     for tokens in batches:
-        try:
+        with foreign_code(f"{type(model).__name__} cannot be walked block by block"):
             output = _probe(model, blocks, tokens[:1]) if output is None else output
             recorder = _Recorder(len(blocks) - 1, output)
             _run_recorded(model, blocks, recorder, tokens)
-        except torch.OutOfMemoryError:
-            raise
-        except MODEL_FAILURES as error:
-            raise ModelError(
-                f"{type(model).__name__} cannot be walked block by block: {type(error).__name__}: {error}"
-            ) from error
         if recorder.hidden is None or len(recorder.calls) != len(blocks):
             raise ModelError(f"{type(model).__name__} did not call all of its {len(blocks)} blocks.")
         calls.append([_shared(recorder.calls[i], pool) for i in range(len(blocks))])

@@ -17,7 +17,6 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
-    "MODEL_FAILURES",
     "DataError",
     "ModelError",
     "NumericalError",
@@ -62,10 +61,6 @@ class OutputError(PtqError):
     """The output cannot be written, or a checkpoint of ours is damaged or not ours."""
 
     exit_code = 6
-
-
-MODEL_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
-"""What modelling code that is not ours raises when it is run in a way it does not expect."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -6,19 +6,21 @@ groups are seen by running a block once and noting which linears got the same te
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from calib.errors import MODEL_FAILURES, ModelError
+from calib.errors import ModelError
 
 __all__ = [
     "InputGroup",
     "find_blocks",
     "find_linears",
+    "foreign_code",
     "fused_experts",
     "is_linear",
     "linear_weight",
@@ -92,6 +94,17 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in block.named_modules() if is_linear(module)}
 
 
+@contextlib.contextmanager
+def foreign_code(problem: str) -> Iterator[None]:
+    """Turn what modelling code that is not ours raises when it is run in an unexpected way into a `ModelError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise ModelError(f"{problem}: {type(error).__name__}: {error}") from error
+
+
 def trace_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
     """Input groups of a block in the order of execution, found by calling ``run`` (one pass through the block) once.
 
@@ -111,11 +124,8 @@ def trace_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup
 
     handles = [module.register_forward_pre_hook(note(name)) for name, module in find_linears(block).items()]
     try:
-        run()
-    except MODEL_FAILURES as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelError(f"{type(block).__name__} cannot be run by itself: {type(error).__name__}: {error}") from error
+        with foreign_code(f"{type(block).__name__} cannot be run by itself"):
+            run()
     finally:
         for handle in handles:
             handle.remove()

@@ -10,9 +10,10 @@ from typing import Any
 from ptq.errors import OutputError
 from ptq.quantized import LayerRecord
 
-__all__ = ["REPORT_NAME", "REPORT_VERSION", "KeptTensor", "Report"]
+__all__ = ["REPORT_NAME", "REPORT_VERSION", "STAGING", "KeptTensor", "Report"]
 
 REPORT_NAME = "ptq_report.json"
+STAGING = ".ptq_partial"  # where a run writes until it is finished
 REPORT_VERSION = 1
 
 
@@ -86,7 +87,7 @@ class Report:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            if (Path(folder) / ".ptq_partial").exists():
+            if (Path(folder) / STAGING).exists():
                 raise OutputError(f"the quantization into {folder} was not finished: run it again.") from error
             raise OutputError(f"{folder} has no {REPORT_NAME}: it was not written by ptq quantize.") from error
         except (OSError, ValueError) as error:

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from ptq.errors import OutputError
 from ptq.formats.native import GUARD_KEY, GUARD_SENTENCE, QUANT_METHOD
-from ptq.report import REPORT_NAME, Report
+from ptq.report import REPORT_NAME, STAGING, Report
 
 __all__ = ["COMPANIONS", "STAGING", "CheckpointWriter", "check_output_folder"]
 
-STAGING = ".ptq_partial"
 LOCK = ".ptq_lock"
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (

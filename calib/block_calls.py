@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ class _Recorder:
 
 
 def capture_calls(
-    model: nn.Module, block_names: list[str], batches: Iterator[Tensor]
-) -> tuple[list[list[BlockCall]], list[Tensor]]:
+    model: nn.Module, block_names: list[str], batches: Iterator[Tensor], enter: Callable[[Tensor, Tensor], object]
+) -> list[list[BlockCall]]:
     """Capture how the model calls its blocks on every batch.
 
     The first block must be loaded: it is run once, to see what blocks return.
@@ -81,16 +81,16 @@ def capture_calls(
         model: the skeleton with everything but the blocks loaded (the head may be missing).
         block_names: names of the blocks, in order.
         batches: token ids int64 ``[sequences, tokens]``, on the model's device.
+        enter: gets the hidden states that enter the first block, ``[sequences, tokens, width]``, and the batch.
 
     Returns:
-        ``calls[batch][block]`` (equal tensors are shared between batches) and the hidden states that enter the first
-        block, ``[sequences, tokens, width]`` a batch.
+        ``calls[batch][block]``; equal tensors are shared between batches.
 
     Raises:
         ModelError: the model does not call its blocks one after the other with a hidden state, or cannot be run.
     """
     blocks = [model.get_submodule(name) for name in block_names]
-    calls, hidden, output = [], [], None
+    calls, output = [], None
     pool: list[Tensor] = []
     for tokens in batches:
         with foreign_code(f"{type(model).__name__} cannot be walked block by block"):
@@ -100,8 +100,8 @@ def capture_calls(
         if recorder.hidden is None or len(recorder.calls) != len(blocks):
             raise ModelError(f"{type(model).__name__} did not call all of its {len(blocks)} blocks.")
         calls.append([_shared(recorder.calls[i], pool) for i in range(len(blocks))])
-        hidden.append(recorder.hidden)
-    return calls, hidden
+        enter(recorder.hidden, tokens)
+    return calls
 
 
 def own_state(calls: list[BlockCall]) -> list[BlockCall]:

@@ -5,6 +5,9 @@
 conversions, ``release`` empties them again. Tensors that are not quantized are handed out under their original names
 and bytes (`raw_tensors`), so that they pass through a quantization unchanged.
 
+Experts that transformers keeps in one tensor are split (`calib.experts`): the skeleton and all names here are those of
+one linear an expert, whatever the checkpoint holds.
+
 Three kinds of model: a folder or hub id with safetensors (lazy), a ``.gguf`` file (dequantized by transformers on
 opening) and a module in memory (copied block by block, never changed).
 """
@@ -21,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,9 +39,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from calib.errors import ModelError
-from calib.safe_files import checkpoint_files, resolve_model
+from calib.expert_tensors import ExpertTensors
+from calib.experts import expert_lists, split_experts
+from calib.safe_config import check_config
+from calib.safe_files import resolve_model, stored_tensors
+from calib.safetensors_header import StoredTensor
 
-__all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model"]
+__all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
+
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14  # of every file, for the fingerprint
 
 
 class ModelSource(Protocol):
@@ -66,11 +76,17 @@ class ModelSource(Protocol):
         ...
 
     def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
-        """The tensors that these parameters are made of, unchanged: ``(name in the checkpoint, parameter, tensor)``."""
+        """The tensors that these parameters are made of: ``(name to write it under, parameter, tensor)``.
+
+        They are the checkpoint's, with their names there, except where only some parameters of a layer's experts are
+        asked for: those are cut out of the fused tensor one by one, under their names in the split model and in the
+        model's dtype. Ask for all that passes through a layer at once.
+        """
         ...
 
     def fingerprint(self) -> str:
-        """Identifies the weights: a hash over config, names, shapes and sizes (folder) or values (memory)."""
+        """Identifies the weights: a hash over config, names, shapes, sizes and samples of the bytes (folder) or sums of
+        the values (memory)."""
         ...
 
 
@@ -89,25 +105,32 @@ def open_model(model: str | Path | nn.Module, *, trust_remote_code: bool = False
     if str(model).endswith(".gguf"):
         return _open_gguf(Path(model))
     folder = resolve_model(str(model))
-    config = read_config(folder, trust_remote_code)
-    return FolderSource(folder, str(model), config, trust_remote_code)
+    stored = stored_tensors(folder)
+    config = read_config(folder, trust_remote_code, stored)
+    return FolderSource(folder, str(model), config, trust_remote_code, stored)
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def read_config(folder: Path, trust_remote_code: bool = False, stored: Mapping[str, StoredTensor] | None = None) -> Any:
     """The model's config, checked to be that of a causal language model in full precision.
 
     Raises:
         ModelError: there is none, it cannot be read, or it is not one we quantize.
     """
+    check_config(folder, trust_remote_code=trust_remote_code, stored=stored)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the config of {folder}: {error}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config._attn_implementation = config._experts_implementation = None  # ours to choose, not the file's
+    except Exception as error:  # config classes raise errors of many unrelated kinds
+        raise ModelError(f"cannot read the config of {folder}: {type(error).__name__}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method", "unknown")
         raise ModelError(f"{folder} is quantized already ({method}); give the full-precision model.")
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    classes = config.architectures or []
+    # transformers has causal heads for encoders such as BERT, and would put weights trained without a mask behind them.
+    encoder = getattr(config, "is_decoder", None) is False and bool(classes)
+    encoder = encoder and not any("CausalLM" in name or "LMHead" in name for name in classes)
+    if config.is_encoder_decoder or encoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise ModelError(
             f"{folder} is a {config.model_type} model, which is not a decoder-only causal language model; "
             f"ptq quantizes those."
@@ -118,27 +141,30 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 class FolderSource:
     """A folder of safetensors; see `ModelSource`."""
 
-    def __init__(self, folder: Path, name: str, config: Any, trust_remote_code: bool) -> None:
+    def __init__(
+        self, folder: Path, name: str, config: Any, trust_remote_code: bool, stored: Mapping[str, StoredTensor]
+    ) -> None:
         self.folder: Path = folder
         self.name = name
-        self._where = {}
-        for file in checkpoint_files(folder):
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    self._where.update(dict.fromkeys(handle.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+        self._stored = stored
+        self._where = {key: tensor.file for key, tensor in stored.items()}
         dtype = getattr(config, "dtype", None) or self._stored_dtype()
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                )
+        except Exception as error:  # whatever modelling code raises on a config that does not fit together
+            raise ModelError(f"cannot build the model that {folder / 'config.json'} describes: {error!r}") from error
         self.skeleton: PreTrainedModel = model.eval()
         self._conversions: list[Any] = get_model_conversion_mapping(self.skeleton)
         known = dict(self.skeleton.state_dict())
         self._targets = {key: self._parameters_of(key, known) for key in self._where}
         self._check_complete()
+        split_experts(self.skeleton)
+        self._experts = ExpertTensors(self.skeleton)
+        self._names = self._experts.split(frozenset().union(*self._targets.values()))
 
     def _stored_dtype(self) -> torch.dtype:
         for key, file in self._where.items():
@@ -157,6 +183,12 @@ class FolderSource:
         if name not in known and key in known:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
         if pattern is None:
+            stored, wanted = self._stored[key], known.get(name)
+            if wanted is not None and stored.shape != tuple(wanted.shape):
+                raise ModelError(
+                    f"{key} has shape {stored.shape} in {stored.file}, the model wants {tuple(wanted.shape)}. Do "
+                    "config and weights belong together?"
+                )
             return frozenset({name} & known.keys())
         converter = next(c for c in converters if pattern in c.source_patterns)
         first = converter.target_patterns[0]
@@ -174,12 +206,19 @@ class FolderSource:
             )
 
     def tensor_names(self) -> frozenset[str]:
-        return frozenset().union(*self._targets.values())
+        return self._names
 
     def load(self, names: frozenset[str]) -> None:
+        self._convert(self._experts.fused(names))
+        for fused, tensor in self._experts.take():
+            self._experts.fill(fused, tensor, names)
+        self.skeleton.tie_weights()
+
+    def _convert(self, fused: frozenset[str]) -> None:
+        """Fill parameters of the model as transformers builds it, by their names in that model."""
         slices: dict[str, Any] = {}
-        keys = [key for key, targets in self._targets.items() if targets & names]
-        with contextlib.ExitStack() as stack, _quiet_transformers():
+        keys = [key for key, targets in self._targets.items() if targets & fused]
+        with contextlib.ExitStack() as stack, _quiet_transformers(), self._experts.fused_in_place():
             files = {self._where[key] for key in keys}
             handles = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
             for key in keys:
@@ -190,27 +229,36 @@ class FolderSource:
         problems += [f"{name} has shape {tuple(a)}, the model wants {tuple(b)}" for name, a, b in info.mismatched_keys]
         if problems:
             raise ModelError(f"cannot load from {self.folder}: {'; '.join(problems)}")
-        self.skeleton.tie_weights()
 
     def release(self, names: frozenset[str]) -> None:
         release_parameters(self.skeleton, names, self.dtype)
 
     def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
+        fused, torn = self._experts.fused(names), self._experts.torn(names)
         for key, targets in self._targets.items():
-            if not targets & names:
+            if not targets & fused or targets <= torn:
                 continue
-            if not targets <= names:
+            if not targets <= fused - torn:
                 raise ModelError(f"the tensor {key} holds linears that are quantized and some that are not.")
             with safe_open(self._where[key], framework="pt") as handle:
-                yield key, min(targets), handle.get_tensor(key)
+                yield key, min(self._experts.split(targets)), handle.get_tensor(key)
+        for one in sorted(torn):
+            self._convert(frozenset({one}))
+            for _, tensor in self._experts.take():
+                for name, view in self._experts.parts(one, tensor, names):
+                    yield name, name, view.clone(memory_format=torch.contiguous_format)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update((self.folder / "config.json").read_bytes())
         for file in sorted(set(self._where.values())):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as handle:
                 digest.update(handle.read(1 << 20))
+                for number in range(_SAMPLES):  # a model that was trained on differs everywhere
+                    handle.seek(size * number // _SAMPLES)
+                    digest.update(handle.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
 
@@ -232,10 +280,16 @@ class ModuleSource:
             skeleton: Any = type(self._model)(copy.deepcopy(config))
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype).eval()
         self.skeleton.tie_weights()
+        split_experts(self.skeleton)
+        self._experts = ExpertTensors(self.skeleton)
 
     def load(self, names: frozenset[str]) -> None:
         state = self._state()
-        values = {name: state[name].detach().to("cpu", copy=True) for name in names}
+        values = {
+            name: view.detach().to("cpu", copy=True)
+            for fused in self._experts.fused(names)
+            for name, view in self._experts.parts(fused, state[fused], names)
+        }
         self.skeleton.load_state_dict(values, assign=True, strict=False)
         self.skeleton.tie_weights()
 
@@ -243,9 +297,13 @@ class ModuleSource:
         release_parameters(self.skeleton, names, self.dtype)
 
     def raw_tensors(self, names: frozenset[str]) -> Iterator[tuple[str, str, Tensor]]:
-        for name, value in self._state().items():
-            if name in names:
-                yield name, name, value.detach().cpu()
+        fused, torn = self._experts.fused(names), self._experts.torn(names)
+        for key, value in self._state().items():
+            if key in torn:
+                for name, view in self._experts.parts(key, value.detach(), names):
+                    yield name, name, view.cpu().clone(memory_format=torch.contiguous_format)
+            elif key in fused:
+                yield key, min(self._experts.split(frozenset({key}))), value.detach().cpu()
 
     def _state(self) -> Mapping[str, Tensor]:
         """The state without tensors that are another name of one before (tied weights)."""
@@ -254,13 +312,32 @@ class ModuleSource:
         return {name: value for name, value in state.items() if name not in tied}
 
     def tensor_names(self) -> frozenset[str]:
-        return frozenset(self._state())
+        return self._experts.split(frozenset(self._state()))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self._model.config.to_dict(), sort_keys=True, default=str).encode())
         for name, value in self._state().items():
             digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
         return digest.hexdigest()
+
+
+def unmerged_experts(model: nn.Module) -> str | None:
+    """An expert's linear whose ``weight`` a transformers that does not split experts would not find by its name here.
+
+    Args:
+        model: the split skeleton.
+    """
+    lists = expert_lists(model)
+    conversions: list[Any] = get_model_conversion_mapping(model) if lists else []  # type: ignore[arg-type]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    for name, experts in lists.items():
+        for parameter, linears in experts.layout.parameters.items():
+            for linear in linears if not parameter.endswith("_bias") else ():
+                found, _ = rename_source_key(f"{name}.0.{linear}.weight", renamings, converters)
+                if found != f"{name}.{parameter}":
+                    return f"{name}.0.{linear}"
+    return None
 
 
 def release_parameters(model: nn.Module, names: frozenset[str], dtype: torch.dtype) -> None:

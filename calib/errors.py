@@ -6,6 +6,7 @@
     +-- DataError                 calibration or evaluation text does not serve              4
     +-- NumericalError            NaN or Inf, a Hessian that no fallback could factor        5
     +-- OutputError               the output folder, the disk, a damaged checkpoint          6
+    +-- WorkersError              another process of a run over several processes ended      7
 
 ``ptq.errors`` re-exports the tree; the exit codes are what the command line returns. Every message says what is wrong,
 where (the full layer or file name), the value and the limit, and what to do next.
@@ -23,6 +24,7 @@ __all__ = [
     "OutputError",
     "PtqError",
     "UsageError",
+    "WorkersError",
     "unknown_name",
 ]
 
@@ -61,6 +63,12 @@ class OutputError(PtqError):
     """The output cannot be written, or a checkpoint of ours is damaged or not ours."""
 
     exit_code = 6
+
+
+class WorkersError(PtqError):
+    """Another process of a run over several processes has ended, so this one cannot go on."""
+
+    exit_code = 7
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -1,14 +1,12 @@
-"""The map of a model: its repeated blocks, and in a block the linears that read the same tensor.
+"""The map of a model: its repeated blocks and their linears. What shares an input is traced in `calib.groups`.
 
-Nothing is known of model classes. Blocks are the children of the largest module list that is not inside another; input
-groups are seen by running a block once and noting which linears got the same tensor.
+Nothing is known of model classes. Blocks are the children of the largest module list that is not inside another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from calib.errors import ModelError
 
 __all__ = [
-    "InputGroup",
     "find_blocks",
     "find_linears",
     "foreign_code",
@@ -25,21 +22,7 @@ __all__ = [
     "is_linear",
     "linear_weight",
     "set_linear_weight",
-    "trace_groups",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class InputGroup:
-    """Linears of one block that read the same tensor, e.g. q, k and v.
-
-    Args:
-        linears: names relative to the block, in the order of their first call.
-        calls: how often each is called in one pass (more than once only in unusual blocks).
-    """
-
-    linears: tuple[str, ...]
-    calls: int = 1
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -103,37 +86,3 @@ def foreign_code(problem: str) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise ModelError(f"{problem}: {type(error).__name__}: {error}") from error
-
-
-def trace_groups(block: nn.Module, run: Callable[[], object]) -> list[InputGroup]:
-    """Input groups of a block in the order of execution, found by calling ``run`` (one pass through the block) once.
-
-    Linears that the pass does not reach (experts without a token) are in no group.
-    """
-    inputs: list[Tensor] = []  # kept alive, so that addresses stay unique
-    seen: dict[str, list[int]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            same = [i for i, x in enumerate(inputs) if _same_memory(x, args[0])]
-            if not same:
-                inputs.append(args[0])
-            seen.setdefault(name, []).append(same[0] if same else len(inputs) - 1)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in find_linears(block).items()]
-    try:
-        with foreign_code(f"{type(block).__name__} cannot be run by itself"):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, keys in seen.items():
-        groups.setdefault(tuple(keys), []).append(name)
-    return [InputGroup(tuple(names), len(keys)) for keys, names in groups.items()]
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0

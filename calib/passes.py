@@ -1,19 +1,14 @@
-"""Single passes through one block: placing it, running it up to a group, recording inputs, checking outputs."""
+"""Around a pass through one block: its dtype, placing the block, the shape of inputs, checking outputs."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall
 from calib.errors import NumericalError
-from calib.model_map import InputGroup
 from calib.precision import has_fast_bfloat16
 
-__all__ = ["check_finite", "pass_dtype", "place", "recording", "run_to"]
+__all__ = ["check_finite", "pass_dtype", "place", "three_dims"]
 
 
 def pass_dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -28,52 +23,17 @@ def pass_dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.d
     return torch.float32
 
 
-class _Reached(Exception):
-    """The input that was asked for is there."""
+def three_dims(inputs: Tensor, shape: tuple[int, int]) -> Tensor:
+    """``[sequences, tokens, n]``, also where a block flattens its tokens or routes only some of them here.
 
-
-def run_to(block: nn.Module, group: InputGroup, call: BlockCall, hidden: Tensor) -> Tensor:
-    """The group's input: the pass through the block stops there (or collects, if the group is called several times)."""
-    found: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(_three_dims(args[0], hidden))
-        if group.calls == 1:
-            raise _Reached
-
-    handle = block.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
-    with contextlib.suppress(_Reached):
-        try:
-            call(block, hidden)
-        finally:
-            handle.remove()
-    return found[0] if len(found) == 1 else torch.cat([part.reshape(1, -1, part.shape[-1]) for part in found], dim=1)
-
-
-def _three_dims(inputs: Tensor, hidden: Tensor) -> Tensor:
-    """``[sequences, tokens, n]``, also where a block flattens its tokens or routes only some of them here."""
+    Args:
+        inputs: of a linear; shape: sequences and tokens of the batch.
+    """
     if inputs.ndim == 3:
         return inputs
-    if inputs[..., 0].numel() == hidden[..., 0].numel():
-        return inputs.reshape(*hidden.shape[:2], -1)
+    if inputs[..., 0].numel() == shape[0] * shape[1]:
+        return inputs.reshape(*shape, -1)
     return inputs.reshape(1, -1, inputs.shape[-1])
-
-
-@contextlib.contextmanager
-def recording(block: nn.Module, captured: dict[InputGroup, list[Tensor]], hidden: Tensor) -> Iterator[None]:
-    """Append every group's input in the pass made inside the context."""
-    handles = []
-    for group, store in captured.items():
-
-        def note(_: nn.Module, args: tuple[Tensor, ...], store: list[Tensor] = store) -> None:
-            store.append(_three_dims(args[0].detach(), hidden))
-
-        handles.append(block.get_submodule(group.linears[0]).register_forward_pre_hook(note))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -2,73 +2,155 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from calib.errors import ModelError
+from calib.safe_json import quoted, read_json
+from calib.safetensors_header import StoredTensor, check_headers
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "checkpoint_files", "resolve_model"]
+__all__ = ["INDEX_NAME", "MAX_INDEX_BYTES", "SINGLE_NAME", "checkpoint_files", "resolve_model", "stored_tensors"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_INDEX_BYTES = 64 << 20
+"""Ten times the index of the largest models published so far."""
+_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+_CONVERT = (
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers, on a machine where nothing is "
+    "lost if they do, writes safetensors"
+)
 
 
 def resolve_model(model: str) -> Path:
     """The local folder of a model: the folder itself, or the snapshot of a hub id (safetensors files only).
 
     Raises:
-        ModelError: neither a folder nor a hub id that can be reached.
+        ModelError: neither a folder nor a hub id that can be reached; folders of similar names are offered.
     """
     path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ModelError(f"{model} is a file; give a model folder, a hub id, or a file that ends in .gguf.")
     try:
+        if path.is_dir():
+            return path
+        if path.is_file():
+            raise ModelError(f"{model} is a file; give a model folder, a hub id, or a file that ends in .gguf.")
         return Path(snapshot_download(model, allow_patterns=_WANTED))
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{model} is neither a local folder nor a model on the hub.") from error
+        raise ModelError(f"{model} is neither a local folder nor a model on the hub.{_near(path)}") from error
     except HFValidationError as error:
-        raise ModelError(f"there is no folder {model}, and that is not the form of a hub id (owner/name).") from error
+        raise ModelError(
+            f"there is no folder {model}, and that is not the form of a hub id (owner/name).{_near(path)}"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(f"there is no folder {model}, and the hub cannot be reached for it: {error}") from error
+        raise ModelError(
+            f"there is no folder {model}.{_near(path)} The hub cannot be reached for it: {error}"
+        ) from error
+
+
+def _near(path: Path) -> str:
+    """A sentence that offers the folders beside ``path`` whose names are like its own; empty if there are none."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, beside[:10_000], n=3)
+    return f" Did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model's weights.
 
     Raises:
-        ModelError: no config or weights, pickle files only, an index that is damaged, leaves the folder or names a
-            file that is not there.
+        ModelError: no config or weights, pickle files only, an adapter, an index that is damaged, leaves the folder or
+            names a file that is not there.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json), whose base model lies elsewhere. Merge them first with "
+            "peft's merge_and_unload() and save the result; if the folder is a whole model, remove that file."
+        )
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
-        return _indexed_files(folder)
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        return [folder / name for name in sorted(set(_read_weight_map(folder).values()))]
+    pickle = next((path.name for pattern in _PICKLES for path in folder.glob(pattern)), None)
+    if pickle is not None:
         raise ModelError(
-            f"{folder} holds pickle weights only, which can run code when they are read. Convert them once where you "
-            f"trust them: load with transformers and save_pretrained(...), which writes safetensors."
+            f"{folder} holds pickle weights only ({pickle}), which can run code when they are read. Convert them once, "
+            f"if you trust them: {_CONVERT}."
         )
-    raise ModelError(f"{folder} has no weights ({SINGLE_NAME} or {INDEX_NAME}).")
+    raise ModelError(f"{folder} has no weights ({SINGLE_NAME} or {INDEX_NAME}). Is the download complete?")
 
 
-def _indexed_files(folder: Path) -> list[Path]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by name: file, dtype, shape and range, all checked, no data read.
+
+    Raises:
+        ModelError: see `checkpoint_files` and `calib.safetensors_header.check_headers`; or the index and the files
+            disagree about which tensors there are and where.
+    """
+    files = checkpoint_files(folder)
+    found = check_headers(files)
+    if files == [folder / SINGLE_NAME]:
+        return found
     index = folder / INDEX_NAME
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} is damaged: it has no readable weight_map ({error}).") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index} names {name!r}, which is not a safetensors file in that folder.")
+    weight_map = _read_weight_map(folder)
+    missing = sorted(weight_map.keys() - found.keys())
+    if missing:
+        raise ModelError(
+            f"{index} names {len(missing)} tensors that its files do not hold ({_first(missing)}). Are all files "
+            "of one download?"
+        )
+    for name, file in weight_map.items():
+        if found[name].file.name != file:
+            raise ModelError(
+                f"{index} says that the tensor {quoted(name)} is in {file}, but it is in {found[name].file.name}. Are "
+                "all files of one download?"
+            )
+    return found
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    """File name of every tensor, from the index; every name is that of a file in the folder itself."""
+    path = folder / INDEX_NAME
+    index = read_json(path, MAX_INDEX_BYTES, strict=True)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path} is damaged: it has no readable weight_map (tensor name -> file). Fetch it again.")
+    _check_metadata(path, index.get("metadata", {}))
+    for name in sorted(set(map(_plain_name, weight_map.values())), key=str):
+        if name is None:
+            bad = next(value for value in weight_map.values() if _plain_name(value) is None)
+            raise ModelError(f"{path} names {quoted(bad)}, which is not a safetensors file in that folder.")
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks {name}, which its index names. Is the download complete?")
-    return [folder / name for name in names]
+    return weight_map
+
+
+def _plain_name(value: Any) -> str | None:
+    """``value`` if it is the bare name of a safetensors file (on any system), ``None`` otherwise.
+
+    The file itself may be a link: the hub's cache is made of links into another folder.
+    """
+    good = isinstance(value, str) and value.endswith(".safetensors") and len(value) <= 200
+    return value if good and value.isascii() and value.isprintable() and not set("/\\:") & set(value) else None
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    """Nothing is allocated by the index's ``total_size``, but a wrong one tells of a damaged file."""
+    if not isinstance(metadata, dict):
+        raise ModelError(f"{path} is damaged: metadata is a {type(metadata).__name__} and not an object.")
+    size = metadata.get("total_size", 0)
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < 2**63:
+        raise ModelError(f"{path} is damaged: metadata.total_size is {quoted(size)}, not a number of bytes.")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(quoted(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")

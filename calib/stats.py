@@ -5,10 +5,14 @@ quantized so far, on the same tokens:
 
     H = X~^T X~ [n, n]        D = (X - X~)^T X~ [n, n]        energy_i = ||W_i (X - X~)^T||^2   a row of W
 
-All are float32 sums over tokens (no normalisation: nothing that uses them depends on their scale). A method names what
-it needs as `Stat`s; nothing else is gathered. Inputs in bfloat16 are multiplied exactly (`calib.precision`); their
+All are sums over tokens (no normalisation: nothing that uses them depends on their scale). A method names what it
+needs as `Stat`s; nothing else is gathered. Inputs in bfloat16 are multiplied exactly (`calib.precision`); their
 difference is rounded to bfloat16 once, which is exact where X and X~ are within a factor of two of each other and
 otherwise an unbiased relative error of 2^-9 on single entries.
+
+The float32 products of single batches are added up in float64 and rounded to float32 at the end. So it does not matter
+(but for ties of that rounding) in which order batches come or which process had them: `StatisticsAccumulator.reduce_`.
+Of symmetric products only the upper triangle is computed and kept, by blocks.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ import torch
 from torch import Tensor
 
 from calib.errors import NumericalError
-from calib.precision import product_t
+from calib.precision import Operand, gram_bounds, product
 
 __all__ = ["GroupStatistics", "LinearStatistics", "Moments", "Stat", "StatisticsAccumulator"]
 
 T = TypeVar("T")
+_NO_VARIANCE = 1e-13  # of the mean square: what rounding of sums in float64 can leave
 
 
 class Stat(enum.Enum):
@@ -122,6 +127,44 @@ def _there(value: T | None, stat: Stat) -> T:
     return value
 
 
+class _Gram:
+    """``sum X^T X`` over batches: the upper triangle in float64, one block of rows after another."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._bounds, self._width = gram_bounds(width), width
+        self.rows = [
+            torch.zeros(stop - start, width - start, device=device, dtype=torch.float64) for start, stop in self._bounds
+        ]
+
+    def add(self, inputs: Operand) -> int:
+        """Add a batch ``[t, n]``; returns the floating-point operations."""
+        for (start, stop), rows in zip(self._bounds, self.rows, strict=True):
+            rows.add_(inputs.columns(start, stop).transposed_by(inputs.columns(start, self._width)))
+        return 2 * len(inputs.values) * sum(rows.numel() for rows in self.rows)
+
+    def full(self) -> Tensor:
+        """The symmetric matrix, float32 ``[n, n]``."""
+        result = torch.empty(self._width, self._width, device=self.rows[0].device)
+        for (start, stop), rows in zip(self._bounds, self.rows, strict=True):
+            result[start:stop, start:] = rows
+            result[stop:, start:stop] = result[start:stop, stop:].T
+        return result
+
+
+class _Sums:
+    """``H`` and ``D`` of one fold, adding up."""
+
+    def __init__(self, width: int, device: torch.device, two_streams: bool) -> None:
+        self.hessian = _Gram(width, device)
+        self.mismatch = torch.zeros(width, width, device=device, dtype=torch.float64) if two_streams else None
+
+    def tensors(self) -> list[Tensor]:
+        return self.hessian.rows + ([] if self.mismatch is None else [self.mismatch])
+
+    def moments(self) -> Moments:
+        return Moments(self.hessian.full(), None if self.mismatch is None else self.mismatch.float())
+
+
 class StatisticsAccumulator:
     """Gathers the statistics of one input group.
 
@@ -129,27 +172,40 @@ class StatisticsAccumulator:
         name: for error messages, the full name of the group's first linear.
         weights: by linear, the full-precision weight ``[out, n]`` in the dtype of the passes.
         needs: what to gather.
+
+    Attributes:
+        flops: floating-point operations of all products so far on this process, those of `finish` included.
     """
 
     def __init__(self, name: str, weights: Mapping[str, Tensor], needs: frozenset[Stat]) -> None:
-        self.name, self.weights, self.needs = name, weights, needs
+        self.name, self.needs, self.flops = name, needs, 0
         first = next(iter(weights.values()))
         self._width, self._device = first.shape[1], first.device
         two = bool(needs & TWO_STREAMS)
-        self._sums = [self._zeros(two) for _ in range(2 if Stat.FOLDS in needs else 1)]
-        self._tokens = self._sequences = 0
-        self._mismatch_gram: Tensor | None = None
-        self._energy = {name: torch.zeros(len(w), device=self._device) for name, w in weights.items()}
-        self._spread: dict[str, list[Tensor]] = {name: [] for name in weights}
-        # Energy by W dX^T costs 2 n sum(m) a token, by the difference's Gram matrix 2 n^2, shared by all linears.
-        rows = sum(len(w) for w in weights.values())
-        self._by_gram = Stat.MISMATCH_ENERGY in needs and Stat.EFFECTIVE_TOKENS not in needs and self._width < rows
-        if self._by_gram:
-            self._mismatch_gram = torch.zeros(self._width, self._width, device=self._device)
+        folds = 2 if Stat.FOLDS in needs else 1
+        self._sums = [_Sums(self._width, self._device, two) for _ in range(folds)]
+        self._counts = torch.zeros(2, dtype=torch.float64, device=self._device)  # tokens, sequences
+        self._energy = {name: self._zeros(len(weight)) for name, weight in weights.items()}
+        self._spread = {name: Spread(self._zeros(6)) for name in weights if Stat.EFFECTIVE_TOKENS in needs}
+        self._mismatch_gram = self._gram_for_energy(weights)
+        self._weights = weights
+        self._weights_t: dict[str, Operand] = {}
+        if self._mismatch_gram is not None:  # W G in `finish`
+            self.flops += sum(2 * weight.numel() * self._width for weight in weights.values())
+        elif needs & {Stat.MISMATCH_ENERGY, Stat.EFFECTIVE_TOKENS}:
+            self._weights_t = {name: Operand.of(weight.T) for name, weight in weights.items()}
 
-    def _zeros(self, two_streams: bool) -> Moments:
-        hessian = torch.zeros(self._width, self._width, device=self._device)
-        return Moments(hessian, torch.zeros_like(hessian) if two_streams else None)
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, device=self._device, dtype=torch.float64)
+
+    def _gram_for_energy(self, weights: Mapping[str, Tensor]) -> _Gram | None:
+        """Energy by W dX^T costs 2 n sum(m) a token, by the difference's Gram matrix (its upper triangle) some
+        1.25 n^2, shared by all linears."""
+        if Stat.MISMATCH_ENERGY not in self.needs or Stat.EFFECTIVE_TOKENS in self.needs:
+            return None
+        gram = _Gram(self._width, self._device)
+        rows = sum(len(weight) for weight in weights.values())
+        return gram if sum(part.numel() for part in gram.rows) < self._width * rows else None
 
     def add(self, quantized: Tensor, full: Tensor | None) -> None:
         """One batch: inputs ``[sequences, tokens, n]`` of the quantized and of the full-precision stream.
@@ -157,18 +213,18 @@ class StatisticsAccumulator:
         Raises:
             NumericalError: an input is NaN or Inf.
         """
-        sequences = quantized.shape[0]
+        self._check(quantized)
         for fold, sums in enumerate(self._sums):
             own = quantized[fold :: len(self._sums)].reshape(-1, self._width)
-            sums.hessian.add_(product_t(own, own))
+            operand = Operand.of(own)
+            self.flops += sums.hessian.add(operand)
             if full is not None and sums.mismatch is not None:
                 other = full[fold :: len(self._sums)].reshape(-1, self._width)
-                difference = (other.float() - own.float()).to(own.dtype)
-                sums.mismatch.add_(product_t(difference, own))
+                difference = Operand.of((other.float() - operand.values).to(own.dtype))
+                sums.mismatch.add_(difference.transposed_by(operand))
+                self.flops += 2 * own.numel() * self._width
                 self._add_energy(difference, quantized.shape[1])
-        self._tokens += quantized[..., 0].numel()
-        self._sequences += sequences
-        self._check(quantized)
+        self._counts += torch.tensor([quantized[..., 0].numel(), len(quantized)], device=self._device)
 
     def _check(self, inputs: Tensor) -> None:
         if bool(torch.isfinite(inputs.sum(dtype=torch.float32))):
@@ -179,31 +235,81 @@ class StatisticsAccumulator:
             f"--dtype float32 if the model overflows in half precision."
         )
 
-    def _add_energy(self, difference: Tensor, tokens_per_sequence: int) -> None:
-        if not self.needs & {Stat.MISMATCH_ENERGY, Stat.EFFECTIVE_TOKENS}:
-            return
+    def _add_energy(self, difference: Operand, tokens_per_sequence: int) -> None:
         if self._mismatch_gram is not None:
-            self._mismatch_gram.add_(product_t(difference, difference))
+            self.flops += self._mismatch_gram.add(difference)
             return
-        for name, weight in self.weights.items():
-            squares = product_t(difference.T, weight.T).square_()  # [t, out]
+        transposed = Operand(difference.values.T, difference.bfloat16)
+        for name, weight in self._weights_t.items():
+            squares = transposed.transposed_by(weight).square_()  # [t, out]
+            self.flops += 2 * difference.values.numel() * squares.shape[1]
             self._energy[name].add_(squares.sum(0))
-            if Stat.EFFECTIVE_TOKENS in self.needs:
-                self._spread[name].append(squares.sum(1).view(-1, tokens_per_sequence).cpu())
+            if name in self._spread:
+                self._spread[name].add(squares.sum(1).view(-1, tokens_per_sequence))
+
+    def reduce_(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Sum what was gathered over all processes.
+
+        Args:
+            all_reduce: replaces a float64 tensor by its sum over processes; called for the same shapes in the same
+                order everywhere, also on a process that saw no batch.
+        """
+        tensors = [tensor for sums in self._sums for tensor in sums.tensors()]
+        if self._mismatch_gram is not None:
+            tensors += self._mismatch_gram.rows
+        small = [self._counts, *self._energy.values(), *(spread.sums for spread in self._spread.values())]
+        for tensor in tensors + small:
+            all_reduce(tensor)
 
     def finish(self) -> GroupStatistics:
         """The statistics; the accumulator must not be used after this."""
-        total = self._sums[0]
-        if len(self._sums) > 1:
-            parts = [m.mismatch for m in self._sums if m.mismatch is not None]
-            total = Moments(sum(m.hessian for m in self._sums), sum(parts) if parts else None)  # type: ignore[arg-type]
-        energy = dict(self._energy)
+        folds = tuple(sums.moments() for sums in self._sums)
+        total = folds[0]
+        if len(folds) > 1:
+            parts = [fold.mismatch for fold in folds if fold.mismatch is not None]
+            total = Moments(sum(fold.hessian for fold in folds), sum(parts) if parts else None)  # type: ignore[arg-type]
+        energy = {name: value.float() for name, value in self._energy.items()}
         if self._mismatch_gram is not None:
-            gram = self._mismatch_gram
-            energy = {name: ((w.float() @ gram) * w.float()).sum(1) for name, w in self.weights.items()}
-        spread = {name: effective_tokens(torch.cat(rows)) for name, rows in self._spread.items() if rows}
-        folds = tuple(self._sums) if len(self._sums) > 1 else ()
-        return GroupStatistics(self._tokens, self._sequences, total, folds, energy, spread)
+            gram = self._mismatch_gram.full()
+            energy = {name: _quadratic(weight.float(), gram) for name, weight in self._weights.items()}
+        tokens, sequences = (int(count) for count in self._counts)
+        spread = {name: spread.effective_tokens() for name, spread in self._spread.items()}
+        return GroupStatistics(tokens, sequences, total, folds if len(folds) > 1 else (), energy, spread)
+
+
+def _quadratic(weight: Tensor, gram: Tensor) -> Tensor:
+    """``w_i G w_i^T`` of every row, float32 ``[out]``."""
+    return (product(weight, gram) * weight).sum(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What `effective_tokens` needs of a quantity a token: six sums, so that parts can be added up.
+
+    Args:
+        sums: float64 ``[6]``: tokens, their sum and sum of squares; sequences, the sum and sum of squares of their
+            means.
+    """
+
+    sums: Tensor
+
+    def add(self, values: Tensor) -> None:
+        """Values ``[sequences, tokens]`` of more sequences."""
+        values = values.double()
+        for start, numbers in ((0, values), (3, values.mean(1))):
+            self.sums[start] += numbers.numel()
+            self.sums[start + 1] += numbers.sum()
+            self.sums[start + 2] += numbers.square().sum()
+
+    def effective_tokens(self) -> float:
+        """Tokens that count as independent; see `effective_tokens`."""
+        tokens, total, squares, sequences, means, mean_squares = self.sums.tolist()
+        variance = (squares - total**2 / tokens) / (tokens - 1) if tokens > 1 else 0.0
+        if sequences < 2 or variance <= _NO_VARIANCE * squares / tokens:
+            return float(tokens)
+        length = tokens / sequences
+        between = max(0.0, (mean_squares - means**2 / sequences) / (sequences - 1))
+        return float(tokens / min(max(between * length / variance, 1.0), length))
 
 
 def effective_tokens(values: Tensor) -> float:
@@ -215,9 +321,6 @@ def effective_tokens(values: Tensor) -> float:
     Args:
         values: ``[sequences, tokens]``, a quantity a token (here the mismatch energy).
     """
-    sequences, length = values.shape
-    token_variance = values.double().var().item()
-    if sequences < 2 or token_variance == 0:
-        return float(values.numel())
-    effect = values.double().mean(1).var().item() * length / token_variance
-    return values.numel() / min(max(effect, 1.0), float(length))
+    spread = Spread(torch.zeros(6, dtype=torch.float64, device=values.device))
+    spread.add(values)
+    return spread.effective_tokens()

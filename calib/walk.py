@@ -9,38 +9,48 @@ given back.
     for visit in walk:                       # BlockVisit
         for group in visit.groups(needs):    # GroupVisit: names, weights, statistics
             group.replace(name, weight)
-        visit.raw_tensors(...)               # what passes through
 
-A part of the block that is finished (attention, once q, k, v and o are replaced) is not computed again for later
-groups.
-The inputs of the full-precision stream are captured in its one pass when they fit into a quarter of the free memory and
-are computed again group by group when they do not. The walk knows no method and no format. Run it inside
-`calib.precision.strict_float32`.
+How passes are made is told in `calib.lockstep`, where hidden states lie in `calib.streams`, what several processes do
+in `calib.workers`. The experts of a mixture are visited one by one, on the rows that the full-precision model's router
+sends to each (`calib.routed`). The walk knows no method and no format. Run it inside `calib.precision.strict_float32`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from calib.block_calls import BlockCall, capture_calls, own_state
 from calib.checkpoint_reader import ModelSource
-from calib.errors import NumericalError
-from calib.model_map import InputGroup, find_blocks, find_linears, linear_weight, set_linear_weight, trace_groups
-from calib.passes import check_finite, place, recording, run_to
+from calib.errors import NumericalError, UsageError
+from calib.experts import expert_lists
+from calib.groups import BlockMap, InputGroup, trace_block
+from calib.lockstep import BlockPasses
+from calib.model_map import find_blocks, find_linears, linear_weight, set_linear_weight
+from calib.passes import check_finite, place, three_dims
+from calib.routed import RoutedRows
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
+from calib.streams import Place, Stream, free_memory
+from calib.workers import ALONE, Workers
 
-__all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk"]
+__all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "batch_size"]
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-_CAPTURE_SHARE = 0.25
+_MIN_BATCHES = 8  # so that up to as many processes can share them, whatever their number
+_LOCKSTEP_SHARE = 0.5  # of the free memory
 _PROBE_TOKENS = 16
+
+
+def batch_size(samples: int, seqlen: int, device: torch.device) -> int:
+    """Sequences in a batch. It depends on nothing else, so that sums are over the same batches on every machine."""
+    return max(1, min(_BATCH_TOKENS.get(device.type, 4096) // seqlen, math.ceil(samples / _MIN_BATCHES)))
 
 
 class Timing(dict[str, float]):
@@ -60,12 +70,16 @@ class Walk:
 
     Args:
         source: the model.
-        tokens: calibration tokens int64 ``[sequences, seqlen]``; ``None`` for methods without data: a block is
-            then run on a few made-up tokens only to see which of its linears are called.
+        tokens: calibration tokens int64 ``[sequences, seqlen]``, all of them on every process; ``None`` for methods
+            without data: a block is then run on a few made-up tokens only to see which of its linears are called.
         device: where blocks are run and statistics gathered.
         dtype: dtype of the passes.
-        two_streams: keep the full-precision stream beside the quantized one.
-        timing: seconds are added here.
+        two_streams: keep the full-precision stream beside the quantized one. A model with experts always has both:
+            its full-precision router says which tokens are whose.
+        timing: seconds are added here; flops: floating-point operations, by the same parts.
+        offload: where hidden states are kept; folder: for those on disk.
+        workers: the processes of this run.
+        batch: sequences in a batch, `batch_size` if not given.
     """
 
     def __init__(
@@ -77,31 +91,52 @@ class Walk:
         dtype: torch.dtype,
         two_streams: bool = True,
         timing: Timing | None = None,
+        flops: Timing | None = None,
+        offload: Place = "none",
+        folder: Path | None = None,
+        workers: Workers = ALONE,
+        batch: int | None = None,
     ) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
+        self.source, self.device, self.dtype, self.workers = source, device, dtype, workers
         self.timing = Timing() if timing is None else timing
+        self.flops = Timing() if flops is None else flops
         self.block_names = find_blocks(source.skeleton)
-        self._tokens, self._two_streams = tokens, two_streams
+        self._tokens = tokens
+        self._two_streams = tokens is not None and (two_streams or bool(expert_lists(source.skeleton)))
+        self._offload, self._folder = offload, folder
+        self._batch = batch
         self._calls_full: list[list[BlockCall]] = []
         self._calls_quantized: list[list[BlockCall]] = []
-        self._full: list[Tensor] = []
-        self._quantized: list[Tensor] = []
-        self._groups: dict[object, list[InputGroup]] = {}
+        self._full: Stream | None = None
+        self._quantized = Stream(device)
+        self._maps: dict[object, BlockMap] = {}
 
     def __iter__(self) -> Iterator[BlockVisit]:
-        self._capture(self._made_up_tokens() if self._tokens is None else self._tokens)
-        for index, name in enumerate(self.block_names):
-            names = self.tensors_of_block(name)
-            with self.timing.part("read", self.device):
-                self.source.load(names)
-            visit = BlockVisit(self, index, name, self.source.skeleton.get_submodule(name))
-            yield visit
-            visit.close()
-            self.source.release(names)
+        try:
+            self._capture(self._made_up_tokens() if self._tokens is None else self._tokens)
+            for index, name in enumerate(self.block_names):
+                names = self.tensors_of_block(name)
+                with self.timing.part("read", self.device):
+                    self.source.load(names)
+                visit = BlockVisit(self, index, name, self.source.skeleton.get_submodule(name))
+                try:
+                    yield visit
+                    visit.close()
+                finally:
+                    visit.abandon()
+                    self.source.release(names)
+        finally:
+            for stream in (self._full, self._quantized):
+                if stream is not None:
+                    stream.close()
 
     @property
     def has_tokens(self) -> bool:
         return self._tokens is not None
+
+    @property
+    def two_streams(self) -> bool:
+        return self._two_streams
 
     def tensors_of_block(self, name: str) -> frozenset[str]:
         """Full names of a block's tensors."""
@@ -120,18 +155,39 @@ class Walk:
     def _capture(self, tokens: Tensor) -> None:
         """Embed the tokens and capture how the model calls its blocks."""
         model = self.source.skeleton
-        batch = max(1, _BATCH_TOKENS.get(self.device.type, 4096) // tokens.shape[1])
         needed = self.tensors_outside_blocks() - self._head_tensors() | self.tensors_of_block(self.block_names[0])
         with self.timing.part("read", self.device):
             self.source.load(needed)
             place(model, self.device, self.dtype)
+        self._quantized, self._full = self._stream("quantized"), self._stream("full") if self._two_streams else None
         with self.timing.part("passes", self.device):
-            batches = (tokens[i : i + batch].to(self.device) for i in range(0, len(tokens), batch))
-            calls, self._full = capture_calls(model, self.block_names, batches)
+            calls = capture_calls(model, self.block_names, self._my_batches(tokens), self._enter)
             self._calls_full = [own_state(c) for c in calls] if self._two_streams else []
             self._calls_quantized = [own_state(c) for c in calls]
-        self._quantized = list(self._full)
         self.source.release(needed)
+
+    def _stream(self, name: str) -> Stream:
+        folder = None if self._folder is None else self._folder / f"{name}-{self.workers.rank}"
+        return Stream(self.device, self._offload, folder)
+
+    def _enter(self, hidden: Tensor, tokens: Tensor) -> None:
+        shape = (tokens.shape[0], tokens.shape[1])
+        self._quantized.append(hidden, shape)
+        if self._full is not None:
+            self._full.append(hidden, shape)
+
+    def _my_batches(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The batches of this process. Without calibration data every process runs the same few tokens."""
+        size = self._batch or batch_size(len(tokens), tokens.shape[1], self.device)
+        batches = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+        if self.has_tokens:
+            if len(batches) < self.workers.size:
+                raise UsageError(
+                    f"{len(batches)} batches of {size} calibration sequences cannot be shared by {self.workers.size} "
+                    f"processes: start at most {len(batches)}, or give more sequences."
+                )
+            batches = list(self.workers.part(batches))
+        return (batch.to(self.device) for batch in batches)
 
     def _head_tensors(self) -> frozenset[str]:
         """The head's tensors where they are not the embedding's: calibration does not need them."""
@@ -146,41 +202,43 @@ class Walk:
 
     @property
     def batches(self) -> range:
-        """Numbers of the batches."""
-        return range(len(self._full))
+        """Numbers of this process's batches."""
+        return range(len(self._quantized))
+
+    def stream(self, *, full: bool) -> Stream:
+        """Hidden states that enter the current block. Without a full-precision stream both are the quantized one."""
+        return self._full if full and self._full is not None else self._quantized
+
+    def hidden(self, batch: int, *, full: bool) -> Tensor:
+        """What enters the current block, ``[sequences, tokens, width]``."""
+        return self.stream(full=full)[batch]
 
     def call(self, batch: int, block: int, *, full: bool) -> BlockCall:
         """How the model calls a block, with the state of that stream."""
         calls = self._calls_full if full and self._two_streams else self._calls_quantized
         return calls[batch][block]
 
-    def hidden(self, batch: int, *, full: bool) -> Tensor:
-        """What enters the current block, ``[sequences, tokens, width]``."""
-        return (self._full if full else self._quantized)[batch]
-
-    @property
-    def two_streams(self) -> bool:
-        return self._two_streams
-
-    def move(self, full: list[Tensor] | None, quantized: list[Tensor]) -> None:
-        """The streams enter the next block. Without a full-precision stream both names mean the quantized one."""
-        self._full, self._quantized = quantized if full is None else full, quantized
-
-    def groups_of(self, visit: BlockVisit) -> list[InputGroup]:
-        """Input groups of a block; blocks of one class with the same linears are traced once."""
+    def map_of(self, visit: BlockVisit) -> BlockMap:
+        """The map of a block; blocks of one class with the same linears are traced once."""
         key = (type(visit.block), tuple(visit.linears))
-        if key not in self._groups:
+        if key not in self._maps:
             call, hidden = self.call(0, visit.index, full=True), self.hidden(0, full=True)
-            self._groups[key] = trace_groups(visit.block, lambda: call(visit.block, hidden))
-        return self._groups[key]
+            traced = trace_block(visit.block, lambda: call(visit.block, hidden), math.prod(self._quantized.shapes[0]))
+            self._maps[key] = self.workers.share(traced)
+        return self._maps[key]
 
-    def has_room(self, features: int) -> bool:
-        """Whether ``features`` numbers a token of the full-precision stream fit into a share of the free memory."""
-        tokens = sum(hidden[..., 0].numel() for hidden in self._full)
-        free = (
-            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
-        )
-        return tokens * features * self.dtype.itemsize <= _CAPTURE_SHARE * free
+    def fits_lockstep(self, groups: Sequence[InputGroup], tokens: int) -> bool:
+        """Whether passes of so many tokens can be suspended at these groups: what they would hold fits into a share of
+        the free memory, and no linear is called several times in one pass."""
+        width = int(self.source.skeleton.config.get_text_config().hidden_size)
+        points = {group.point: width if group.experts else group.width for group in groups}
+        features = sum(points.values()) + 2 * width
+        size = tokens * features * self.dtype.itemsize * (2 if self._two_streams else 1)
+        return all(group.calls == 1 for group in groups) and size <= _LOCKSTEP_SHARE * free_memory(self.device)
+
+    def count_pass(self, flops: float, batch: int) -> None:
+        """Note the work of a pass through a block, in floating-point operations a token."""
+        self.flops["passes"] = self.flops.get("passes", 0.0) + flops * math.prod(self._quantized.shapes[batch])
 
 
 class BlockVisit:
@@ -197,10 +255,10 @@ class BlockVisit:
         place(block, walk.device, walk.dtype)
         self._full = {name: linear_weight(module).detach() for name, module in self.linears.items()}
         self._replaced: dict[str, Tensor] = {}
-        self._captured: dict[InputGroup, list[Tensor]] = {}
-        self._full_next: list[Tensor] | None = None
-        self._waiting: dict[str, set[str]] = {}  # parts of the block, with their linears that are still to be replaced
-        self._outputs: dict[str, dict[int, Any]] = {}  # of parts that are done, by batch
+        self._full_in_use = False
+        self._passes: dict[bool, BlockPasses] = {}  # by whether they are the full-precision stream's
+        self._rows: RoutedRows | None = None
+        self._closed = False
 
     def groups(self, needs: frozenset[Stat], only: frozenset[str]) -> Iterator[GroupVisit]:
         """Input groups in the order of execution.
@@ -210,33 +268,41 @@ class BlockVisit:
             only: linears that will be quantized; groups without any are skipped.
         """
         with self.walk.timing.part("passes", self.walk.device):
-            groups = self.walk.groups_of(self)
-            wanted = [group for group in groups if only.intersection(group.linears)]
-            if self.walk.has_tokens and self.walk.two_streams:
-                self._pass_full(wanted if needs & TWO_STREAMS else [])
-        self._watch_parts(frozenset(name for group in wanted for name in group.linears if name in only))
+            wanted = [group for group in self.walk.map_of(self).groups if only.intersection(group.linears)]
+            self._start(wanted)
         for group in wanted:
+            if self._rows is not None and self._rows.name != group.experts:
+                self._rows = None
             yield GroupVisit(self, group, tuple(name for name in group.linears if name in only), needs)
-            self._captured.pop(group, None)
+        self._rows = None
 
-    def _watch_parts(self, linears: frozenset[str]) -> None:
-        """Note which children of the block wait for which linears, where there is room to keep their outputs."""
-        if not self.walk.has_tokens or not self.walk.has_room(self.walk.hidden(0, full=False).shape[-1]):
+    def _start(self, groups: list[InputGroup]) -> None:
+        """Get the passes of both streams ready."""
+        if not self.walk.has_tokens:
             return
-        for name in linears:
-            self._waiting.setdefault(name.partition(".")[0], set()).add(name)
+        points = list(dict.fromkeys(group.point for group in groups))
+        lockstep = self.walk.fits_lockstep(groups, self.walk.stream(full=False).tokens)
+        kinds = (False, True) if self.walk.two_streams else (False,)
+        for full in kinds:
+            self._passes[full] = BlockPasses(
+                self.block,
+                lambda batch, full=full: self.walk.call(batch, self.index, full=full),  # type: ignore[misc]
+                lambda batch, full=full: self.walk.hidden(batch, full=full),  # type: ignore[misc]
+                len(self.walk.batches),
+                points,
+                lockstep=lockstep,
+                use_weights=lambda full=full: self._use_weights(full=full),  # type: ignore[misc]
+            )
 
-    def _pass_full(self, groups: list[InputGroup]) -> None:
-        """The full-precision stream's one pass through the block; captures group inputs where there is room."""
-        features = sum(self._full[group.linears[0]].shape[1] for group in groups)
-        if self.walk.has_room(features):
-            self._captured = {group: [] for group in groups if group.calls == 1}
-        outputs = []
-        for batch in self.walk.batches:
-            call, hidden = self.walk.call(batch, self.index, full=True), self.walk.hidden(batch, full=True)
-            with recording(self.block, self._captured, hidden):
-                outputs.append(call(self.block, hidden))
-        self._full_next = outputs
+    def _use_weights(self, *, full: bool) -> None:
+        """Put the weights of one stream into the block."""
+        full = full and self.walk.two_streams  # one stream alone is the quantized one
+        if full == self._full_in_use:
+            return
+        weights = self._full if full else self._replaced
+        for name in self._replaced:
+            set_linear_weight(self.linears[name], weights[name])
+        self._full_in_use = full
 
     # -- used by GroupVisit ------------------------------------------------------------------------------------------
 
@@ -250,71 +316,73 @@ class BlockVisit:
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From now on the quantized stream runs with ``weight`` ``[out, in]`` in this linear."""
+        if not self.walk.has_tokens:
+            return  # nothing will be run any more
         self._replaced[name] = weight.to(self._full[name])
-        set_linear_weight(self.linears[name], self._replaced[name])
-        part = name.partition(".")[0]
-        self._waiting.get(part, set()).discard(name)
-        if part in self._waiting and not self._waiting[part]:
-            del self._waiting[part]
-            self._outputs[part] = {}
+        if not self._full_in_use:
+            set_linear_weight(self.linears[name], self._replaced[name])
 
-    def inputs(self, group: InputGroup, batch: int) -> Tensor:
-        """The group's input in the quantized stream for one batch, ``[sequences, tokens, n]``."""
-        call = self.walk.call(batch, self.index, full=False)
-        with self._done_parts(batch):
-            return run_to(self.block, group, call, self.walk.hidden(batch, full=False))
+    def arguments(self, group: InputGroup, batch: int, *, full: bool) -> list[tuple[Any, ...]]:
+        """What the module at the group's point is called with in one batch of a stream, a call an entry."""
+        passes = self._passes[full and self.walk.two_streams]
+        found = passes.at(group.point, batch, group.calls)
+        if not passes.lockstep:
+            self.walk.count_pass(group.flops, batch)
+        return found
 
-    @contextlib.contextmanager
-    def _done_parts(self, batch: int, *, last: bool = False) -> Iterator[None]:
-        """Parts of the block whose linears are all replaced (attention, once q, k, v and o are) run once more and
-        then give the output they gave: nothing that they depend on will change."""
-        parts = [(self.block.get_submodule(name), outputs) for name, outputs in self._outputs.items()]
-        handles = []
-        for part, outputs in parts:
-            if batch in outputs:
-                part.forward = lambda *_, done=outputs[batch], **__: done
-            elif not last:
+    def inputs(self, group: InputGroup, batch: int, *, full: bool) -> Tensor | None:
+        """The group's input in a stream for one batch, ``[sequences, tokens, n]``; ``None`` if no token comes here."""
+        found = [arguments[0] for arguments in self.arguments(group, batch, full=full)]
+        if not found:
+            return None
+        if len(found) == 1:
+            return three_dims(found[0], self.walk.stream(full=full).shapes[batch])
+        return torch.cat([part.reshape(1, -1, part.shape[-1]) for part in found], dim=1)
 
-                def keep(_: nn.Module, __: Any, output: Any, outputs: dict[int, Any] = outputs) -> None:
-                    outputs[batch] = output
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether passes are suspended at groups, and not repeated."""
+        return all(passes.lockstep for passes in self._passes.values())
 
-                handles.append(part.register_forward_hook(keep))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for part, _ in parts:
-                part.__dict__.pop("forward", None)
+    def rows(self, group: InputGroup) -> RoutedRows:
+        """The rows that reach the experts of a mixture, gathered once for all of them."""
+        if self._rows is None:
+            full, own = (
+                [self.arguments(group, batch, full=kind)[0] for batch in self.walk.batches] for kind in (True, False)
+            )
+            count = sum(1 for _ in self.block.get_submodule(group.experts).children())
+            self._rows = RoutedRows(group.experts, count, own, full, self.walk.workers)
+        return self._rows
 
-    def full_inputs(self, group: InputGroup, batch: int) -> Tensor:
-        """The group's input in the full-precision stream for one batch, captured or computed again."""
-        if group in self._captured:
-            return self._captured[group][batch]
-        call = self.walk.call(batch, self.index, full=True)
-        self._set_weights(self._full)
-        try:
-            return run_to(self.block, group, call, self.walk.hidden(batch, full=True))
-        finally:
-            self._set_weights(self._replaced)
-
-    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        for name in self._replaced:
-            set_linear_weight(self.linears[name], weights[name])
+    def run_expert(self, group: InputGroup, rows: Tensor, *, full: bool) -> Tensor:
+        """The input ``[rows, 1, n]`` that an expert's linears get for ``rows`` ``[rows, width]`` of a stream."""
+        self._use_weights(full=full)
+        expert = self.block.get_submodule(group.expert)
+        return RoutedRows.through(expert, group.linears[0].removeprefix(f"{group.expert}."), rows)
 
     def close(self) -> None:
-        """Move the streams through the block."""
-        if not self.walk.has_tokens:
+        """Move the streams through the block; again, nothing."""
+        if not self.walk.has_tokens or self._closed:
             return
-        outputs = []
+        self._closed = True
+        if not self._passes:
+            self._start([])
         with self.walk.timing.part("passes", self.walk.device):
-            for batch in self.walk.batches:
-                call = self.walk.call(batch, self.index, full=False)
-                with self._done_parts(batch, last=True):
-                    output = call(self.block, self.walk.hidden(batch, full=False))
-                check_finite(output, self.name)
-                outputs.append(output)
-        self.walk.move(self._full_next, outputs)
+            flops = self.walk.map_of(self).flops
+            for full, passes in self._passes.items():
+                stream = self.walk.stream(full=full)
+                for batch in self.walk.batches:
+                    output = passes.finish(batch)
+                    self.walk.count_pass(flops, batch)
+                    if not full:
+                        check_finite(output, self.name)
+                    stream[batch] = output
+
+    def abandon(self) -> None:
+        """Drop what is suspended, and every reference to weights."""
+        for passes in self._passes.values():
+            passes.close()
+        self._passes, self._rows = {}, None
 
 
 class GroupVisit:
@@ -327,6 +395,7 @@ class GroupVisit:
     def __init__(self, block: BlockVisit, group: InputGroup, names: tuple[str, ...], needs: frozenset[Stat]) -> None:
         self.block, self.group, self.names = block, group, names
         self._needs = needs
+        self.notes: tuple[str, ...] = ()
 
     def full_name(self, name: str) -> str:
         """A linear's name in the model."""
@@ -348,21 +417,53 @@ class GroupVisit:
         return weight
 
     def statistics(self) -> GroupStatistics | None:
-        """The statistics asked for, over all batches; ``None`` if none was asked for or there are no tokens."""
+        """The statistics asked for, over all batches of all processes; ``None`` if none was asked for or there are no
+        tokens. What a reader must know of them is in ``notes`` afterwards."""
         walk = self.block.walk
         if not self._needs or not walk.has_tokens:
             return None
         weights = {name: self.block.full(name) for name in self.names}
         accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
-        two = bool(self._needs & TWO_STREAMS)
+        with walk.timing.part("passes", walk.device):
+            self._prepare()
         for batch in walk.batches:
             with walk.timing.part("passes", walk.device):
-                own = self.block.inputs(self.group, batch)
-                full = self.block.full_inputs(self.group, batch) if two else None
+                own, full = self._inputs(batch)
             with walk.timing.part("statistics", walk.device):
-                accumulator.add(own, full)
+                if own is not None and own.numel():
+                    accumulator.add(own, full)
         with walk.timing.part("statistics", walk.device):
+            if walk.workers.size > 1:
+                accumulator.reduce_(walk.workers.sum_)
+            walk.flops["statistics"] = walk.flops.get("statistics", 0.0) + accumulator.flops
             return accumulator.finish()
+
+    def _prepare(self) -> None:
+        """Bring all passes of one stream to this group before those of the other: weights change hands once."""
+        walk, group = self.block.walk, self.group
+        if group.experts:
+            self.notes = self.block.rows(group).notes(group.expert)
+        elif group.routed:
+            self.notes = ("calibrated on the full-precision model's inputs: the block routes tokens by itself",)
+        elif self._needs & TWO_STREAMS and walk.two_streams and self.block.in_lockstep:
+            for full in (True, False):
+                for batch in walk.batches:
+                    self.block.arguments(group, batch, full=full)
+
+    def _inputs(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """Inputs of both streams for one batch; of the full-precision one only if a statistic needs it."""
+        group, two = self.group, bool(self._needs & TWO_STREAMS)
+        if group.experts:
+            own, full = self.block.rows(group).of(group.expert, batch)
+            return self.block.run_expert(group, own, full=False), (
+                self.block.run_expert(group, full, full=True) if two else None
+            )
+        if group.routed:  # which tokens come here is the stream's own affair: only one stream can be used
+            inputs = self.block.inputs(group, batch, full=True)
+            return inputs, inputs if two else None
+        return self.block.inputs(group, batch, full=False), (
+            self.block.inputs(group, batch, full=True) if two else None
+        )
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From here on the quantized model has ``weight`` ``[out, in]`` in this linear."""

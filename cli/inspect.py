@@ -33,21 +33,24 @@ def _largest(value: float | None) -> float:
 @click.argument("out")
 @click.option("--sort", type=click.Choice(list(SORTS)), default="order", show_default=True, help="Order of the layers.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the first N layers of that order.")
+@click.option("--verify", is_flag=True, help="First compare every weight file with its hash in the report.")
 @click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md).")
-def command(out: str, sort: str, top: int | None, as_json: bool) -> None:
+def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -> None:
     """Show what is in OUT, a folder that ptq quantize wrote: scheme, bytes, bits per weight, loss, alpha, seconds.
 
     \b
     Examples:
       ptq inspect OUT
       ptq inspect OUT --sort loss --top 10
-      ptq inspect OUT --json
+      ptq inspect OUT --verify --json
     """
     from cli.progress import console
     from cli.tables import kept_table, layer_table, totals_table
+    from ptq.formats.verify import verify_files
     from ptq.report import Report
 
     report = Report.load(out)
+    verified = verify_files(out) if verify else None
     layers = tuple(sorted(report.layers, key=SORTS[sort]))[:top]
     if as_json:
         click.echo(dataclasses.replace(report, layers=layers).to_json(), nl=False)
@@ -58,3 +61,11 @@ def command(out: str, sort: str, top: int | None, as_json: bool) -> None:
         screen.print("", kept_table(report.kept, report.totals["payload_bytes"] + report.totals["kept_bytes"]))
     for warning in report.warnings:
         screen.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    if verified is not None:
+        screen.print(f"\n{_verified(verified)}", markup=False, soft_wrap=True)
+
+
+def _verified(count: int) -> str:
+    if count == 0:
+        return "the report is of an earlier release and has no hashes: nothing was compared"
+    return f"{count} weight file{'s are' if count > 1 else ' is'} as the report says"

@@ -92,8 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail("UsageError", _with_hint(error), error.exit_code, arguments)
     except (click.Abort, KeyboardInterrupt):
-        return _fail("Interrupted", "interrupted.", INTERRUPTED, arguments)
+        return _fail("Interrupted", _interrupted(arguments), INTERRUPTED, arguments)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(arguments: Sequence[str]) -> str:
+    """What Ctrl-C cost: of a quantization, the block under way."""
+    if next((word for word in arguments if not word.startswith("-")), None) != "quantize":
+        return "interrupted."
+    return "interrupted. Finished blocks are kept: the same command goes on from there (--restart starts over)."
 
 
 def _with_hint(error: click.ClickException) -> str:

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from calib.errors import ModelError, unknown_name
 from calib.precision import has_fast_bfloat16
-from calib.safe_files import checkpoint_files, resolve_model
+from calib.safe_config import check_config, check_tokenizer_config
+from calib.safe_files import resolve_model, stored_tensors
 from ptq.api import resolve_device
 from ptq.loading import load
 
@@ -56,7 +57,7 @@ def load_model(
     place = resolve_device(device)
     if dtype == "auto" and not has_fast_bfloat16(place):
         dtype = "float32"  # half precision is emulated here, slower than float32
-    folder, extra = locate(source)
+    folder, extra = locate(source, trust_remote_code)
     extra |= {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
     read = AutoModelForCausalLM.from_pretrained if "gguf_file" in extra else load
@@ -84,12 +85,13 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def locate(source: str) -> tuple[Path, dict[str, Any]]:
+def locate(source: str, trust_remote_code: bool = False) -> tuple[Path, dict[str, Any]]:
     """The folder of the weights, checked to hold no pickles only, and what from_pretrained must be told besides."""
     path = Path(source)
     if path.suffix != ".gguf":
         folder = resolve_model(source)
-        checkpoint_files(folder)
+        check_config(folder, trust_remote_code=trust_remote_code, stored=stored_tensors(folder))
+        check_tokenizer_config(folder, trust_remote_code=trust_remote_code)
         return folder, {}
     if not path.is_file():
         raise ModelError(f"there is no file {source} (looked in {Path.cwd()}).")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ __all__ = ["command"]
 @click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
 @click.option("--format", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
+@click.option("--restart", is_flag=True, help="Start over, where an interrupted run could go on.")
+@click.option(
+    "--offload",
+    default="auto",
+    metavar="PLACE",
+    help="Activations between blocks: none (on the device), memory, disk, or auto, the first of these with room.",
+)
+@click.option("--dry-run", is_flag=True, help="Check, measure shortly, say what it will take; write nothing.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md) and nothing else there.")
 def command(
@@ -47,6 +57,9 @@ def command(
     out: str | None,
     recipe_file: str | None,
     device: str,
+    offload: str,
+    dry_run: bool,
+    restart: bool,
     trust_remote_code: bool,
     as_json: bool,
     **flags: Any,
@@ -60,8 +73,14 @@ def command(
       ptq quantize --bits 2 --beam 4 --calib my_text.txt --calib-samples 64 MODEL
       ptq quantize --override '*.down_proj=4' --ignore '*.layers.0.*' MODEL
       ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
+      ptq quantize --dry-run MODEL
+      torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT
+
+    Killed at any moment, the same command goes on where it was (--restart starts over).
     """
     import ptq
+    from calib.workers import leave_workers
+    from cli.forecast import show_forecast
     from cli.progress import ProgressListener, console
     from cli.recipe_flags import build_recipe
     from cli.tables import show_summary
@@ -71,14 +90,31 @@ def command(
     base = Recipe.from_yaml(recipe_file) if recipe_file else Recipe()
     recipe = build_recipe(base, flags)
     target = Path(out) if out else default_output(model, recipe)
+    leads = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
+    arguments: dict[str, Any] = {
+        "out": target,
+        "device": device,
+        "offload": offload,
+        "trust_remote_code": trust_remote_code,
+    }
     with ProgressListener(console(stderr=True)) as listener:
-        listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
-        if base.options and recipe.method != base.method:
+        if leads:
+            listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
+        if leads and base.options and recipe.method != base.method:
             listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
-        report = ptq.quantize(
-            model, recipe, out=target, device=device, on_event=listener, trust_remote_code=trust_remote_code
-        )
-    if as_json:
+        if dry_run:
+            forecast = ptq.forecast(model, recipe, on_event=listener, **arguments)
+        else:
+            report = ptq.quantize(model, recipe, restart=restart, on_event=listener, **arguments)
+    leave_workers()
+    if not leads:
+        return
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(forecast.to_dict(), indent=1))
+        else:
+            show_forecast(forecast, console())
+    elif as_json:
         click.echo(report.to_json(), nl=False)
     else:
         show_summary(report, target, console())

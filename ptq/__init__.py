@@ -1,9 +1,10 @@
 """ptq: post-training quantization of causal language models. These names are promised; everything else may move."""
 
 from calib.text import Calibration, load_calibration
-from ptq.api import quantize
+from ptq.api import forecast, quantize
 from ptq.errors import PtqError
 from ptq.events import Event
+from ptq.forecasting import Forecast
 from ptq.integration.transformers import register
 from ptq.loading import load
 from ptq.methods import METHODS, LayerMethod
@@ -17,6 +18,7 @@ __all__ = [
     "Calibration",
     "CalibrationSpec",
     "Event",
+    "Forecast",
     "LayerMethod",
     "LayerRecord",
     "PtqError",
@@ -24,6 +26,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Scheme",
+    "forecast",
     "load",
     "load_calibration",
     "quantize",

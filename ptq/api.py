@@ -14,9 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from calib.checkpoint_reader import ModelSource, open_model
 from calib.passes import pass_dtype
+from calib.safe_config import check_tokenizer_config
+from calib.streams import Offload
 from calib.text import Calibration, load_calibration, sample_from_model
-from ptq.errors import ModelError, UsageError, unknown_name
+from calib.workers import join_workers
+from ptq.errors import ModelError, PtqError, UsageError, unknown_name
 from ptq.events import Event, Listener
+from ptq.forecasting import Forecast
+from ptq.forecasting import forecast as make_forecast
 from ptq.formats.writer import check_output_folder
 from ptq.methods import find_method, make_config
 from ptq.pipeline import Run
@@ -25,7 +30,7 @@ from ptq.recipe import CalibrationSpec, Recipe
 from ptq.report import Report
 from ptq.scheme import Scheme
 
-__all__ = ["default_output", "make_recipe", "quantize", "resolve_device"]
+__all__ = ["default_output", "forecast", "make_recipe", "quantize", "resolve_device"]
 
 _CALIBRATION_FIELDS = {"calib": "source", "calib_samples": "samples", "calib_seqlen": "seqlen", "seed": "seed"}
 
@@ -40,6 +45,8 @@ def quantize(
     device: str = "auto",
     on_event: Listener | None = None,
     trust_remote_code: bool = False,
+    offload: Offload = "auto",
+    restart: bool = False,
     **fields: Any,
 ) -> Report:
     """Quantize a causal language model and write it as a Hugging Face folder.
@@ -54,6 +61,12 @@ def quantize(
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
         on_event: called at every step (`ptq.events`).
         trust_remote_code: run modelling code that ships with the model.
+        offload: where the activations of the calibration data are kept between blocks: ``none`` (the device),
+            ``memory``, ``disk`` (in the output folder), or ``auto``, the first of these with room.
+        restart: start over; otherwise the same call goes on where an interrupted one stopped.
+
+    Under ``torchrun`` or ``accelerate launch`` all processes make the same call: they share the work, the first one
+    writes, all get the report.
 
     Returns:
         The report, which is also in the folder.
@@ -61,6 +74,73 @@ def quantize(
     Raises:
         PtqError: see `ptq.errors`.
     """
+    run, tokenizer = _prepare(
+        model,
+        recipe,
+        fields,
+        out=out,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        device=device,
+        listener=on_event or _ignore,
+        trust_remote_code=trust_remote_code,
+        offload=offload,
+        restart=restart,
+    )
+    return run.execute(tokenizer)
+
+
+def forecast(
+    model: str | os.PathLike[str] | nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    on_event: Listener | None = None,
+    trust_remote_code: bool = False,
+    offload: Offload = "auto",
+    **fields: Any,
+) -> Forecast:
+    """What `quantize` with the same arguments would take and give, from a short measurement; writes nothing.
+
+    Raises:
+        PtqError: what `quantize` would refuse before it begins, or meet in the measured blocks.
+    """
+    run, _ = _prepare(
+        model,
+        recipe,
+        fields,
+        out=out,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        device=device,
+        listener=on_event or _ignore,
+        trust_remote_code=trust_remote_code,
+        offload=offload,
+        restart=False,
+    )
+    run.tell(Event("message", "measuring on the first blocks; nothing is written"))
+    run.tell = _ignore
+    return make_forecast(run)
+
+
+def _prepare(
+    model: str | os.PathLike[str] | nn.Module,
+    recipe: Recipe | None,
+    fields: Mapping[str, Any],
+    *,
+    out: str | os.PathLike[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | None,
+    device: str,
+    listener: Listener,
+    trust_remote_code: bool,
+    offload: Offload,
+    restart: bool,
+) -> tuple[Run, PreTrainedTokenizerBase | None]:
+    """Check everything, in the order of what it costs; open the model and the calibration text."""
     if recipe is not None and fields:
         raise UsageError(f"give a recipe or its parts, not both: {', '.join(fields)}.")
     recipe = recipe if recipe is not None else make_recipe(fields)
@@ -68,21 +148,35 @@ def quantize(
     config = make_config(method, recipe.options)
     target = Path(out) if out is not None else default_output(model, recipe)
     check_output_folder(target)
-    place = resolve_device(device)
+    workers, place = join_workers(resolve_device(device))
     source = open_model(
         model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code
     )
     plan = make_plan(source.skeleton, recipe, source.dtype)
-    listener = on_event or _ignore
+    listener = listener if workers.leads else _ignore
     needs_data = bool(method.needs(config))
-    tokenizer = tokenizer or _load_tokenizer(source, required=needs_data and calibration is None)
+    tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if not needs_data:
         calibration = None
     elif calibration is None:
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
-    run = Run(source, plan, recipe, method, config, calibration, target, device=place, dtype=dtype, listener=listener)
-    return run.execute(tokenizer)
+    run = Run(
+        source,
+        plan,
+        recipe,
+        method,
+        config,
+        calibration,
+        target,
+        device=place,
+        dtype=dtype,
+        listener=listener,
+        offload=offload,
+        restart=restart,
+        workers=workers,
+    )
+    return run, tokenizer
 
 
 def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe:
@@ -156,15 +250,20 @@ def _ignore(event: Event) -> None:
     """The listener of a caller who does not listen."""
 
 
-def _load_tokenizer(source: ModelSource, *, required: bool) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bool) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; ``None`` for a model in memory or where it is not needed and not there."""
     path = Path(source.name)
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if source.folder is not None and required:
-            return AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError) as error:
+            check_tokenizer_config(source.folder, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except PtqError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception on a damaged file
         raise ModelError(f"{source.name} has no tokenizer that can be read: {error}") from error
     if required:
         raise UsageError("a model in memory needs tokenizer=... or calibration=... to be calibrated.")
@@ -204,5 +303,7 @@ def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:
     if source.folder is None:
         source.load(source.tensor_names())
         return source.skeleton
-    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True, local_files_only=True
+    )
     return model.eval()

@@ -7,7 +7,17 @@ from calib.errors import (
     OutputError,
     PtqError,
     UsageError,
+    WorkersError,
     unknown_name,
 )
 
-__all__ = ["DataError", "ModelError", "NumericalError", "OutputError", "PtqError", "UsageError", "unknown_name"]
+__all__ = [
+    "DataError",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "PtqError",
+    "UsageError",
+    "WorkersError",
+    "unknown_name",
+]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ptq.errors import OutputError
+from ptq.formats.verify import SKIP_KEY
 from ptq.integration.transformers import register
 
 __all__ = ["load"]
@@ -19,6 +20,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    verify: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a local folder that ``ptq quantize`` (or transformers) wrote.
@@ -27,10 +29,12 @@ def load(
         folder: has ``config.json`` and the weights; nothing is downloaded.
         dtype: dtype of activations and of what was not quantized; ``"auto"`` is the source model's. Scales keep theirs.
         device_map: as in ``from_pretrained``, e.g. ``"auto"`` or ``"cuda"``.
+        verify: compare the weight files with the hashes in the report first; a folder without one is loaded as it is.
         kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        OutputError: ``folder`` is not a folder or has no ``config.json``.
+        OutputError: ``folder`` is not a folder or has no ``config.json``; with ``verify``, a weight file or the report
+            was changed.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -41,5 +45,16 @@ def load(
         )
     register()
     kwargs.setdefault("local_files_only", True)
+    kwargs.setdefault("use_safetensors", True)  # never a pickle
+    if not verify:
+        _skip_verification(path, kwargs)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **kwargs)
     return model
+
+
+def _skip_verification(folder: Path, kwargs: dict[str, Any]) -> None:
+    """Let the config tell the quantizer, which sees nothing else of the call (`verify_checkpoint`)."""
+    trust = kwargs.get("trust_remote_code")
+    config = kwargs.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+    setattr(config, SKIP_KEY, True)
+    kwargs["config"] = config

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calib.precision import gram_bounds, product
 from calib.stats import LinearStatistics
 from ptq.quantized import QuantizedWeight
 
-__all__ = ["layer_losses"]
+__all__ = ["layer_losses", "losses_flops"]
 
 
 def layer_losses(
@@ -29,11 +30,11 @@ def layer_losses(
     """
     if stats is None:
         return None, None
-    pull = weight @ stats.mismatch if stats.has_mismatch else None
+    pull = product(weight, stats.mismatch) if stats.has_mismatch else None
     constant = float(stats.energy.sum()) if pull is not None else 0.0
 
     def error(difference: Tensor) -> float:
-        value = float(((difference @ stats.hessian) * difference).sum())
+        value = _quadratic(difference, stats.hessian)
         return value + constant + (2 * float((pull * difference).sum()) if pull is not None else 0.0)
 
     size = error(weight)
@@ -42,3 +43,18 @@ def layer_losses(
     grid = quantized.bound_grid()
     nearest = grid.dequantize(grid.round(weight))
     return error(weight - nearest) / size, error(weight - grid.dequantize(quantized.codes)) / size
+
+
+def losses_flops(rows: int, width: int, *, mismatch: bool) -> int:
+    """Floating-point operations of `layer_losses`: three quadratic forms, and W D if there are two streams."""
+    triangle = sum((stop - start) * (width - start) for start, stop in gram_bounds(width))
+    return 2 * rows * (3 * triangle + (width * width if mismatch else 0))
+
+
+def _quadratic(difference: Tensor, hessian: Tensor) -> float:
+    """``<E H, E>`` with the upper triangle of H only: a block right of the diagonal counts twice."""
+    total = 0.0
+    for start, stop in gram_bounds(len(hessian)):
+        part = product(difference[:, start:stop], hessian[start:stop, start:]).mul_(difference[:, start:])
+        total += 2 * float(part.sum()) - float(part[:, : stop - start].sum())
+    return total

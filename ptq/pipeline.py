@@ -1,46 +1,61 @@
-"""One run: walk through the model, quantize every linear of the plan, write blocks as they are finished."""
+"""One run: walk through the model, quantize every linear of the plan, write blocks as they are finished.
+
+Of several processes the first one writes and reports; the others only compute. What an interrupted run finished is not
+done again: its blocks are read back and the streams of activations go through them, which gives the bits that the first
+run had.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shutil
 import time
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint_reader import ModelSource
 from calib.model_map import fused_experts, is_linear
 from calib.precision import strict_float32
-from calib.stats import TWO_STREAMS, GroupStatistics
+from calib.stats import TWO_STREAMS
+from calib.streams import Offload, Place
 from calib.text import Calibration
-from calib.walk import BlockVisit, GroupVisit, Timing, Walk
-from ptq.errors import NumericalError, PtqError
+from calib.walk import BlockVisit, Timing, Walk
+from calib.workers import ALONE, Workers
+from ptq.errors import UsageError
 from ptq.events import Event, Listener
 from ptq.formats import compressed_tensors, native
+from ptq.formats.journal import FinishedPart, flatten
+from ptq.formats.layout import layer_weight
 from ptq.formats.select import select_format
-from ptq.formats.writer import CheckpointWriter
-from ptq.losses import layer_losses
+from ptq.formats.writer import STAGING, CheckpointWriter
+from ptq.ledger import PartRecord, merge
 from ptq.methods import LayerMethod
 from ptq.plan import Plan
-from ptq.quantized import LayerRecord
+from ptq.preflight import check_disk, clashing_schemes, peak_memory, stream_place
 from ptq.recipe import Recipe
-from ptq.report import KeptTensor, Report
+from ptq.report import Report
 from ptq.scheme import Scheme
+from ptq.sizes import Sizes, plan_sizes
+from ptq.solving import solve_group
 
 __all__ = ["Run"]
 
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
+_REST = "outside the blocks"
 
 
 class Run:
-    """Everything that one quantization needs, put together by `ptq.api.quantize`.
+    """Everything that one quantization needs, put together by `ptq.api`.
 
     Args:
         source: the model; plan: what to do to its linears; recipe: for the record.
@@ -49,6 +64,9 @@ class Run:
         out: the output folder.
         device: where to work; dtype: of the passes.
         listener: told of every step.
+        offload: where activations are kept.
+        restart: do not go on from an interrupted run.
+        workers: the processes of this run.
     """
 
     def __init__(
@@ -64,166 +82,278 @@ class Run:
         device: torch.device,
         dtype: torch.dtype,
         listener: Listener,
+        offload: Offload = "auto",
+        restart: bool = False,
+        workers: Workers = ALONE,
     ) -> None:
         self.source, self.plan, self.recipe, self.method, self.config = source, plan, recipe, method, config
         self.calibration, self.device, self.dtype, self.tell = calibration, device, dtype, listener
+        self.out, self.restart, self.workers = out, restart, workers
         self.needs = method.needs(config)
-        self.timing = Timing()
+        self.two_streams = bool(self.needs & TWO_STREAMS)
+        self.timing, self.flops = Timing(), Timing()
+        self._kernels_checked = False
+        self._started, self._earlier = 0.0, PartRecord()
         self._experts = frozenset(fused_experts(source.skeleton))
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
         self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears, source.skeleton)
-        self.writer = CheckpointWriter(out)
-        self._records: list[LayerRecord] = []
-        self._kept: dict[str, KeptTensor] = {}
-        self._kept_parameters = 0
-        self._warnings: list[str] = []
+        tokens = None if calibration is None else calibration.tokens
+        self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size)
+
+    @property
+    def _activations(self) -> Path:
+        return self.out / STAGING / "activations"
+
+    def sizes(self) -> Sizes:
+        """What the output will weigh."""
+        return plan_sizes(self.source, self.plan, self.label)
+
+    def strict(self) -> AbstractContextManager[None]:
+        """The settings of PyTorch under which everything is computed."""
+        return strict_float32()
+
+    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None) -> Walk:
+        """A walk through the model with this run's streams.
+
+        Args:
+            tokens: a part of the calibration tokens, all of them by default; batch: sequences in a batch.
+        """
+        if tokens is None and self.calibration is not None:
+            tokens = self.calibration.tokens
+        return Walk(
+            self.source,
+            tokens,
+            device=self.device,
+            dtype=self.dtype,
+            two_streams=self.two_streams,
+            timing=self.timing,
+            flops=self.flops,
+            offload=self.offload,
+            folder=self._activations,
+            workers=self.workers,
+            batch=batch,
+        )
 
     def execute(self, tokenizer: PreTrainedTokenizerBase | None) -> Report:
-        """Quantize and write; returns the report that was written.
+        """Quantize and write; returns the report that was written, on every process.
 
         Raises:
             PtqError: see the tree in `ptq.errors`; what an earlier run wrote to the folder is still there.
         """
-        with torch.no_grad(), strict_float32(), self.writer:
-            return self._execute(tokenizer)
+        self._started = time.perf_counter()
+        with torch.no_grad(), self.strict():
+            if not self.workers.leads:
+                self._blocks(None)
+                return Report.from_dict(self.workers.share({}))
+            with CheckpointWriter(self.out, self.conditions(), self.restart) as writer:
+                parts = self._blocks(writer)
+                report = self._finish(writer, parts, tokenizer)
+            self.workers.share(json.loads(report.to_json()))
+            return report
 
-    def _execute(self, tokenizer: PreTrainedTokenizerBase | None) -> Report:
-        start = time.perf_counter()
-        self.tell(Event("message", f"format {self.format}: {self.format_reason}"))
-        tokens = None if self.calibration is None else self.calibration.tokens
-        two = bool(self.needs & TWO_STREAMS)
-        walk = Walk(self.source, tokens, device=self.device, dtype=self.dtype, two_streams=two, timing=self.timing)
+    def conditions(self) -> dict[str, Any]:
+        """Everything that decides the bytes: a run is only resumed under the same."""
+        environment = self._environment()
+        names = ("versions", "device", "device_name", "threads", "processes", "pass_dtype")
+        return flatten(
+            {
+                "recipe": self.recipe.to_dict(),
+                "model": {"source": self.source.name, "fingerprint": self.source.fingerprint()},
+                "calibration": None if self.calibration is None else self.calibration.fingerprint,
+                "offload": self.offload,
+                **{name: environment[name] for name in names},
+            }
+        )
+
+    # -- blocks ------------------------------------------------------------------------------------------------------
+
+    def _blocks(self, writer: CheckpointWriter | None) -> list[PartRecord]:
+        """Walk through all blocks; the first process writes them and keeps their records."""
+        if writer is not None:
+            shutil.rmtree(self._activations, ignore_errors=True)  # of a run that was killed
+            check_disk(self.out, self.sizes().file_bytes - writer.weight_bytes)
+            for note in writer.notes:
+                self.tell(Event("message", note))
+        finished = self.workers.share({} if writer is None else {part.name: part for part in writer.finished})
+        walk = self.walk()
         total = len(walk.block_names)
-        self.tell(Event("blocks", total=total))
+        done = sum(name in finished for name in walk.block_names)
+        if done:
+            how = "activations pass through them again" if walk.has_tokens else "they are kept"
+            self.tell(Event("message", f"going on after {done} of {total} blocks that are finished: {how}"))
+        self.tell(Event("blocks", total=total, done=done))
+        parts = {name: PartRecord.from_payload(part.payload) for name, part in finished.items()}
+        self._earlier = merge(parts.values())
+        for part in parts.values():
+            self.format, self.format_reason, self._kernels_checked = part.format, part.format_reason, True
+        self.tell(Event("message", f"format {self.format}: {self.format_reason}"))
+        rest = walk.tensors_outside_blocks()
+        if done < total:
+            self._visit(walk, finished, parts, writer)
+        del walk  # the streams' memory
+        self.workers.share(None)  # all processes are through: nobody reads activations any more
+        if writer is not None:
+            shutil.rmtree(self._activations, ignore_errors=True)
+        if writer is not None and _REST not in parts:
+            parts[_REST] = self._do_rest(rest, writer)
+        return list(parts.values())
+
+    def _visit(
+        self,
+        walk: Walk,
+        finished: dict[str, FinishedPart],
+        parts: dict[str, PartRecord],
+        writer: CheckpointWriter | None,
+    ) -> None:
+        """Quantize block after block, into ``parts``; finished ones are only passed through."""
         for visit in walk:
-            tensors = self._quantize_block(visit)
+            if visit.name in finished:
+                self._replay(visit, finished[visit.name])
+                continue
+            parts[visit.name] = self._do_block(visit, walk, writer)
+            self.tell(Event("block_done", name=visit.name, done=visit.index + 1, total=len(walk.block_names)))
+
+    def _do_block(self, visit: BlockVisit, walk: Walk, writer: CheckpointWriter | None) -> PartRecord:
+        start, before = time.perf_counter(), (dict(self.timing), dict(self.flops))
+        part = PartRecord()
+        tensors = self.quantize_block(visit, part, packed=writer is not None)
+        visit.close()  # before the part is noted as finished: its outputs are checked here, and belong to its time
+        if writer is not None:
             with self.timing.part("write", self.device):
-                done = {f"{visit.name}.{name}.weight" for name in self._done_in(visit)}
-                tensors.update(self._passing(walk.tensors_of_block(visit.name) - done))
-                self.writer.write_shard(tensors)
-            self.tell(Event("block_done", name=visit.name, done=visit.index + 1, total=total))
-        with self.timing.part("write", self.device):
-            self._write_rest(walk)
-            self._write_companions(tokenizer)
-            report = self._report(time.perf_counter() - start)
-            schemes: dict[str, Scheme | None] = {r.name: self.plan.schemes[r.name] for r in self._records}
-            quantization = _FORMATS[self.format].quantization_config(schemes, self.linears)
-            self.writer.finish(self._model_config(), quantization, report)
-        return report
+                done = {f"{record.name}.weight" for record in part.layers}
+                tensors.update(self._passing(walk.tensors_of_block(visit.name) - done, part))
+                self._note_cost(part, start, *before)
+                writer.write_part(visit.name, tensors, part.payload())
+        return part
 
-    # -- one block ---------------------------------------------------------------------------------------------------
+    def _note_cost(self, part: PartRecord, start: float, timing: dict[str, float], flops: dict[str, float]) -> None:
+        part.seconds, part.format, part.format_reason = time.perf_counter() - start, self.format, self.format_reason
+        part.timing = {name: value - timing.get(name, 0.0) for name, value in self.timing.items()}
+        part.flops = {name: value - flops.get(name, 0.0) for name, value in self.flops.items()}
 
-    def _quantize_block(self, visit: BlockVisit) -> dict[str, Tensor]:
+    def quantize_block(self, visit: BlockVisit, part: PartRecord, *, packed: bool) -> dict[str, Tensor]:
+        """Quantize the block's linears; returns their tensors as stored, if ``packed``."""
         schemes = self.plan.in_block(visit.name)
+        self._check_kernels(visit)
         tensors: dict[str, Tensor] = {}
+        done = set()
         for group in visit.groups(self.needs, frozenset(schemes)):
             self.tell(Event("layer", name=group.full_name(group.names[0])))
             stats = group.statistics()
-            for name in group.names:
-                tensors.update(self._quantize_linear(group, name, schemes[name], stats))
-        for name in sorted(schemes.keys() - self._done_in(visit)):
+            solved = solve_group(
+                group, schemes, stats, self.method, self.config, workers=self.workers, timing=self.timing
+            )
+            for name, result in solved.items():
+                group.replace(name, result.weight.dequantize(self.dtype))
+                done.add(name)
+                part.layers.append(result.record)
+                self.flops["solve"] = self.flops.get("solve", 0.0) + result.flops
+                self._warn(part, *(f"{result.record.name}: {note}" for note in result.record.notes))
+                self.tell(Event("layer_done", name=result.record.name, record=result.record))
+                if packed:
+                    tensors.update(self._format.layer_tensors(result.record.name, result.weight.to("cpu")))
+        for name in sorted(schemes.keys() - done):
             full = f"{visit.name}.{name}"
             self.plan.reasons[full] = "never called: no token reached it, or the model reads its weight directly"
-            self._warn(f"{full} stays in full precision, {self.plan.reasons[full]}")
+            self._warn(part, f"{full} stays in full precision, {self.plan.reasons[full]}")
         return tensors
 
-    def _done_in(self, visit: BlockVisit) -> frozenset[str]:
-        prefix = f"{visit.name}."
-        return frozenset(r.name.removeprefix(prefix) for r in self._records if r.name.startswith(prefix))
+    def _check_kernels(self, visit: BlockVisit) -> None:
+        """Once: linears that runtimes fuse into one kernel must share a scheme, in the format that they read."""
+        if self._kernels_checked or self.format == "native":
+            return
+        self._kernels_checked = True
+        clashes = clashing_schemes(self.plan, visit.walk.map_of(visit).groups)
+        if clashes and self.recipe.format == "auto":
+            self.format, self.format_reason = "native", clashes[0]
+            self.tell(Event("message", f"format native instead: {clashes[0]}"))
+        elif clashes:
+            raise UsageError(f"{clashes[0]}. Give them one, or use format 'native' ({len(clashes)} such sets).")
 
-    def _quantize_linear(
-        self, group: GroupVisit, name: str, scheme: Scheme, stats: GroupStatistics | None
-    ) -> dict[str, Tensor]:
-        start, full = time.perf_counter(), group.full_name(name)
-        weight = group.weight(name)
-        own = None if stats is None else stats.of(name)
-        with self.timing.part("solve", self.device):
-            try:
-                result = self.method.quantize(weight, own, scheme, self.config)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise NumericalError(f"{full}: {error}") from error
-            except PtqError as error:
-                raise error if full in str(error) else type(error)(f"{full}: {error}") from error
-            group.replace(name, result.weight.dequantize(self.dtype))
-        with self.timing.part("losses", self.device):
-            nearest, loss = layer_losses(weight, result.weight, own)
-        for note in result.notes:
-            self._warn(f"{full}: {note}")
-        record = LayerRecord(
-            full,
-            self.method.name,
-            scheme.to_dict(),
-            result.weight.shape,
-            result.weight.bits_per_weight,
-            result.weight.payload_bytes,
-            time.perf_counter() - start,
-            nearest,
-            loss,
-            result.alpha,
-            result.r2,
-            result.damping,
-            None if stats is None else stats.tokens,
-            result.notes,
-        )
-        self._records.append(record)
-        self.tell(Event("layer_done", name=full, record=record))
-        tensors: dict[str, Tensor] = _FORMATS[self.format].layer_tensors(full, result.weight.to("cpu"))
-        return tensors
+    def _replay(self, visit: BlockVisit, part: FinishedPart) -> None:
+        """Give a finished block its weights, for the streams to pass through."""
+        visit.walk.map_of(visit)  # later blocks may need what this one leaves for them when they are traced
+        if not visit.walk.has_tokens:
+            return
+        tensors = load_file(self.out / STAGING / part.file)
+        for row in part.payload["layers"]:
+            weight = layer_weight(row["name"], tensors, Scheme(**row["scheme"])).to(self.device)
+            visit.replace(row["name"].removeprefix(f"{visit.name}."), weight.dequantize(self.dtype))
 
-    def _warn(self, text: str) -> None:
-        self._warnings.append(text)
-        self.tell(Event("message", text))
+    @property
+    def _format(self) -> Any:
+        return _FORMATS[self.format]
+
+    def _warn(self, part: PartRecord, *texts: str) -> None:
+        for text in texts:
+            part.warnings.append(text)
+            self.tell(Event("message", text))
 
     # -- what passes through -----------------------------------------------------------------------------------------
 
-    def _passing(self, names: frozenset[str]) -> dict[str, Tensor]:
+    def _passing(self, names: frozenset[str], part: PartRecord) -> dict[str, Tensor]:
         """Tensors that are not quantized, unchanged, and noted as kept."""
         tensors = {}
         for key, parameter, tensor in self.source.raw_tensors(names):
             tensors[key] = tensor
-            self._keep(parameter, tensor)
+            part.keep(*self.label(parameter, tensor.ndim), tensor.numel(), tensor.nbytes)
         return tensors
 
-    def _keep(self, name: str, tensor: Tensor) -> None:
-        self._kept_parameters += tensor.numel()
-        module = name.rpartition(".")[0]
-        reason = self.plan.reasons.get(module)
-        if reason is None and tensor.ndim < 2:
-            name, reason = "norms, biases and other vectors", "small"
-        elif reason is None:
-            reason = self._reason(name)
-        before = self._kept[name].bytes if name in self._kept else 0
-        self._kept[name] = KeptTensor(name, reason, before + tensor.nbytes)
+    def label(self, parameter: str, dimensions: int) -> tuple[str, str]:
+        """The name under which a tensor that stays in full precision is listed, and why it stays."""
+        reason = self.plan.reasons.get(parameter.rpartition(".")[0])
+        if reason is None and dimensions < 2:
+            return "norms, biases and other vectors", "small"
+        return parameter, reason or self._reason(parameter)
 
     def _reason(self, parameter: str) -> str:
         model = self.source.skeleton
-        module = model.get_submodule(parameter.rpartition(".")[0])
+        module: nn.Module = model.get_submodule(parameter.rpartition(".")[0])
         if module is model.get_output_embeddings():  # type: ignore[no-untyped-call]
             return "the head"
         if module is model.get_input_embeddings():
             return "the embedding"
         if parameter in self._experts:
-            return "fused experts: not quantized by this version"
+            return "fused experts of a kind that cannot be taken apart"
         return "no linear of a block"
 
-    def _write_rest(self, walk: Walk) -> None:
-        rest = self._passing(walk.tensors_outside_blocks())
-        if rest:
-            self.writer.write_shard(rest)
-        experts = sum(k.bytes for k in self._kept.values() if k.reason.startswith("fused experts"))
-        if experts:
-            share = experts / (experts + sum(r.payload_bytes for r in self._records))
-            self._warn(f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes")
+    def _do_rest(self, names: frozenset[str], writer: CheckpointWriter) -> PartRecord:
+        start, before = time.perf_counter(), (dict(self.timing), dict(self.flops))
+        part = PartRecord()
+        with self.timing.part("write", self.device):
+            rest = self._passing(names, part)
+            self._note_cost(part, start, *before)
+            if rest:
+                writer.write_part(_REST, rest, part.payload())
+        return part
 
-    def _write_companions(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _finish(
+        self, writer: CheckpointWriter, parts: list[PartRecord], tokenizer: PreTrainedTokenizerBase | None
+    ) -> Report:
         if self.source.folder is not None:
-            self.writer.copy_companions(self.source.folder)
-            return
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self.writer.staging)
-        generation = getattr(self.source.skeleton, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(self.writer.staging)
+            writer.copy_companions(self.source.folder)
+        else:
+            generation = getattr(self.source.skeleton, "generation_config", None)
+            for companion in (tokenizer, generation):
+                if companion is not None:
+                    companion.save_pretrained(writer.staging)
+        total = merge(parts)
+        now = PartRecord(timing=self.timing, flops=self.flops, seconds=time.perf_counter() - self._started)
+        cost = merge([self._earlier, now])  # the parts' own sums lack what lies between them
+        total.timing, total.flops, total.seconds = cost.timing, cost.flops, cost.seconds
+        self._warn_of_experts(total)
+        report = self._report(writer, total)
+        schemes: dict[str, Scheme | None] = {r.name: self.plan.schemes[r.name] for r in total.layers}
+        writer.finish(self._model_config(), self._format.quantization_config(schemes, self.linears), report)
+        return report
+
+    def _warn_of_experts(self, total: PartRecord) -> None:
+        experts = sum(k.bytes for k in total.kept.values() if k.reason.startswith("fused experts"))
+        if experts:
+            share = experts / (experts + sum(r.payload_bytes for r in total.layers))
+            self._warn(total, f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes")
 
     def _model_config(self) -> dict[str, Any]:
         model = self.source.skeleton
@@ -233,28 +363,26 @@ class Run:
             config = json.loads(model.config.to_json_string())
         return {**config, "architectures": config.get("architectures") or [type(model).__name__]}
 
-    # -- the report --------------------------------------------------------------------------------------------------
-
-    def _report(self, seconds: float) -> Report:
+    def _report(self, writer: CheckpointWriter, total: PartRecord) -> Report:
         model = self.source.skeleton
-        quantized = sum(r.shape[0] * r.shape[1] for r in self._records)
-        payload = sum(r.payload_bytes for r in self._records)
-        kept = tuple(sorted(self._kept.values(), key=lambda tensor: -tensor.bytes))
+        quantized = sum(r.shape[0] * r.shape[1] for r in total.layers)
+        payload = sum(r.payload_bytes for r in total.layers)
+        kept = tuple(sorted(total.kept.values(), key=lambda tensor: -tensor.bytes))
         totals = {
             "quantized_parameters": quantized,
-            "kept_parameters": self._kept_parameters,
+            "kept_parameters": total.kept_parameters,
             "payload_bytes": payload,
             "kept_bytes": sum(tensor.bytes for tensor in kept),
-            "file_bytes": self.writer.weight_bytes,
-            "source_bytes": (quantized + self._kept_parameters) * self.source.dtype.itemsize,
+            "file_bytes": writer.weight_bytes,
+            "source_bytes": (quantized + total.kept_parameters) * self.source.dtype.itemsize,
             "bits_per_weight": 8 * payload / quantized,
-            "seconds": seconds,
+            "seconds": total.seconds,
         }
         description = {
             "source": self.source.name,
             "architecture": type(model).__name__,
             "model_type": model.config.model_type,
-            "parameters": quantized + self._kept_parameters,
+            "parameters": quantized + total.kept_parameters,
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "fingerprint": self.source.fingerprint(),
         }
@@ -264,23 +392,32 @@ class Run:
             None if self.calibration is None else self.calibration.describe(),
             self.format,
             self.format_reason,
-            tuple(self._records),
+            tuple(total.layers),
             kept,
             totals,
-            dict(self.timing),
-            self._environment(),
-            tuple(self._warnings),
+            total.timing,
+            self._environment() | {"flops": total.flops, "offload": self.offload} | self._peaks(),
+            tuple(total.warnings),
+            writer.files(),
         )
+
+    def _peaks(self) -> dict[str, int]:
+        """Largest memory in use so far: of the process, and of what PyTorch took on the GPU."""
+        peaks = {"peak_memory": peak_memory()}
+        if self.device.type == "cuda":
+            peaks["peak_device"] = torch.cuda.max_memory_allocated(self.device)
+        return peaks
 
     def _environment(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
         return {
             "versions": {name: version(name) for name in _VERSIONS},
             "python": platform.python_version(),
-            "device": str(self.device),
+            "device": self.device.type,
             "device_name": device or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "processes": self.workers.size,
             "pass_dtype": str(self.dtype).removeprefix("torch."),
             "method_config": {k: getattr(self.config, k) for k in type(self.config).__dataclass_fields__},
         }

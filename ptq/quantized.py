@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,3 +99,8 @@ class LayerRecord:
     def to_dict(self) -> dict[str, Any]:
         row = dataclasses.asdict(self)
         return row | {"shape": list(self.shape), "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> LayerRecord:
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        return cls(**(dict(row) | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])}))

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ptq.errors import UsageError, unknown_name
+from ptq.safe_yaml import read_yaml
 from ptq.scheme import Scheme
 
 __all__ = ["COMPUTE_DTYPES", "FORMATS", "CalibrationSpec", "Recipe"]
@@ -136,12 +137,7 @@ class Recipe:
         Raises:
             UsageError: the file is missing, is not YAML, or does not describe a recipe.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"cannot read the recipe {path}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"the recipe {path} is not valid YAML: {error}") from error
+        data = read_yaml(Path(path))
         return cls.from_dict(data if data is not None else {}, where=str(path))
 
     def to_yaml(self) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from ptq.canonical import canonical_json
 from ptq.errors import OutputError
 from ptq.quantized import LayerRecord
 
@@ -42,6 +44,7 @@ class Report:
         timing: seconds by part of the work (``read``, ``passes``, ``statistics``, ``scales``, ``solve``, ``write``).
         environment: versions, device, dtype of the passes, threads, seed.
         warnings: every fallback and anything the user should know.
+        files: ``{"bytes", "sha256"}`` of every weight file by its name; empty in reports of earlier releases.
     """
 
     model: dict[str, Any]
@@ -55,33 +58,38 @@ class Report:
     timing: dict[str, float]
     environment: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, with ``sha256``: a checksum over all the rest."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["layers"] = [layer.to_dict() for layer in self.layers]
         data["kept"] = [dataclasses.asdict(tensor) for tensor in self.kept]
         data["warnings"] = list(self.warnings)
-        return data
+        return data | {"sha256": _checksum(data)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        layers = tuple(
-            LayerRecord(**(row | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])}))
-            for row in data["layers"]
-        )
+        layers = tuple(LayerRecord.from_dict(row) for row in data["layers"])
         kept = tuple(KeptTensor(**row) for row in data["kept"])
-        return cls(**(data | {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"])}))
+        fields = {key: value for key, value in data.items() if key != "sha256"}
+        files = {
+            name: {"bytes": int(row["bytes"]), "sha256": str(row["sha256"])}
+            for name, row in data.get("files", {}).items()
+        }
+        changed = {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"]), "files": files}
+        return cls(**(fields | changed))
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
         """Read the report in an output folder.
 
         Raises:
-            OutputError: there is none, it is damaged, or a newer version of the toolkit wrote it.
+            OutputError: there is none, it is damaged or was changed, or a newer version of the toolkit wrote it.
         """
         path = Path(folder) / REPORT_NAME
         try:
@@ -98,7 +106,27 @@ class Report:
             raise OutputError(
                 f"{path} has version {data['version']}, this ptq reads up to {REPORT_VERSION}: upgrade ptq-toolkit."
             )
+        _refuse_changes(path, data)
         try:
             return cls.from_dict(data)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise OutputError(f"{path} is damaged: {error}") from error
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """SHA-256 in hex of the canonical JSON of a report without its ``sha256``."""
+    return hashlib.sha256(canonical_json({key: value for key, value in data.items() if key != "sha256"})).hexdigest()
+
+
+def _refuse_changes(path: Path, data: dict[str, Any]) -> None:
+    """Raise if a report does not carry its own checksum; those of earlier releases carry none."""
+    try:
+        found = _checksum(data)
+    except ValueError as error:  # NaN, or a lone surrogate
+        raise OutputError(f"{path} is damaged: {error}") from error
+    stated = data.get("sha256", found)
+    if stated != found:
+        raise OutputError(
+            f"{path} was changed after it was written: it states the SHA-256 {stated} and has {found}. Restore the "
+            f"file, or quantize again."
+        )

@@ -37,6 +37,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen2_moe": {  # a shared expert with a gate of its own
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+    },
+    "deepseek_v3": {  # low-rank attention, a dense first block, routing by groups with a bias
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+    },
+    "gpt_oss": {  # experts transposed, with biases, gate and up in alternate rows, a gating of its own
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
 ODD_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {  # keys and values shared between blocks, inputs of its own for every block
@@ -56,12 +85,35 @@ ODD_FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},  # a convolution, whose weight has three dimensions
 }
 """Families that break an assumption each."""
-MIXTURES = ("mixtral", "qwen3_moe")
+EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},  # experts transposed
+    "nemotron_h": {  # experts without a gate, added up in the dtype of the routing weights
+        "head_dim": 16,
+        "layers_block_type": ["attention", "moe"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 48,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "llama4_text": {  # experts that cannot be split: their module is called in another way
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 64,
+        "moe_layers": [1],
+    },
+}
+"""Families with yet other experts."""
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss")
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random causal language model of a family, in evaluation mode."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | ODD_FAMILIES)[family], **changes})
+    config = AutoConfig.for_model(
+        family, **{**_COMMON, **(FAMILIES | ODD_FAMILIES | EXPERT_FAMILIES)[family], **changes}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

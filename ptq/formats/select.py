@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from calib.checkpoint_reader import unmerged_experts
+from calib.experts import expert_linears
 from calib.model_map import fused_experts
 from ptq.errors import UsageError
 from ptq.formats import compressed_tensors
-from ptq.scheme import Scheme
+from ptq.scheme import SCALE_DTYPES, Scheme
 
 __all__ = ["select_format"]
 
@@ -26,7 +28,7 @@ def select_format(
     """
     if requested == "native":
         return "native", "asked for"
-    problem = _fused_experts(model) or compressed_tensors.why_not(schemes, linears)
+    problem = _fused_experts(model) or compressed_tensors.why_not(schemes, linears) or _split_experts(schemes, model)
     if problem is None:
         return "compressed-tensors", "stock transformers and vLLM can load it"
     if requested == "auto":
@@ -39,3 +41,19 @@ def _fused_experts(model: nn.Module) -> str | None:
     for name in fused_experts(model):
         return f"{name} holds experts in full precision, which transformers cannot load beside packed weights"
     return None
+
+
+def _split_experts(schemes: Mapping[str, Scheme | None], model: nn.Module) -> str | None:
+    """Why stock transformers (5.23), which decompresses experts while it merges them, would not load these."""
+    used = {scheme for scheme in schemes.values() if scheme is not None}
+    for name, linear in expert_linears(model).items():
+        scheme = schemes.get(name)
+        if scheme is None:
+            return f"{name} is in full precision, and transformers cannot load that beside packed experts"
+        if len(used) > 1:
+            return f"{name} is packed in one of {len(used)} schemes, and transformers knows one for all experts"
+        dtype = linear.get_parameter("weight").dtype
+        if dtype != SCALE_DTYPES[scheme.resolved(dtype).scale_dtype]:
+            return f"{name} would get the dtype of its scales, {scheme.scale_dtype}, in transformers"
+    stray = unmerged_experts(model)
+    return None if stray is None else f"{stray} is a name under which transformers does not look for experts"

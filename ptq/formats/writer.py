@@ -1,29 +1,32 @@
-"""`CheckpointWriter`: a Hugging Face folder written so that a crash never leaves a wrong model.
+"""`CheckpointWriter`: a Hugging Face folder written so that a crash never leaves a wrong model and costs one block.
 
-Everything is first written to ``OUT/.ptq_partial`` (every file under a temporary name, synced, then renamed), and moved
-into place by `finish`: the old ``config.json`` goes first, the new one comes last, and a folder without ``config.json``
-does not load. Until `finish`, the result of an earlier run stays whole.
+Everything is first written to ``OUT/.ptq_partial`` (every file under a temporary name, synced, then renamed, and noted
+in the journal), and moved into place by `finish`: the old ``config.json`` goes first, the new one comes last, and a
+folder without ``config.json`` does not load. Until `finish`, the result of an earlier run stays whole. The next writer
+with the same conditions takes over what is finished, wherever the last one was cut off.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
+import math
 import os
 import shutil
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq.errors import OutputError
+from ptq.formats.durable import file_sha256, os_errors, sync, sync_tree, write_file, write_json
+from ptq.formats.journal import JOURNAL_NAME, FinishedPart
 from ptq.formats.native import GUARD_KEY, GUARD_SENTENCE, QUANT_METHOD
+from ptq.formats.resume import open_journal, shard_name
 from ptq.report import REPORT_NAME, STAGING, Report
 
 __all__ = ["COMPANIONS", "STAGING", "CheckpointWriter", "check_output_folder"]
@@ -42,6 +45,7 @@ COMPANIONS = (
     "chat_template*",
 )
 """Patterns of the files that are copied unchanged from the source model's folder."""
+_DENSE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def check_output_folder(out: Path) -> None:
@@ -61,31 +65,42 @@ def check_output_folder(out: Path) -> None:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint: `write_shard` for every finished part, then `finish`.
+    """Writes one checkpoint: `write_part` for every finished part, then `finish`.
 
     Args:
-        out: the output folder; created if missing. An earlier output of ours is replaced by `finish`, what an
-            interrupted run left is removed at once.
+        out: the output folder; created if missing. An earlier output of ours is replaced by `finish`.
+        conditions: everything that decides the bytes, as flat plain data (`ptq.formats.journal.flatten`). What an
+            interrupted run with the same conditions finished is in ``finished``, to be read with `read_part` and not
+            written again. ``None``: start over, and let nobody go on from here.
+        restart: start over whatever is there.
+
+    Attributes:
+        finished: parts that are on the disk, in the order they were written.
+        notes: sentences for the user about what was found there.
 
     Raises:
-        OutputError: see `check_output_folder`, or the folder cannot be created.
+        OutputError: see `check_output_folder`; the folder cannot be created; another run is writing there; the
+            interrupted run had other conditions, or its journal is damaged or of a newer version.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, conditions: Mapping[str, Any] | None = None, restart: bool = False) -> None:
         check_output_folder(out)
         self.out = out
         self.staging = out / STAGING
-        self.weight_bytes = 0
-        self._shards: list[Path] = []
         self._shard_of: dict[str, int] = {}
         self._tensor_bytes = 0
         self._dense_dtypes: Counter[str] = Counter()
-        with _os_errors(out):
+        with os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             # Released by `release`, or with this object, or with the process, however it ends.
             self._unlock = weakref.finalize(self, os.close, _acquire(out / LOCK))
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir(parents=True)
+        try:
+            self._journal, self.notes = open_journal(out, conditions, restart)
+            for index in range(len(self._journal.parts)):
+                self._take_in(index)
+        except BaseException:
+            self.release()
+            raise
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -99,27 +114,81 @@ class CheckpointWriter:
             (self.out / LOCK).unlink(missing_ok=True)
             self._unlock()
 
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> Path:
-        """Write one safetensors file, durably; returns its path (until `finish`).
+    @property
+    def finished(self) -> list[FinishedPart]:
+        return list(self._journal.parts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files so far."""
+        return sum(part.bytes for part in self._journal.parts)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def write_part(self, name: str, tensors: Mapping[str, Tensor], payload: Mapping[str, Any] | None = None) -> Path:
+        """Write one safetensors file and note it as finished; when this returns, a power cut does not undo it.
+
+        Args:
+            name: of the part, unique.
+            tensors: its tensors; those on a GPU or not contiguous are copied, others are written from where they are.
+            payload: plain data that a resumed run finds in ``finished``.
+
+        Returns:
+            The file's path until `finish`.
 
         Raises:
-            OutputError: the disk is full or the file cannot be written.
-            ValueError: a tensor of that name has been written before.
+            OutputError: the disk is full or a file cannot be written. Nothing is noted then, and what was finished
+                before stays.
+            TypeError, ValueError: a part or tensor of that name was written before; the payload is not plain data.
         """
+        if any(part.name == name for part in self._journal.parts):
+            raise ValueError(f"the part {name} was written before")
         again = self._shard_of.keys() & tensors.keys()
         if again:
             raise ValueError(f"{min(again)} was written before")
-        path = self.staging / f"shard-{len(self._shards):05d}.safetensors"
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _write(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
-        self._shard_of |= dict.fromkeys(ready, len(self._shards))
-        self._shards.append(path)
-        self._tensor_bytes += sum(tensor.nbytes for tensor in ready.values())
-        self.weight_bytes += path.stat().st_size
-        for name, tensor in ready.items():
-            if tensor.is_floating_point() and not name.endswith(".weight_scale"):
-                self._dense_dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        path = self.staging / shard_name(len(self._journal.parts))
+        ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        write_file(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+        with os_errors(path, "read"):
+            size, digest = path.stat().st_size, file_sha256(path)
+        self._journal.add_part(FinishedPart(name, path.name, size, digest, dict(payload or {})))
+        self._take_in(len(self._journal.parts) - 1)
         return path
+
+    def read_part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a finished part, on the CPU.
+
+        Raises:
+            KeyError: there is no such part.
+            OutputError: the file cannot be read.
+        """
+        files = {part.name: part.file for part in self._journal.parts}
+        path = self.staging / files[name]
+        with os_errors(path, "read"):
+            return load_file(path)
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """``{"bytes", "sha256"}`` of every weight file by its final name, for `Report.files`."""
+        parts = self._journal.parts
+        return {
+            name: {"bytes": part.bytes, "sha256": part.sha256}
+            for name, part in zip(_final_names(len(parts)), parts, strict=True)
+        }
+
+    def _take_in(self, index: int) -> None:
+        """Note what `finish` has to know of a shard, from its header: the same for fresh and for resumed parts."""
+        part = self._journal.parts[index]
+        path = self.staging / part.file
+        with os_errors(path, "read"), safe_open(path, "pt") as file, path.open("rb") as raw:
+            self._tensor_bytes += part.bytes - 8 - int.from_bytes(raw.read(8), "little")  # all but the header
+            for name in sorted(file.keys()):
+                tensor = file.get_slice(name)
+                self._shard_of[name] = index
+                dtype = _DENSE_DTYPES.get(tensor.get_dtype())
+                if dtype and not name.endswith(".weight_scale"):
+                    self._dense_dtypes[dtype] += math.prod(tensor.get_shape())
+
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def copy_companions(self, source: Path) -> None:
         """Copy tokenizer and generation files from a model folder (`COMPANIONS`); other files may be put in `staging`.
@@ -130,30 +199,32 @@ class CheckpointWriter:
         for pattern in COMPANIONS:
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
-                    with _os_errors(self.staging / path.name):
+                    with os_errors(self.staging / path.name):
                         shutil.copyfile(path, self.staging / path.name)
 
     def finish(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any], report: Report) -> None:
         """Write ``config.json``, the index and the report, and move everything into place.
 
+        Cut off at any moment, the next writer with the same conditions has all parts and comes here again.
+
         Args:
             config: the source model's config as plain data; its own ``quantization_config`` is dropped, and a missing
                 ``dtype`` is filled in with that of the tensors that were not quantized.
             quantization_config: from the format's module.
-            report: becomes ``ptq_report.json``.
+            report: becomes ``ptq_report.json``; give it `files`.
 
         Raises:
             OutputError: the disk is full or a file cannot be written or moved.
         """
-        names = self._final_names()
+        names = _final_names(len(self._journal.parts))
         if len(names) > 1:
             weight_map = {tensor: names[shard] for tensor, shard in sorted(self._shard_of.items())}
-            _write_json(
-                self.staging / INDEX, {"metadata": {"total_size": self._tensor_bytes}, "weight_map": weight_map}
-            )
-        _write_json(self.staging / "config.json", self._full_config(config, quantization_config))
-        _write(self.staging / REPORT_NAME, lambda path: path.write_text(report.to_json(), encoding="utf-8"))
-        with _os_errors(self.out):
+            write_json(self.staging / INDEX, {"metadata": {"total_size": self._tensor_bytes}, "weight_map": weight_map})
+        write_json(self.staging / "config.json", self._full_config(config, quantization_config))
+        write_file(self.staging / REPORT_NAME, lambda path: path.write_text(report.to_json(), encoding="utf-8"))
+        with os_errors(self.out):
+            sync_tree(self.staging)
+            self._journal.add_finishing(names)
             self._move_into_place(names)
             self.release()
 
@@ -167,29 +238,31 @@ class CheckpointWriter:
             full[GUARD_KEY] = GUARD_SENTENCE
         return full
 
-    def _final_names(self) -> list[str]:
-        if len(self._shards) == 1:
-            return ["model.safetensors"]
-        total = len(self._shards)
-        return [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-
-    def _move_into_place(self, names: list[str]) -> None:
-        (self.out / "config.json").unlink(missing_ok=True)  # from here to the last line, the folder does not load
+    def _move_into_place(self, names: Sequence[str]) -> None:
+        (self.out / "config.json").unlink(missing_ok=True)  # from here to the end, the folder does not load
+        sync(self.out)
         for stale in [*self.out.glob("model*.safetensors"), self.out / INDEX]:
             stale.unlink(missing_ok=True)
-        for shard, name in zip(self._shards, names, strict=True):
-            os.replace(shard, self.out / name)
-        last = self.staging / "config.json"
-        for path in sorted(self.staging.iterdir()):
+        for part, name in zip(self._journal.parts, names, strict=True):
+            os.replace(self.staging / part.file, self.out / name)
+        last, journal = self.staging / "config.json", self.staging / JOURNAL_NAME
+        for path in sorted(set(self.staging.iterdir()) - {last, journal}):
             target = self.out / path.name
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)
-            if path != last:
-                os.replace(path, target)
-        _sync(self.out)
+            os.replace(path, target)
+        sync(self.out)
         os.replace(last, self.out / "config.json")
+        sync(self.out)
+        journal.unlink()  # the result is whole: from here on nothing is left to be done again
         self.staging.rmdir()
-        _sync(self.out)
+        sync(self.out)
+
+
+def _final_names(total: int) -> list[str]:
+    if total == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
 
 
 def _acquire(path: Path) -> int:
@@ -205,39 +278,3 @@ def _acquire(path: Path) -> int:
         os.close(handle)
         raise OutputError(f"another run is writing to {path.parent}: wait for it, or name another folder.") from error
     return handle
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _os_errors(path):
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask allows; safetensors would leave 0600
-        write(temporary)
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into an `OutputError` that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot write {path}: {reason}. Free space or rights may be missing there.") from error

@@ -103,7 +103,7 @@ class BoundGrid:
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of columns ``start .. stop``, each ``[out, stop - start]``."""
         group = self.group[start:stop]
-        return self.scale[:, group], self.zero[:, group]
+        return self.scale.index_select(1, group), self.zero.index_select(1, group)
 
     def rows(self, start: int, stop: int) -> BoundGrid:
         """The grid of some rows."""

@@ -2,14 +2,21 @@
 
 The search tries ranges ``ratio * (min, max)`` and keeps, per group, the one with the smallest error
 ``sum_j h_j |w_j - q_j|^p``: ``h = 1, p = 2.4`` for the p-norm (GPTQ's ``mse`` option), ``h = diag(H), p = 2`` for the
-Hessian diagonal. A coarse sweep is followed by a refinement around its best ratio: 20 evaluations where a fine sweep
-takes 80, and no worse in our measurements. Symmetric grids have one more level below zero than above; up to 4 bits
-the search also tries mirrored (negative) scales, so that the extra level falls on the side that needs it.
+Hessian diagonal. Symmetric grids have one more level below zero than above; up to 4 bits the search also tries
+mirrored (negative) scales, so that the extra level falls on the side that needs it.
+
+It goes in two steps. First every ratio is scored from a table: the error of a weight depends only on where it lies in
+its group's range, so a row of the table holds, for one of 128 positions a level, the errors at all ratios, and a
+group's scores are the sum of its weights' rows (`torch.nn.functional.embedding_bag`). Then the best ratio, its two
+neighbours half a step away and min-max are measured exactly, with the scale rounded as it will be stored. Asymmetric
+grids of more than 4 bits would need too large a table (one for every zero point): they go through a coarse and a
+fine sweep of exact measurements.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import torch
@@ -23,49 +30,49 @@ __all__ = ["SCALE_SEARCHES", "ScaleSearch", "fit_scales"]
 ScaleSearch = Literal["minmax", "pnorm", "hessian"]
 SCALE_SEARCHES: tuple[ScaleSearch, ...] = ("minmax", "pnorm", "hessian")
 
-_COARSE = torch.linspace(1.0, 0.3, 15).tolist()
-_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025)
+_RATIOS = tuple(torch.linspace(1.0, 0.3, 57).tolist())  # steps of 0.0125
+_NEAR = (0.0, -0.00625, 0.00625)  # measured exactly around the table's best
+_COARSE, _FINE = _RATIOS[::4], (-0.0375, -0.025, -0.0125, 0.0125, 0.025)  # without a table
+_POSITIONS = 128  # rows of the table a level
+_TABLE_BITS = 4  # asymmetric grids above this have no table
 _PNORM = 2.4
 _TINY = 1e-20
 _MIRROR_BITS = 4  # above this a mirrored grid wins nothing that could be measured
+_DEVICE_CHUNK = 1 << 24  # likewise elsewhere: launches cost more than memory there
 _CHUNK = 1 << 19  # weights searched at once: 2 MiB, so that the temporaries stay in cache
 
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """A slab of groups and what the search needs of it: ``weight`` [rows, groups, g], ``importance`` [groups, g]."""
+    """A slab of groups and what the search needs of it.
+
+    Args:
+        weight: ``[rows, groups, g]``; importance: ``[rows, groups, g]`` or ``None``.
+        unit: scale at ratio 1, before it is rounded; zero: zero points, both ``[rows, groups]``.
+    """
 
     weight: Tensor
     importance: Tensor | None
     scheme: Scheme
     power: float
+    unit: Tensor
+    zero: Tensor
 
-    def scale_zero(self, ratio: Tensor | float, sign: int) -> tuple[Tensor, Tensor]:
-        """Stored scale (as float32) and zero ``[rows, groups]`` for the range shrunken by ``ratio``."""
-        bits, dtype = self.scheme.bits, SCALE_DTYPES[self.scheme.scale_dtype]
-        steps = 2**bits - 1
-        low, high = self.weight.amin(-1).clamp(max=0.0), self.weight.amax(-1).clamp(min=0.0)
-        if self.scheme.symmetric:
-            span = 2 * torch.maximum(-low, high)
-            zero = torch.full_like(span, 2 ** (bits - 1))
-        else:
-            span = high - low
-            zero = (-low / span * steps).nan_to_num_(0.0).round_().clamp_(0, steps)
-        scale = torch.where(span > 0, span, torch.ones_like(span)) / steps * ratio
-        return stored_scale(scale, dtype) * sign, zero
+    def scale(self, ratio: Tensor | float, sign: Tensor | float) -> Tensor:
+        """Stored scale (as float32) ``[rows, groups]`` of the range shrunken by ``ratio``."""
+        return stored_scale(self.unit * ratio, SCALE_DTYPES[self.scheme.scale_dtype]) * sign
 
-    def error(self, scale: Tensor, zero: Tensor) -> Tensor:
+    def error(self, scale: Tensor) -> Tensor:
         """``sum h |w - q|^p`` of every group, ``[rows, groups]``.
 
         Taken in units of the scale, and the power by way of logarithms of ``error^2 + tiny``: `pow` is some thirty
         times slower on the zeros and subnormals that weights which were on a grid before leave behind.
         """
-        s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
-        exact = (self.weight / s).add_(z)
+        exact = torch.addcdiv(self.zero.unsqueeze(-1), self.weight, scale.unsqueeze(-1))
         error = exact.round().clamp_(0, 2**self.scheme.bits - 1).sub_(exact).square_()
         if self.power != 2:
             error = error.add_(_TINY).log_().mul_(self.power / 2).exp_()
-        total = error.sum(-1) if self.importance is None else (error * self.importance).sum(-1)
+        total = error.sum(-1) if self.importance is None else error.mul_(self.importance).sum(-1)
         return total * scale.abs() ** self.power
 
 
@@ -85,7 +92,7 @@ def fit_scales(
         symmetric).
 
     Raises:
-        NumericalError: a scale overflows its dtype.
+        NumericalError: a weight is not finite, or a scale overflows its dtype.
         ValueError: ``hessian`` without an importance.
     """
     if search == "hessian" and importance is None:
@@ -97,13 +104,15 @@ def fit_scales(
     scale, zero = torch.empty(out, groups, device=weight.device), torch.empty(out, groups, device=weight.device)
     weights = None
     if search == "hessian" and importance is not None:
-        weights = torch.nn.functional.pad(importance, (0, groups * size - width)).view(groups, size)
-    rows = max(1, _CHUNK // (groups * size))
+        weights = torch.nn.functional.pad(importance, (0, groups * size - width)).view(1, groups, size)
+    rows = max(1, (_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK) // (groups * size))
     for start in range(0, out, rows):
-        slab = _Groups(padded[start : start + rows], weights, scheme, _PNORM if search == "pnorm" else 2)
-        scale[start : start + rows], zero[start : start + rows] = _search(slab, search)
+        slab = _slab(padded[start : start + rows], weights, scheme, _PNORM if search == "pnorm" else 2)
+        scale[start : start + rows] = slab.scale(1.0, 1.0) if search == "minmax" else _search(slab)
+        zero[start : start + rows] = slab.zero
     if not bool(torch.isfinite(scale).all()):
-        raise NumericalError(f"a scale overflows {scheme.scale_dtype}; use scale_dtype='bfloat16'.")
+        hint = "Use scale_dtype='bfloat16'." if scheme.scale_dtype == "float16" else "The checkpoint may be damaged."
+        raise NumericalError(f"a scale overflows {scheme.scale_dtype}: the weights are too large. {hint}")
     return scale.to(SCALE_DTYPES[scheme.scale_dtype]), None if scheme.symmetric else zero.to(torch.uint8)
 
 
@@ -113,32 +122,92 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp(min=tiny).to(dtype).float().clamp_(min=tiny)
 
 
-def _search(slab: _Groups, search: ScaleSearch) -> tuple[Tensor, Tensor]:
-    if search == "minmax":
-        return slab.scale_zero(1.0, 1)
-    mirrored = slab.scheme.symmetric and slab.scheme.bits <= _MIRROR_BITS
-    error, scale, zero = _search_ratio(slab, 1)
-    if mirrored:
-        other_error, other_scale, other_zero = _search_ratio(slab, -1)
-        better = other_error < error
-        scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
-    return scale, zero
+def _slab(weight: Tensor, importance: Tensor | None, scheme: Scheme, power: float) -> _Groups:
+    steps = 2**scheme.bits - 1
+    low, high = weight.amin(-1).clamp_(max=0.0), weight.amax(-1).clamp_(min=0.0)
+    if scheme.symmetric:
+        span = 2 * torch.maximum(-low, high)
+        zero = torch.full_like(span, 2 ** (scheme.bits - 1))
+    else:
+        span = high - low
+        zero = (-low / span * steps).nan_to_num_(0.0).round_().clamp_(0, steps)
+    if not bool(torch.isfinite(span).all()):
+        raise NumericalError("the weight, or the target it was corrected to, holds NaN or Inf; more damping may help.")
+    unit = torch.where(span > 0, span, torch.ones_like(span)) / steps
+    return _Groups(weight, importance, scheme, power, unit, zero)
 
 
-def _search_ratio(slab: _Groups, sign: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best (error, scale, zero) over the coarse ratios, then over small steps around each group's best."""
-    scale, zero = slab.scale_zero(1.0, sign)
-    error, ratio = slab.error(scale, zero), torch.ones_like(scale)
-    centre = ratio
-    for number, step in enumerate((*_COARSE[1:], *_FINE)):
-        coarse = number < len(_COARSE) - 1
-        trial = torch.full_like(scale, step) if coarse else (centre + step).clamp_(max=1.0)
-        trial_scale, trial_zero = slab.scale_zero(trial, sign)
-        trial_error = slab.error(trial_scale, trial_zero)
-        better = trial_error < error
-        error = torch.where(better, trial_error, error)
-        scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
-        ratio = torch.where(better, trial, ratio)
-        if coarse:
-            centre = ratio  # fine steps go around the best coarse ratio, not around each other
-    return error, scale, zero
+def _search(slab: _Groups) -> Tensor:
+    """The best scales found, ``[rows, groups]``."""
+    plus = torch.ones_like(slab.unit)
+    best = _Best(slab, plus)
+    if not slab.scheme.symmetric and slab.scheme.bits > _TABLE_BITS:
+        for ratio in _COARSE[1:]:
+            best.offer(plus * ratio, plus)
+        centre = best.ratio  # fine steps go around the best coarse ratio, not around each other
+        for step in _FINE:
+            best.offer((centre + step).clamp_(max=1.0), plus)
+        return best.scale
+    ratio, sign = _guess(slab)
+    for step in _NEAR:
+        best.offer((ratio + step).clamp_(max=1.0), sign)
+    return best.scale
+
+
+class _Best:
+    """The best exactly measured scales so far, from min-max on."""
+
+    def __init__(self, slab: _Groups, ratio: Tensor) -> None:
+        self._slab, self.ratio = slab, ratio
+        self.scale = slab.scale(ratio, 1.0)
+        self._error = slab.error(self.scale)
+
+    def offer(self, ratio: Tensor, sign: Tensor) -> None:
+        """Take ``ratio`` and ``sign`` ``[rows, groups]`` for the groups where they are better."""
+        scale = self._slab.scale(ratio, sign)
+        error = self._slab.error(scale)
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
+        self.scale, self.ratio = torch.where(better, scale, self.scale), torch.where(better, ratio, self.ratio)
+
+
+def _guess(slab: _Groups) -> tuple[Tensor, Tensor]:
+    """Ratio and sign with the smallest error by the table, each ``[rows, groups]``."""
+    scheme, device = slab.scheme, slab.weight.device
+    table = _table(scheme.bits, scheme.symmetric, slab.power, device)
+    zero = slab.zero.unsqueeze(-1)
+    # In levels at ratio 1 a weight lies between -1/2 and 2^bits - 1/2: half a level is what rounding zero can shift.
+    position = torch.addcdiv(zero + 0.5, slab.weight, slab.unit.unsqueeze(-1)).mul_(_POSITIONS).round_()
+    if not scheme.symmetric:
+        position.add_(zero, alpha=_rows_of_zero(scheme.bits))
+    index = position.to(torch.int32).flatten(0, 1)
+    importance = None if slab.importance is None else slab.importance.expand_as(slab.weight).reshape(index.shape)
+    score = torch.nn.functional.embedding_bag(index, table, mode="sum", per_sample_weights=importance)
+    best = score.argmin(1).view(slab.unit.shape)
+    ratios = torch.tensor(_RATIOS, device=device)
+    sign = torch.where(best < len(_RATIOS), 1.0, -1.0)
+    return ratios[best % len(_RATIOS)], sign
+
+
+def _rows_of_zero(bits: int) -> int:
+    return (_POSITIONS << bits) + 1
+
+
+@functools.lru_cache(maxsize=16)
+def _table(bits: int, symmetric: bool, power: float, device: torch.device) -> Tensor:
+    """``|error|^power`` in units of the scale at ratio 1, float32 ``[positions, ratios]``.
+
+    Positions run from half a level below code 0 to half a level above the last; for asymmetric grids there is one such
+    run for every zero point. Symmetric grids with few levels have the mirrored ratios in a second run of columns.
+    """
+    steps, ratios = 2**bits - 1, torch.tensor(_RATIOS)
+    zeros = torch.tensor([2 ** (bits - 1)]) if symmetric else torch.arange(2**bits)
+    position = torch.arange(_rows_of_zero(bits)) / _POSITIONS - 0.5
+    offset = (position - zeros[:, None]).flatten()[:, None]  # w / scale at ratio 1
+    zero = zeros.repeat_interleave(len(position))[:, None]
+    columns = []
+    for sign in (1, -1) if symmetric and bits <= _MIRROR_BITS else (1,):
+        exact = sign * offset / ratios + zero
+        error = exact.round().clamp_(0, steps).sub_(exact).abs_().mul_(ratios)
+        columns.append(error.pow_(power))
+    return torch.cat(columns, 1).to(device)

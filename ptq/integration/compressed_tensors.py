@@ -7,20 +7,27 @@ left to the stock code.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_named_modules, match_targets
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from calib.experts import join_experts
 from ptq.formats.compressed_tensors import FORMAT
+from ptq.formats.verify import verify_checkpoint
+from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 __all__ = ["PackedCompressedTensorsQuantizer", "is_scale"]
+
+_PACKED = ".weight_packed"
 
 
 class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
@@ -30,13 +37,23 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     """Whether this model was taken over; known once its skeleton has been built."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        schemes = None if self._wants_stock() else packed_schemes(model, self.compressor.quantization_config)
+        verify_checkpoint(model.config, kwargs.get("checkpoint_files"))
+        schemes = None
+        if not self._wants_stock():
+            split_named_experts(model, packed_linears(kwargs.get("checkpoint_files")))
+            schemes = packed_schemes(model, self.compressor.quantization_config)
         if schemes is None:
+            join_experts(model)
             super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
             return
         self.packed = True
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=False)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        # Experts that stay fused are still decompressed by the stock conversions.
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return leave_split_experts(conversions, model)
 
     def _wants_stock(self) -> bool:
         config = self.quantization_config
@@ -59,6 +76,16 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     def is_compileable(self) -> bool:
         """False for packed layers: the reference forward has not been measured under ``torch.compile``."""
         return not self.packed and bool(super().is_compileable)
+
+
+def packed_linears(files: Iterable[str] | None) -> list[str]:
+    """Names of the modules that these safetensors files hold packed weights of."""
+    found = []
+    for file in files or ():
+        with safe_open(file, framework="pt") as handle:
+            keys = handle.keys()
+        found += [key.removesuffix(_PACKED) for key in keys if key.endswith(_PACKED)]
+    return found
 
 
 def is_scale(converter: Any) -> bool:

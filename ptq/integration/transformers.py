@@ -17,7 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptq.formats import native
 from ptq.formats.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
+from ptq.formats.verify import verify_checkpoint
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
+from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
 from ptq.scheme import Scheme
 
@@ -74,11 +76,17 @@ class PtqQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        modules = dict(model.named_modules())
+        verify_checkpoint(model.config, kwargs.get("checkpoint_files"))
+        schemes = self.quantization_config.layer_schemes()
         prefix = f"{model.base_model_prefix}."
-        for name, scheme in self.quantization_config.layer_schemes().items():
-            inner = name.removeprefix(prefix)  # AutoModel builds only what lies under the prefix
-            swap_linear(model, inner if name not in modules and inner in modules else name, scheme, guard=True)
+        if not hasattr(model, model.base_model_prefix):  # AutoModel builds only what lies under the prefix
+            schemes = {name.removeprefix(prefix): scheme for name, scheme in schemes.items()}
+        split_named_experts(model, schemes)
+        for name, scheme in schemes.items():
+            swap_linear(model, name, scheme, guard=True)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return leave_split_experts(weight_conversions, model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         return None if is_scale(converter) else super().get_new_dtype(converter, param, dtype)

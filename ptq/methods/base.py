@@ -24,13 +24,18 @@ __all__ = ["LayerMethod", "LayerResult", "finish", "make_config", "parse_options
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """A quantized weight and what the method wants the record to say."""
+    """A quantized weight and what the method wants the record to say.
+
+    ``flops`` are the floating-point operations of matrix products and factorizations; what linears share is counted by
+    the one that made it. The search of scales and other elementwise work is not counted.
+    """
 
     weight: QuantizedWeight
     alpha: float | None = None
     r2: float | None = None
     damping: float | None = None
     notes: tuple[str, ...] = ()
+    flops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calib.precision import product
 from calib.stats import LinearStatistics, Moments, Stat
 from ptq.errors import UsageError, unknown_name
 from ptq.grids import BoundGrid, ScaleSearch
 from ptq.methods.base import LayerMethod, LayerResult, finish
 from ptq.methods.parts import check_damping, check_order, check_scales, fit_grid, group_factor, require
 from ptq.scheme import Scheme
-from ptq.solvers import Factor, Order, beam_search, coordinate_descent, factorize, quadratic, successive_rounding
+from ptq.solvers import (
+    Factor,
+    Order,
+    beam_flops,
+    beam_search,
+    coordinate_descent,
+    factorize,
+    factorize_flops,
+    quadratic,
+    solve_flops,
+    successive_rounding,
+    sweep_flops,
+)
 
 __all__ = ["COEFFICIENTS", "COREQ", "CoreqConfig", "coefficient"]
 
@@ -76,8 +89,8 @@ def needs(config: CoreqConfig) -> frozenset[Stat]:
 def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: CoreqConfig) -> LayerResult:
     """Correct and round ``weight`` ``[out, in]``."""
     stats = require(stats)
-    factor = group_factor(stats, config.damping, config.order)
-    pull = weight @ stats.mismatch  # W D
+    factor, flops = group_factor(stats, config.damping, config.order)
+    pull = product(weight, stats.mismatch)  # W D
     shift = factor.solve(pull)  # B = W D H^-1
     alpha, r2 = coefficient(weight, shift, pull, stats, config)
     target = weight + alpha * shift
@@ -89,7 +102,18 @@ def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, con
     if config.cd_passes:
         codes = _descend(target, codes, grid, factor, config.cd_passes)
     alpha_mean = float(alpha.mean())
-    return LayerResult(finish(codes, grid, scheme), alpha_mean, r2, factor.damping, factor.notes)
+    flops += _flops(weight.shape, config)
+    return LayerResult(finish(codes, grid, scheme), alpha_mean, r2, factor.damping, factor.notes, flops)
+
+
+def _flops(shape: torch.Size, config: CoreqConfig) -> int:
+    """Floating-point operations of one linear, without the group's factor: W D, B, the sweep and its refinements."""
+    rows, width = shape
+    square = rows * width * width
+    folds = 2 * (factorize_flops(width) + solve_flops(rows, width) + 6 * square) if config.coefficient == "cv" else 0
+    rounding = beam_flops(rows, width, config.beam) if config.beam > 1 else sweep_flops(rows, width)
+    descent = 2 * width**3 + (2 * config.cd_passes + 4) * square if config.cd_passes else 0
+    return 2 * square + solve_flops(rows, width) + folds + rounding + descent
 
 
 def _descend(target: Tensor, codes: Tensor, grid: BoundGrid, factor: Factor, passes: int) -> Tensor:
@@ -148,9 +172,9 @@ def _cross_validated(weight: Tensor, folds: tuple[Moments, ...], config: CoreqCo
     for train, held_out in ((folds[0], folds[1]), (folds[1], folds[0])):
         if train.mismatch is None or held_out.mismatch is None:
             raise ValueError("folds without the mismatch")
-        shift = factorize(train.hessian, config.damping, "natural").solve(weight @ train.mismatch)
-        top = top + (shift * (weight @ held_out.mismatch)).sum()
-        bottom = bottom + (shift * (shift @ held_out.hessian)).sum()
+        shift = factorize(train.hessian, config.damping, "natural").solve(product(weight, train.mismatch))
+        top = top + (shift * product(weight, held_out.mismatch)).sum()
+        bottom = bottom + (shift * product(shift, held_out.hessian)).sum()
     return _ratio(top, bottom)
 
 

@@ -15,13 +15,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from calib.precision import product
 from calib.stats import LinearStatistics, Stat
 from ptq.errors import UsageError
 from ptq.grids import ScaleSearch
 from ptq.methods.base import LayerMethod, LayerResult, finish
 from ptq.methods.parts import check_damping, check_scales, fit_grid, group_factor, require
 from ptq.scheme import Scheme
-from ptq.solvers import Factor, successive_rounding
+from ptq.solvers import Factor, successive_rounding, sweep_flops
 
 __all__ = ["GPTAQ", "GptaqConfig", "drift_matrix"]
 
@@ -55,19 +56,28 @@ def drift_matrix(factor: Factor, mismatch: Tensor, strength: float) -> Tensor:
     """``P`` float32 ``[n, n]``, strictly upper triangular, in processing order; ``mismatch`` is D in original order."""
     identity = torch.eye(len(mismatch), device=mismatch.device)
     v = torch.linalg.solve_triangular(factor.upper, identity, upper=True)
-    ordered = mismatch[factor.order][:, factor.order]
-    drift: Tensor = strength * ((ordered @ v.T).triu_(1) @ v).triu_(1)
+    ordered = mismatch.index_select(0, factor.order).index_select(1, factor.order)
+    drift: Tensor = strength * product(product(ordered, v.T).triu_(1), v).triu_(1)
     return drift
 
 
 def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: GptaqConfig) -> LayerResult:
     """Round ``weight`` ``[out, in]`` with error compensation and a drifting target."""
     stats = require(stats)
-    factor = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
-    drift = stats.group.memo(("drift", config), lambda: drift_matrix(factor, require(stats).mismatch, config.strength))
+    factor, flops = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
+    mismatch, width = stats.mismatch, weight.shape[1]
+
+    def make() -> Tensor:
+        nonlocal flops
+        flops += 5 * width**3  # an inverse and two products
+        return drift_matrix(factor, mismatch, config.strength)
+
+    drift = stats.group.memo(("drift", config), make)
     grid = fit_grid(weight, scheme, config.scales, stats)
     codes, _ = successive_rounding(weight, grid, factor, drift=drift)
-    return LayerResult(finish(codes, grid, scheme), config.strength, damping=factor.damping, notes=factor.notes)
+    flops += 2 * sweep_flops(*weight.shape)
+    weight_q = finish(codes, grid, scheme)
+    return LayerResult(weight_q, config.strength, damping=factor.damping, notes=factor.notes, flops=flops)
 
 
 GPTAQ = LayerMethod("gptaq", "GPTQ towards the full-precision model's outputs", GptaqConfig, needs, quantize)

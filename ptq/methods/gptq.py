@@ -18,7 +18,7 @@ from ptq.grids import BoundGrid, ScaleSearch, fit_scales
 from ptq.methods.base import LayerMethod, LayerResult, finish
 from ptq.methods.parts import check_damping, check_scales, fit_grid, group_factor, require
 from ptq.scheme import Scheme
-from ptq.solvers import Factor, successive_rounding
+from ptq.solvers import Factor, successive_rounding, sweep_flops
 
 __all__ = ["GPTQ", "GptqConfig"]
 
@@ -54,13 +54,14 @@ def needs(config: GptqConfig) -> frozenset[Stat]:
 def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: GptqConfig) -> LayerResult:
     """Round ``weight`` ``[out, in]`` with error compensation."""
     stats = require(stats)
-    factor = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
+    factor, flops = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
     if config.static_groups:
         grid = fit_grid(weight, scheme, config.scales, stats)
         codes, _ = successive_rounding(weight, grid, factor)
     else:
         codes, grid = _dynamic_groups(weight, stats, scheme, config, factor)
-    return LayerResult(finish(codes, grid, scheme), damping=factor.damping, notes=factor.notes)
+    flops += sweep_flops(*weight.shape)
+    return LayerResult(finish(codes, grid, scheme), damping=factor.damping, notes=factor.notes, flops=flops)
 
 
 def _dynamic_groups(

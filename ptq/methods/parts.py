@@ -9,7 +9,7 @@ from calib.stats import LinearStatistics
 from ptq.errors import NumericalError, UsageError, unknown_name
 from ptq.grids import SCALE_SEARCHES, BoundGrid, ScaleSearch, fit_scales, uniform_grid
 from ptq.scheme import Scheme
-from ptq.solvers import ORDERS, Factor, Order, factorize
+from ptq.solvers import ORDERS, Factor, Order, factorize, factorize_flops
 
 __all__ = ["check_damping", "check_order", "check_scales", "fit_grid", "group_factor", "require"]
 
@@ -47,15 +47,23 @@ def fit_grid(target: Tensor, scheme: Scheme, search: ScaleSearch, stats: LinearS
     )
 
 
-def group_factor(stats: LinearStatistics, damping: float, order: Order) -> Factor:
-    """The factor of the group's damped Hessian, made once for all linears of the group.
+def group_factor(stats: LinearStatistics, damping: float, order: Order) -> tuple[Factor, int]:
+    """The factor of the group's damped Hessian, made once for all linears of the group, and the floating-point
+    operations that took (0 if it was there).
 
     The Hessian is not changed, so damping does not add up over the linears that share it.
 
     Raises:
         NumericalError: names the linear.
     """
+    flops = 0
+
+    def make() -> Factor:
+        nonlocal flops
+        flops = factorize_flops(len(stats.hessian))
+        return factorize(stats.hessian, damping, order)
+
     try:
-        return stats.group.memo(("factor", damping, order), lambda: factorize(stats.hessian, damping, order))
+        return stats.group.memo(("factor", damping, order), make), flops
     except NumericalError as error:
         raise NumericalError(f"{error}. More or other calibration text may help.") from error

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ptq.grids import BoundGrid
 from ptq.solvers.cholesky import Factor
-from ptq.solvers.successive import quadratic, successive_rounding
+from ptq.solvers.successive import quadratic, successive_rounding, sweep_flops
 from ptq.solvers.threads import one_thread
 
-__all__ = ["beam_search"]
+__all__ = ["beam_flops", "beam_search"]
 
 _BLOCK = 32
 _CHUNK_BYTES = 1 << 28
@@ -47,6 +47,11 @@ def beam_search(target: Tensor, grid: BoundGrid, factor: Factor, *, width: int) 
     score = quadratic(target - grid.dequantize(found), factor)
     better = score < quadratic(target - grid.dequantize(greedy), factor)
     return torch.where(better[:, None], found, greedy)
+
+
+def beam_flops(rows: int, width: int, beams: int) -> int:
+    """Floating-point operations of `beam_search`: greedy rounding, the beams' products, the two losses compared."""
+    return sweep_flops(rows, width) + (beams + 4) * rows * width * width
 
 
 def _search_rows(target: Tensor, grid: BoundGrid, factor: Factor, width: int) -> Tensor:

@@ -14,13 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calib.precision import product
 from ptq.errors import NumericalError
 
-__all__ = ["ORDERS", "Factor", "Order", "column_order", "factorize"]
+__all__ = ["ORDERS", "Factor", "Order", "column_order", "factorize", "factorize_flops", "solve_flops"]
 
 Order = Literal["descending", "natural", "min_pivot"]
 ORDERS: tuple[Order, ...] = ("descending", "natural", "min_pivot")
 _MAX_DAMPING = 1.0
+_BLOCK = 128  # columns of a block of a triangular solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +31,20 @@ class Factor:
 
     Args:
         order: int64 ``[n]``; ``order[0]`` is the column processed first.
-        upper: float32 ``[n, n]`` ``U``, upper triangular.
-        hessian: float32 ``[n, n]`` the damped Hessian in processing order.
+        upper: float32 ``[n, n]`` ``U``, upper triangular (stored by columns: a column's rows are neighbours).
         damping: the fraction of the mean diagonal that was added.
         notes: fallbacks taken, in words.
     """
 
     order: Tensor
     upper: Tensor
-    hessian: Tensor
     damping: float
     notes: tuple[str, ...] = ()
+
+    @property
+    def hessian(self) -> Tensor:
+        """The damped Hessian in processing order, float32 ``[n, n]``, multiplied out again."""
+        return product(self.upper, self.upper.T)
 
     @property
     def pivots(self) -> Tensor:
@@ -51,17 +56,49 @@ class Factor:
         return self.upper / self.pivots
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """``rhs H^-1`` for ``rhs`` ``[m, n]`` in the original column order."""
-        lower = self.upper.flip(0, 1)
-        flipped = rhs[:, self.order].flip(1)
-        solved = torch.cholesky_solve(flipped.T, lower).T.flip(1)
-        return self.restore(solved)
+        """``rhs H^-1`` for ``rhs`` ``[m, n]`` in the original column order.
+
+        Two triangular solves by blocks of columns, whose diagonal blocks are inverted: then nearly all of the work is
+        matrix products, which are several times as fast as a triangular solve.
+        """
+        upper, solved = self.upper, rhs.index_select(1, self.order).T.contiguous()  # [n, m]
+        width = len(upper)
+        edges = [(start, min(start + _BLOCK, width)) for start in range(0, width, _BLOCK)]
+        inverses = [_inverse(upper[start:stop, start:stop]) for start, stop in edges]
+        for (start, stop), inverse in zip(reversed(edges), reversed(inverses), strict=True):  # U Y = rhs
+            part = solved[start:stop]
+            if stop < width:
+                part = part - product(upper[start:stop, stop:], solved[stop:])
+            solved[start:stop] = product(inverse, part)
+        for (start, stop), inverse in zip(edges, inverses, strict=True):  # U^T X = Y
+            part = solved[start:stop]
+            if start:
+                part = part - product(upper[:start, start:stop].T, solved[:start])
+            solved[start:stop] = product(inverse.T, part)
+        return self.restore(solved.T)
 
     def restore(self, columns: Tensor) -> Tensor:
         """Columns in processing order ``[m, n]`` put back in the original order."""
-        result = torch.empty_like(columns)
+        result = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
         result[:, self.order] = columns
         return result
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Inverse of a small upper triangular block."""
+    identity = torch.eye(len(upper), device=upper.device, dtype=upper.dtype)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse.contiguous()
+
+
+def factorize_flops(width: int) -> int:
+    """Floating-point operations of `factorize`."""
+    return width**3 // 3
+
+
+def solve_flops(rows: int, width: int) -> int:
+    """Floating-point operations of `Factor.solve` for ``rows`` right-hand sides."""
+    return 2 * rows * width * width
 
 
 def column_order(hessian: Tensor, order: Order) -> Tensor:
@@ -108,29 +145,30 @@ def factorize(hessian: Tensor, damping: float = 0.01, order: Order = "descending
         NumericalError: the Hessian is not finite, or no fallback could factor it.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(hessian).all()):
+    if not bool(torch.isfinite(hessian.sum())):
         raise NumericalError("the Hessian holds NaN or Inf")
     live = diagonal > 0
     mean = diagonal[live].mean() if bool(live.any()) else torch.ones_like(diagonal[0])
-    damped = hessian.clone()
     dead = int((~live).sum())
     if dead:
-        damped[~live, :] = 0.0
-        damped[:, ~live] = 0.0
-        damped.diagonal()[~live] = mean
+        hessian = hessian.clone()
+        hessian[~live, :] = 0.0
+        hessian[:, ~live] = 0.0
+        hessian.diagonal()[~live] = mean
     notes = (f"{dead} input channels were never active: rounded to nearest",) if dead else ()
-    permutation = column_order(damped, order)
-    base = damped[permutation][:, permutation]
+    permutation = column_order(hessian, order)
+    # Reversed, so that LAPACK's lower factor is U back to front.
+    damped = hessian.index_select(0, permutation.flip(0)).index_select(1, permutation.flip(0))
+    diagonal = damped.diagonal().clone()
     while True:
-        damped = base.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().copy_(diagonal + damping * mean)
         for dtype in (torch.float32, torch.float64):
-            lower, info = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
-            if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            lower, info = torch.linalg.cholesky_ex(damped.to(dtype))
+            if int(info) == 0 and bool(torch.isfinite(lower.sum())):
                 if dtype == torch.float64:
                     notes = (*notes, "the factorization needed float64")
-                upper = lower.to(torch.float32).flip(0, 1).contiguous()
-                return Factor(permutation, upper, damped, damping, notes)
+                upper = lower.to(torch.float32).T.flip(0, 1).contiguous().T
+                return Factor(permutation, upper, damping, notes)
         if damping >= _MAX_DAMPING:
             raise NumericalError(f"the Hessian could not be factorized, even with damping {damping:g}")
         damping = min(_MAX_DAMPING, 10 * max(damping, 1e-3))

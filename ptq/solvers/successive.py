@@ -7,23 +7,27 @@ Minimises ``||(T - Q) X~||^2 = ||E U||_F^2 = sum_j U_jj^2 (w_j - q_j)^2`` greedi
 With T = W this is GPTQ (LDLQ; Babai's nearest plane), with T = the mismatch-corrected target it is CoreQ. GPTAQ is the
 same sweep with a target that drifts: ``T_j`` is replaced by ``T_j + sum_{k before j} w_k P_kj``.
 
-Work: one product of m n^2 fused multiply-adds in blocks, plus a few vector operations a column inside a block.
+Work: products of m n^2 / 2 multiply-adds in blocks within blocks, plus a few vector operations a column.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ptq.grids import BoundGrid
+from calib.precision import product
+from ptq.grids import BoundGrid, Grid
 from ptq.solvers.cholesky import Factor
+from ptq.solvers.graphs import Replayed
 from ptq.solvers.threads import one_thread
 
-__all__ = ["GridFitter", "coordinate_descent", "quadratic", "successive_rounding"]
+__all__ = ["GridFitter", "coordinate_descent", "quadratic", "successive_rounding", "sweep_flops"]
 
 _BLOCK = 128  # columns a product is delayed for; a multiple of common group sizes
+_INNER = 32  # columns inside a block that take over errors one by one
 GridFitter = Callable[[int, int, Tensor], BoundGrid]
 """``(start, stop, columns)`` -> the grid to use from ``start`` on; ``columns`` are those, errors added."""
 
@@ -51,57 +55,133 @@ def successive_rounding(
     Returns:
         Codes uint8 ``[m, n]`` in the original column order, and the grid they belong to.
     """
-    order, feed = factor.order, factor.unit_upper()
-    wanted = target[:, order].T.contiguous()  # [n, m]: a column of the weight is a contiguous row here
+    order = factor.order
+    wanted = target.index_select(1, order).T.contiguous()  # [n, m]: a column of the weight is a contiguous row here
     grid = grid.permuted(order)
-    errors = torch.zeros_like(wanted)  # T - Q of the columns done so far
-    seen = torch.zeros_like(wanted) if drift is not None else None  # w, before rounding
+    sweep = _Sweep(wanted, factor, drift)
     codes = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
     for start in range(0, len(wanted), block):
         stop = min(start + block, len(wanted))
-        if drift is not None and seen is not None:
-            wanted[start:stop].addmm_(drift[:start, start:stop].T, seen[:start])
-        compensated = torch.addmm(wanted[start:stop], feed[:start, start:stop].T, errors[:start])
+        columns = wanted[start:stop].clone()
+        sweep.compensate(columns, 0, start)
         if refit is not None:
-            grid = refit(start, stop, compensated.T)
-        local = None if drift is None else drift[start:stop, start:stop]
-        with one_thread(compensated):
-            _round_block(
-                wanted[start:stop],
-                compensated,
-                grid,
-                start,
-                feed[start:stop, start:stop],
-                local,
-                codes[start:stop],
-                errors[start:stop],
-            )
-        if seen is not None:
-            seen[start:stop] = compensated
+            grid = refit(start, stop, columns.T)
+        with one_thread(columns):
+            codes[start:stop] = sweep.round_block(columns, start, grid)
     return _restore(codes, order), grid
 
 
-def _round_block(
-    wanted: Tensor,
-    columns: Tensor,
-    grid: BoundGrid,
-    start: int,
-    feed: Tensor,
-    drift: Tensor | None,
-    codes: Tensor,
-    errors: Tensor,
+def sweep_flops(rows: int, width: int) -> int:
+    """Floating-point operations of `successive_rounding` (without a drift; one with a drift takes twice as many)."""
+    return rows * width * width
+
+
+class _Sweep:
+    """The state of one sweep. Everything is ``[n, m]`` in processing order.
+
+    Args:
+        wanted: T, which drifts with ``drift``; factor, drift: see `successive_rounding`.
+    """
+
+    def __init__(self, wanted: Tensor, factor: Factor, drift: Tensor | None) -> None:
+        self.wanted, self.upper, self.pivots, self.drift = wanted, factor.upper, factor.pivots, drift
+        self.errors = torch.empty_like(wanted)  # T - Q of the columns done so far
+        self.seen = torch.zeros_like(wanted) if drift is not None else None  # w, before rounding
+        self._graph: Replayed | None = None
+
+    def compensate(self, columns: Tensor, first: int, start: int) -> None:
+        """Let ``columns`` (``start ..``, in place) take over what columns ``first .. start`` left."""
+        if first == start:
+            return
+        stop = start + len(columns)
+        if self.drift is not None and self.seen is not None:
+            moved = product(self.drift[first:start, start:stop].T, self.seen[first:start])
+            self.wanted[start:stop] += moved
+            columns += moved
+        taken = product(self.upper[first:start, start:stop].T, self.errors[first:start])
+        columns.addcdiv_(taken, self.pivots[start:stop, None])
+
+    def round_block(self, columns: Tensor, start: int, grid: BoundGrid) -> Tensor:
+        """Codes of a block of columns, which have taken over everything from before the block."""
+        group = grid.group[start : start + len(columns)]
+        scale, zero = (part.T.contiguous().index_select(0, group) for part in (grid.scale, grid.zero))
+        levels = torch.empty_like(columns)
+        for first in range(0, len(columns), _INNER):
+            part = slice(first, first + _INNER)
+            self.compensate(columns[part], start, start + first)
+            levels[part] = self._round_inner(columns[part], start + first, grid.grid, scale[part], zero[part])
+        return grid.grid.codes_of(levels)
+
+    def _round_inner(self, columns: Tensor, start: int, grid: Grid, scale: Tensor, zero: Tensor) -> Tensor:
+        """Levels of a few columns.
+
+        Until its turn comes, a column's row of errors holds what its level is to be subtracted from.
+        """
+        stop = start + len(columns)
+        steps = (self.upper[start:stop, start:stop] / self.pivots[start:stop]).triu_(1).T.contiguous()
+        errors = self.errors[start:stop]
+        torch.addcmul(self.wanted[start:stop], zero, scale, out=errors)
+        levels = torch.addcdiv(zero, columns, scale)
+        if self.drift is None:
+            self._one_by_one(grid, steps, levels, scale, errors)
+        else:
+            self._drifting(grid, steps, levels, scale, errors, columns, start)
+        return levels
+
+    def _one_by_one(self, grid: Grid, *tensors: Tensor) -> None:
+        """`_round_columns`; on a GPU as a graph, which is recorded once a sweep."""
+        if not tensors[0].is_cuda or grid.levels.device != tensors[0].device:
+            _round_columns(_snapping(grid), *tensors)
+            return
+        if self._graph is None or not self._graph.fits(*tensors):
+            self._graph = Replayed(functools.partial(_round_columns, _snapping(grid)), *tensors)
+        self._graph(*tensors)
+
+    def _drifting(
+        self, grid: Grid, steps: Tensor, levels: Tensor, scale: Tensor, errors: Tensor, columns: Tensor, start: int
+    ) -> None:
+        """`_round_columns` with a target that follows the columns before rounding (GPTAQ)."""
+        assert self.drift is not None
+        assert self.seen is not None
+        stop, snap = start + len(columns), _snapping(grid)
+        seen, drifts = self.seen[start:stop], self.drift[start:stop, start:stop].T.contiguous()
+        for j, step in enumerate(steps):
+            moved = torch.mv(seen.T, drifts[j])
+            errors[j] += moved
+            taken = torch.mv(errors.T, step).add_(moved)
+            torch.add(columns[j], taken, out=seen[j])
+            snap(levels[j].addcdiv_(taken, scale[j]))
+            errors[j].addcmul_(levels[j], scale[j], value=-1.0)
+
+
+def _round_columns(
+    snap: Callable[[Tensor], object], steps: Tensor, levels: Tensor, scale: Tensor, errors: Tensor
 ) -> None:
-    """The columns of one block, in place: ``codes`` and ``errors`` are filled, ``columns`` ends as w unrounded."""
-    scale, zero = (part.T.contiguous() for part in grid.columns(start, start + len(columns)))
-    levels, offset = torch.empty_like(columns), zero * scale
-    for j in range(len(columns)):  # five operations a column: on a GPU their launches are what this loop costs
-        levels[j] = level = grid.grid.snap(torch.addcdiv(zero[j], columns[j], scale[j]))
-        torch.addcmul(wanted[j] + offset[j], level, scale[j], value=-1.0, out=errors[j])
-        if drift is not None:
-            wanted[j + 1 :].addr_(drift[j, j + 1 :], columns[j])
-            columns[j + 1 :].addr_(drift[j, j + 1 :], columns[j])
-        columns[j + 1 :].addr_(feed[j, j + 1 :], errors[j])
-    codes.copy_(grid.grid.codes_of(levels))
+    """One column after the other: five operations each, whose calls are what this loop costs.
+
+    Every column takes the errors of the whole inner block times its column of the factor, which is zero from the
+    diagonal on.
+
+    Args:
+        snap: moves numbers to their levels, in place.
+        steps: ``[k, k]``, row j is what column j takes over of each column's error.
+        levels: ``[k, m]``, in units of the scale; become levels. scale: likewise.
+        errors: ``[k, m]``, the value that a level of 0 would leave; become the errors.
+    """
+    errors_t, taken = errors.T, torch.empty_like(levels[0])
+    rows = zip(*(part.unbind() for part in (steps, levels, scale, errors)), strict=True)
+    for step, level, s, error in rows:
+        torch.mv(errors_t, step, out=taken)
+        snap(level.addcdiv_(taken, s))
+        error.addcmul_(level, s, value=-1.0)
+
+
+def _snapping(grid: Grid) -> Callable[[Tensor], object]:
+    """A function that moves numbers in units of the scale to their nearest levels, in place."""
+    if not grid.uniform:
+        return lambda x: x.copy_(grid.snap(x))
+    top = len(grid.levels) - 1
+    return lambda x: x.round_().clamp_(0, top)
 
 
 def _restore(codes: Tensor, order: Tensor) -> Tensor:
@@ -113,7 +193,7 @@ def _restore(codes: Tensor, order: Tensor) -> Tensor:
 
 def quadratic(difference: Tensor, factor: Factor) -> Tensor:
     """``||(T - Q) U||^2`` of every row, float32 ``[m]``, for ``difference`` T - Q ``[m, n]`` in the original order."""
-    return (difference[:, factor.order] @ factor.upper).square_().sum(1)
+    return product(difference[:, factor.order], factor.upper).square_().sum(1)
 
 
 def coordinate_descent(
@@ -137,10 +217,11 @@ def coordinate_descent(
         before = current.clone()
         for start in range(0, len(wanted), block):
             stop = min(start + block, len(wanted))
-            gradient = hessian[start:stop] @ difference
+            gradient = product(hessian[start:stop], difference)
             with one_thread(gradient):
+                local = hessian[start:stop, start:stop]
                 _descend_block(
-                    difference[start:stop], gradient, current[start:stop], wanted[start:stop], bound, start, factor
+                    difference[start:stop], gradient, current[start:stop], wanted[start:stop], bound, start, local
                 )
         if torch.equal(before, current):
             break
@@ -148,10 +229,9 @@ def coordinate_descent(
 
 
 def _descend_block(
-    difference: Tensor, gradient: Tensor, codes: Tensor, wanted: Tensor, grid: BoundGrid, start: int, factor: Factor
+    difference: Tensor, gradient: Tensor, codes: Tensor, wanted: Tensor, grid: BoundGrid, start: int, local: Tensor
 ) -> None:
     scale, zero = (part.T.contiguous() for part in grid.columns(start, start + len(codes)))
-    local = factor.hessian[start : start + len(codes), start : start + len(codes)]
     for j in range(len(codes)):
         best = wanted[j] + difference[j] - gradient[j] / local[j, j]
         codes[j] = grid.grid.nearest(best / scale[j] + zero[j])

@@ -27,7 +27,9 @@ def test_loading_by_parts_gives_the_whole_model(family: str, shards: str, tmp_pa
     source.load(source.tensor_names())
     wanted = model.state_dict()
     for name, value in source.skeleton.state_dict().items():
-        assert torch.equal(value, wanted[name]), name
+        if name in wanted:  # experts, which have other names here: test_experts.py
+            assert torch.equal(value, wanted[name]), name
+    assert source.skeleton.state_dict().keys() >= {name for name in wanted if ".experts." not in name}
 
 
 def test_raw_tensors_are_the_bytes_of_the_file(tmp_path: Path) -> None:
@@ -87,9 +89,8 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"lacks 1 of.*up_proj"):
         open_model(tmp_path)
     save_file({**whole, name: torch.zeros(3, 3)}, file, metadata={"format": "pt"})
-    source = open_model(tmp_path)
     with pytest.raises(ModelError, match=r"up_proj.*\(3, 3\)"):
-        source.load(source.tensor_names())
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "weights.bin", "absent.safetensors", 7])

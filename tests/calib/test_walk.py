@@ -85,7 +85,8 @@ def test_groups_share_inputs_and_statistics_are_those_of_the_model(family: str, 
 
 def test_llama_groups_are_qkv_o_gate_up_down(tmp_path: Path) -> None:
     _, source = saved("llama", tmp_path)
-    visit = next(iter(make_walk(source)))
+    steps = iter(make_walk(source))  # kept: an abandoned walk gives its memory back
+    visit = next(steps)
     names = [tuple(n.rpartition(".")[2] for n in g.names) for g in visit.groups(TWO, frozenset(visit.linears))]
     assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
@@ -97,7 +98,7 @@ def test_the_quantized_stream_sees_what_was_replaced(
 ) -> None:
     """H and D of every group equal those of two whole models, one of them changed linear by linear."""
     if not capture:  # no room: full-precision inputs are computed again, group by group
-        monkeypatch.setattr(walk_module, "_CAPTURE_SHARE", 0.0)
+        monkeypatch.setattr(walk_module, "_LOCKSTEP_SHARE", 0.0)
     full, source = saved(family, tmp_path)
     changed = tiny_model(family)
     for visit in make_walk(source):

@@ -12,6 +12,9 @@ from tiny_models import FAMILIES, tiny_model
 import ptq
 from calib.precision import product_t
 from calib.text import Calibration
+from ptq.grids import BoundGrid, fit_scales, uniform_grid
+from ptq.scheme import Scheme
+from ptq.solvers import factorize, successive, successive_rounding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -40,6 +43,33 @@ def test_both_devices_give_almost_the_same_codes(method: str, tmp_path: Path) ->
     same = [(a.quantized().codes == b.quantized().codes).float().mean() for a, b in pairs if hasattr(a, "quantized")]
     assert len(same) == 14
     assert float(torch.stack(same).mean()) > 0.97  # ties and the order of summation
+
+
+@pytest.mark.parametrize("shape", [(48, 100), (64, 256)])
+def test_replayed_columns_are_those_of_the_loop(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, width = shape
+    inputs = torch.randn(2 * width, width, device="cuda")
+    weight = torch.randn(rows, width, device="cuda")
+    factor = factorize(inputs.T @ inputs)
+    scale, _ = fit_scales(weight, Scheme(bits=3, group_size=32))
+    group = Scheme(bits=3, group_size=32).group_index(width, weight.device)
+    grid = BoundGrid(uniform_grid(3, weight.device), scale.float(), torch.full_like(scale, 4.0).float(), group)
+    replayed, _ = successive_rounding(weight, grid, factor)
+    monkeypatch.setattr(
+        successive._Sweep,
+        "_one_by_one",
+        lambda self, grid, *tensors: successive._round_columns(successive._snapping(grid), *tensors),
+    )
+    assert torch.equal(successive_rounding(weight, grid, factor)[0], replayed)
+
+
+@pytest.mark.parametrize("offload", ["memory", "disk"])
+def test_offloaded_activations_change_no_code(offload: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    for name, place in (("whole", "none"), ("out", offload)):
+        ptq.quantize(model, out=tmp_path / name, device="cuda", offload=place, **OPTIONS)
+    one, two = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("whole", "out"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
 def test_half_precision_products_are_exact_on_the_gpu() -> None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import OutputError, UsageError
 from ptq.formats import compressed_tensors, layout, native, writer
+from ptq.formats.journal import JOURNAL_NAME
 from ptq.formats.select import select_format
 from ptq.formats.writer import LOCK, CheckpointWriter, check_output_folder
 from ptq.quantized import QuantizedWeight
@@ -178,7 +179,7 @@ def test_native_stores_a_weight_that_no_linear_takes() -> None:
 def write(out: Path, shards: int, method: str = "ptq", value: float = 1.0) -> CheckpointWriter:
     checkpoint = CheckpointWriter(out)
     for i in range(shards):
-        checkpoint.write_shard({f"t{i}": torch.full((4,), value), f"s{i}.weight_scale": torch.zeros(100).half()})
+        checkpoint.write_part(str(i), {f"t{i}": torch.full((4,), value), f"s{i}.weight_scale": torch.zeros(100).half()})
     (checkpoint.staging / "tokenizer.json").write_text("{}")
     (checkpoint.staging / "templates").mkdir()
     (checkpoint.staging / "templates" / "tool.jinja").touch()
@@ -216,7 +217,7 @@ def test_writer_config(tmp_path: Path) -> None:
 
 def test_writer_fills_in_a_missing_dtype_but_not_from_scales(tmp_path: Path) -> None:
     checkpoint = CheckpointWriter(tmp_path)
-    checkpoint.write_shard({"a.weight_scale": torch.zeros(100).half(), "b": torch.zeros(4).bfloat16()})
+    checkpoint.write_part("a", {"a.weight_scale": torch.zeros(100).half(), "b": torch.zeros(4).bfloat16()})
     checkpoint.finish({"dtype": None}, {"quant_method": "ptq"}, REPORT)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -232,7 +233,7 @@ def test_an_interrupted_run_leaves_the_old_result_whole(tmp_path: Path) -> None:
     write(tmp_path, 3, value=1.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     unfinished = CheckpointWriter(tmp_path)
-    unfinished.write_shard({"t0": torch.full((4,), 2.0)})
+    unfinished.write_part("a", {"t0": torch.full((4,), 2.0)})
     now = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert {name: data for name, data in now.items() if name != LOCK} == before
     with pytest.raises(OutputError, match="another run is writing"):
@@ -246,7 +247,7 @@ def test_an_interrupted_run_leaves_the_old_result_whole(tmp_path: Path) -> None:
 def test_a_crash_while_moving_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 2, value=1.0)
     checkpoint = CheckpointWriter(tmp_path)
-    checkpoint.write_shard({"t0": torch.full((4,), 2.0)})
+    checkpoint.write_part("a", {"t0": torch.full((4,), 2.0)})
     real, moved = os.replace, list[Path]()
 
     def fail_on_report(source: Path, target: Path) -> None:
@@ -270,14 +271,14 @@ def test_disk_full_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     checkpoint = CheckpointWriter(tmp_path)
     monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(OutputError, match=r"shard-00000\.safetensors: No space left on device"):
-        checkpoint.write_shard({"a": torch.zeros(1)})
+        checkpoint.write_part("a", {"a": torch.zeros(1)})
 
 
 def test_a_tensor_is_written_once(tmp_path: Path) -> None:
     checkpoint = CheckpointWriter(tmp_path)
-    checkpoint.write_shard({"a": torch.zeros(1)})
-    with pytest.raises(ValueError, match="a was written before"):
-        checkpoint.write_shard({"a": torch.zeros(1)})
+    checkpoint.write_part("a", {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"^a was written before"):
+        checkpoint.write_part("b", {"a": torch.zeros(1)})
 
 
 def test_companions_are_copied(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_companions_are_copied(tmp_path: Path) -> None:
         (tmp_path / "source" / name).write_text(name)
     checkpoint = CheckpointWriter(tmp_path / "out")
     checkpoint.copy_companions(tmp_path / "source")
-    assert names(checkpoint.staging) == {"tokenizer.json", "merges.txt"}
+    assert names(checkpoint.staging) == {"tokenizer.json", "merges.txt", JOURNAL_NAME}
 
 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:

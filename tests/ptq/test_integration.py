@@ -133,9 +133,9 @@ def write(
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     writer = CheckpointWriter(out)
-    for tensors in shards.values():
-        writer.write_shard(tensors)
-    writer.write_shard(state)
+    for block, tensors in shards.items():
+        writer.write_part(f"block {block}", tensors)
+    writer.write_part("rest", state)
     writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears), report())
     model.train(False)
     return model
@@ -162,7 +162,7 @@ def no_loading_complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
 
 
 @pytest.fixture(autouse=True)

@@ -81,7 +81,8 @@ def test_row_coefficients_are_the_rows_of_the_geometry() -> None:
     stats = gather(weight, inputs, full)
     config = make_config(find_method("coreq"), {"coefficient": "row", "damping": 0.0})
     pull = weight @ stats.mismatch
-    alpha, _ = coefficient(weight, group_factor(stats, 0.0, "descending").solve(pull), pull, stats, config)
+    factor, _ = group_factor(stats, 0.0, "descending")
+    alpha, _ = coefficient(weight, factor.solve(pull), pull, stats, config)
     rows = inputs.reshape(-1, 40).double()
     mismatch = (full - inputs).reshape(-1, 40).double() @ weight.double().T
     reach = rows @ torch.linalg.lstsq(rows, mismatch).solution
@@ -202,3 +203,17 @@ def test_options_are_read_as_the_type_of_their_default() -> None:
             parse_options(coreq, {key: text})
     with pytest.raises(UsageError, match="'coreq'"):
         find_method("coreg")
+
+
+def test_operations_of_what_linears_share_are_counted_once() -> None:
+    weight, inputs, full = data()
+    accumulator = StatisticsAccumulator("layer", {"q": weight, "k": weight}, frozenset(Stat))
+    accumulator.add(inputs, full)
+    group = accumulator.finish()
+    for name in ("gptq", "gptaq", "coreq"):
+        method = find_method(name)
+        group._memo.clear()
+        first, second = (method.quantize(weight, group.of(n), SCHEME, method.config()).flops for n in ("q", "k"))
+        assert first > second > 0
+        assert name == "gptaq" or first - second == 40**3 // 3
+    assert run("rtn", weight, None).flops == 0

@@ -13,12 +13,16 @@ from ptq.grids import BoundGrid, Grid, fit_scales, uniform_grid
 from ptq.scheme import Scheme
 from ptq.solvers import (
     ORDERS,
+    beam_flops,
     beam_search,
     column_order,
     coordinate_descent,
     factorize,
+    factorize_flops,
     quadratic,
+    solve_flops,
     successive_rounding,
+    sweep_flops,
 )
 
 
@@ -185,8 +189,9 @@ def test_factor_reproduces_the_hessian_and_solves() -> None:
     factor = factorize(hessian, 0.05)
     assert torch.equal(hessian, before)  # damping must not add up over linears that share the Hessian
     assert torch.equal(factor.upper, factor.upper.triu())
-    torch.testing.assert_close(factor.upper @ factor.upper.T, factor.hessian)
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(30)
+    torch.testing.assert_close(factor.upper @ factor.upper.T, damped[factor.order][:, factor.order])
+    torch.testing.assert_close(factor.hessian, damped[factor.order][:, factor.order])
     torch.testing.assert_close(factor.solve(weight), weight @ torch.linalg.inv(damped), rtol=1e-3, atol=1e-6)
 
 
@@ -217,3 +222,42 @@ def test_a_hessian_that_is_not_finite_is_refused_and_one_of_zeros_is_all_dead_co
     factor = factorize(torch.zeros(4, 4))
     assert any("4 input channels" in note for note in factor.notes)
     assert torch.equal(factor.upper, factor.upper.diagonal().diag())
+
+
+@pytest.mark.parametrize("width", [128, 129, 300])
+def test_a_solve_by_blocks_is_a_solve(width: int) -> None:
+    weight, hessian = problem(5, width)
+    before = weight.clone()
+    factor = factorize(hessian, 0.01)
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(width)
+    expected = torch.linalg.solve(damped, weight.double().T).T
+    solved = factor.solve(weight)
+    assert torch.equal(weight, before)
+    assert float((solved - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+def test_a_sweep_over_several_blocks_is_the_column_formula(make: object) -> None:
+    """Slow: w_j = T_j + sum over columns before it of error times U_kj / U_jj, in float64, one column at a time."""
+    weight, hessian = problem(4, 200)
+    grid, factor = make(weight), factorize(hessian)  # type: ignore[operator]
+    upper, permuted = factor.upper.double(), grid.permuted(factor.order)
+    wanted = weight[:, factor.order].double()
+    errors = torch.zeros_like(wanted)
+    close = 0
+    codes, _ = successive_rounding(weight, grid, factor)
+    for j in range(200):
+        column = wanted[:, j] + errors[:, :j] @ upper[:j, j] / upper[j, j]
+        scale, zero = permuted.columns(j, j + 1)
+        nearest_code = grid.grid.nearest(column.float()[:, None] / scale + zero)
+        found = codes[:, factor.order[j], None]
+        close += int((found != nearest_code).sum())  # a tie that float32 and float64 decide differently
+        errors[:, j] = wanted[:, j] - ((grid.grid.values(found) - zero) * scale)[:, 0].double()
+    assert close <= 2
+
+
+def test_operations_grow_as_they_should() -> None:
+    assert sweep_flops(10, 30) == 10 * 30 * 30  # m n^2 / 2 multiply-adds
+    assert solve_flops(10, 30) == 2 * sweep_flops(10, 30)
+    assert factorize_flops(30) == 9000
+    assert beam_flops(10, 30, 4) > beam_flops(10, 30, 2) > sweep_flops(10, 30)

@@ -1,0 +1,76 @@
+"""`verify_files`: whether the weight files of a folder are those that its report was written for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import OutputError
+from ptq.formats.durable import file_sha256, os_errors
+from ptq.report import REPORT_NAME, Report
+
+__all__ = ["SKIP_KEY", "verify_checkpoint", "verify_files"]
+
+SKIP_KEY = "ptq_skip_verification"
+"""Attribute of a model's config that tells `verify_checkpoint` to do nothing."""
+_WAY_OUT = (
+    f"Copy the file again or quantize again; if the change is wanted, remove {REPORT_NAME}, which no longer describes "
+    f"the folder, or load with ptq.load(..., verify=False)."
+)
+
+
+def verify_files(folder: str | Path) -> int:
+    """Compare size and SHA-256 of every weight file with the report; files are read in blocks of 1 MiB.
+
+    Args:
+        folder: an output folder; without a report (a model that was saved again), or with one of an earlier release,
+            which lists no files, there is nothing to compare.
+
+    Returns:
+        How many files were compared.
+
+    Raises:
+        OutputError: the report was changed, a file is missing or differs (both hashes are named), or a file that
+            takes precedence over the listed ones was added.
+    """
+    folder = Path(folder)
+    if not (folder / REPORT_NAME).is_file():
+        return 0
+    files = Report.load(folder).files
+    for name, stated in files.items():
+        _verify(folder, name, stated)
+    single = folder / "model.safetensors"
+    if files and single.name not in files and single.exists():
+        raise OutputError(f"{single} is not in {REPORT_NAME}, and would be loaded in place of its files. {_WAY_OUT}")
+    return len(files)
+
+
+def verify_checkpoint(config: Any, checkpoint_files: Sequence[str] | None) -> None:
+    """`verify_files` for a quantizer of transformers, before weights are loaded.
+
+    Args:
+        config: of the model that is built; the attribute `SKIP_KEY` is taken off it.
+        checkpoint_files: paths of its weight files, as ``from_pretrained`` hands them to quantizers.
+
+    Raises:
+        OutputError: see `verify_files`.
+    """
+    skip = vars(config).pop(SKIP_KEY, False)
+    if checkpoint_files and not skip:
+        verify_files(Path(checkpoint_files[0]).parent)
+
+
+def _verify(folder: Path, name: str, stated: Mapping[str, Any]) -> None:
+    path = folder / name
+    if Path(name).name != name:
+        raise OutputError(f"{folder / REPORT_NAME} names {name!r}, which is not a file of that folder.")
+    if not path.is_file():
+        raise OutputError(f"{path} is missing, and {REPORT_NAME} lists it. {_WAY_OUT}")
+    with os_errors(path, "read"):
+        size, digest = path.stat().st_size, file_sha256(path)
+    if (size, digest) != (stated["bytes"], stated["sha256"]):
+        raise OutputError(
+            f"{path} was changed after it was written: {size} bytes with the SHA-256 {digest}, where {REPORT_NAME} "
+            f"says {stated['bytes']} bytes with {stated['sha256']}. {_WAY_OUT}"
+        )

@@ -1,0 +1,86 @@
+"""Checks before the first block is computed, and where activations go."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.groups import InputGroup
+from calib.streams import Offload, Place, settle_offload
+from ptq.errors import OutputError
+from ptq.plan import Plan
+from ptq.scheme import Scheme
+
+__all__ = ["check_disk", "clashing_schemes", "peak_memory", "stream_bytes", "stream_place"]
+
+
+def stream_place(
+    asked: Offload, model: Any, tokens: Tensor | None, dtype: torch.dtype, device: torch.device, processes: int
+) -> Place:
+    """Where the activations of a run go: ``none``, ``memory`` or ``disk`` (`calib.streams.settle_offload`)."""
+    if tokens is None:
+        return "none"
+    return settle_offload(asked, stream_bytes(model, tokens.numel() // processes, dtype), device)
+
+
+def stream_bytes(model: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of both streams."""
+    return 2 * tokens * int(model.config.get_text_config().hidden_size) * dtype.itemsize
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def check_disk(out: Path, needed: int) -> int:
+    """Free bytes where ``out`` will be.
+
+    Raises:
+        OutputError: fewer than ``needed``.
+    """
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"{out} will need {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free: free space, or name a "
+            f"folder on another disk with -o."
+        )
+    return free
+
+
+def clashing_schemes(plan: Plan, groups: Sequence[InputGroup]) -> list[str]:
+    """One phrase for every set of linears that a runtime fuses into one kernel and that have different schemes.
+
+    Such are linears of one module that read the same input (q, k and v; gate and up), and all experts of a mixture.
+
+    Args:
+        plan: of the whole model; groups: of a block, applied to every block that has linears of these names.
+    """
+    sets: dict[tuple[int, str], list[str]] = {}
+    for number, group in enumerate(groups):
+        for name in group.linears:
+            key = (-1, group.experts) if group.experts else (number, name.rpartition(".")[0])
+            sets.setdefault(key, []).append(name)
+    clashes = []
+    for block in plan.blocks:
+        for names in sets.values():
+            schemes = {f"{block}.{name}": plan.schemes.get(f"{block}.{name}") for name in names}
+            if len(set(schemes.values())) > 1:
+                clashes.append(_clash(schemes))
+    return clashes
+
+
+def _clash(schemes: Mapping[str, Scheme | None]) -> str:
+    first = next(iter(schemes.items()))
+    other = next((name, scheme) for name, scheme in schemes.items() if scheme != first[1])
+    shown = [f"{name} ({'full precision' if scheme is None else scheme.describe()})" for name, scheme in (first, other)]
+    return f"{shown[0]} and {shown[1]} are one kernel in runtimes such as vLLM and need one scheme"

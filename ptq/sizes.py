@@ -1,0 +1,89 @@
+"""Sizes of an output, exactly, before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from calib.checkpoint_reader import ModelSource
+from calib.model_map import linear_weight
+from ptq.formats.layout import tensor_specs
+from ptq.ledger import PartRecord
+from ptq.plan import Plan
+from ptq.report import KeptTensor
+from ptq.scheme import SCALE_DTYPES, Scheme
+
+__all__ = ["Sizes", "plan_sizes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What follows from shapes and schemes.
+
+    Args:
+        quantized: parameters; linears: how many.
+        payload: bytes of codes, scales and zeros; packed: of the tensors that hold them.
+        kept: tensors that stay in full precision, the largest first; kept_parameters: how many numbers.
+    """
+
+    quantized: int
+    payload: int
+    packed: int
+    linears: int
+    kept: tuple[KeptTensor, ...]
+    kept_parameters: int
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.kept)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weight files, without their headers."""
+        return self.packed + self.kept_bytes
+
+
+def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tuple[str, str]]) -> Sizes:
+    """Bytes of an output before anything is computed.
+
+    Args:
+        source: the model; plan: what will be done to it.
+        label: name and dimensions of a tensor that stays -> the name it is listed under, and why it stays.
+    """
+    model = source.skeleton
+    quantized = payload = packed = linears = kept_parameters = 0
+    taken = set()
+    for name, scheme in plan.schemes.items():
+        if scheme is None:
+            continue
+        rows, columns = linear_weight(model.get_submodule(name)).shape
+        quantized, linears = quantized + rows * columns, linears + 1
+        payload += _payload(rows, columns, scheme)
+        specs = tensor_specs(rows, columns, scheme).values()
+        packed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+        taken.add(f"{name}.weight")
+    part = PartRecord()
+    for name in sorted(source.tensor_names() - taken):
+        tensor = _tensor(model, name)
+        if tensor is not None:
+            shown, reason = label(name, tensor.ndim)
+            size = tensor.numel() * (source.dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+            part.keep(shown, reason, tensor.numel(), size)
+            kept_parameters += tensor.numel()
+    kept = tuple(sorted(part.kept.values(), key=lambda tensor: -tensor.bytes))
+    return Sizes(quantized, payload, packed, linears, kept, kept_parameters)
+
+
+def _payload(rows: int, columns: int, scheme: Scheme) -> int:
+    groups = scheme.groups(columns)
+    bits = rows * columns * scheme.bits + rows * groups * 8 * SCALE_DTYPES[scheme.scale_dtype].itemsize
+    return (bits + (0 if scheme.symmetric else rows * groups * scheme.bits) + 7) // 8
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    module, _, leaf = name.rpartition(".")
+    part = model.get_submodule(module)
+    return part._parameters.get(leaf) if leaf in part._parameters else part._buffers.get(leaf)

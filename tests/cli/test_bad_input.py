@@ -1,0 +1,407 @@
+"""Bad input, end to end: the exit code, the sentence, and that nothing is written or lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ptq
+from cli.main import main
+from ptq.report import REPORT_NAME
+from ptq.runtime.linear import QuantLinear
+
+WEIGHTS = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+Damage = Callable[[Path], None]
+
+
+@pytest.fixture
+def model(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny folder that a test may damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "MODEL"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def quantize(model: Path | str, out: Path, *flags: str, text: Path | None = None) -> int:
+    calibration = (
+        ["--calib", str(text), "--calib-samples", "4", "--calib-seqlen", "16"] if text else ["--method", "rtn"]
+    )
+    return main(["quantize", str(model), "-o", str(out), "--device", "cpu", "--group-size", "16", *calibration, *flags])
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr, which is the error; stdout must be empty."""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    line = shown.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "Traceback" not in shown.err
+    return line
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, without what an unfinished run keeps in hidden ones."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+REQUESTS = {
+    "method": ("--method coreg", "unknown method 'coreg'. Did you mean 'coreq'"),
+    "option": ("--method coreq -O bem=4", "Did you mean 'beam'"),
+    "option's value": ("--method coreq -O beam=many", "'many'"),
+    "bits": ("--bits 9", "9"),
+    "format": ("--format natve", "native"),
+    "dtype": ("--dtype float31", "float32"),
+    "ignore": ("--ignore *.q_prj", "q_proj"),
+    "override": ("--override *.dwn_proj=4", "down_proj"),
+    "override's form": ("--override *.down_proj:4", "PATTERN=bits"),
+    "flag": ("--bitz 3", "--bitz"),
+    "device": ("--device cuda:77", "cuda:77"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_requests(name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, wanted = REQUESTS[name]
+    assert quantize(tiny_folder, tmp_path / "OUT", *flags.split()) == 2
+    assert wanted in sentence(capsys)
+    assert not (tmp_path / "OUT" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ("metod: rtn", "Did you mean 'method'"),
+        ("method: !!python/name:os.system", "YAML"),
+        ("scheme: {bits: 11}", "from 2 to 8, got 11"),
+        ("[", "not valid YAML"),
+    ],
+)
+def test_recipes(
+    recipe: str, wanted: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert quantize(tiny_folder, tmp_path / "OUT", "--recipe", str(path)) == 2
+    line = sentence(capsys)
+    assert wanted in line or ("python" in recipe and "has the tag" in line)
+    assert str(path) in line
+    assert not (tmp_path / "OUT").exists()
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1000])
+
+
+def scramble(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[20:40] = bytes(range(200, 220))
+    (folder / WEIGHTS).write_bytes(bytes(data))
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def edit_json(file: str = "config.json", **fields: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+
+    return damage
+
+
+def remove(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+CODE = {"AutoConfig": "configuration_new.NewConfig", "AutoModelForCausalLM": "modeling_new.NewModel"}
+MODELS: dict[str, tuple[Damage, str]] = {
+    "no config": (remove("config.json"), "has no config.json"),
+    "no weights": (remove(WEIGHTS), "has no weights"),
+    "truncated": (cut, "model.safetensors is not a readable safetensors file: its header describes"),
+    "corrupt": (scramble, "the header of"),
+    "missing tensor": (edit_weights(lambda t: t.pop(UP)), f"lacks 1 of the model's tensors ({UP})"),
+    "missing shard": (lose_a_shard, "lacks model-00002-of-00002.safetensors, which its index names"),
+    "wrong shape": (
+        edit_weights(lambda t: t.update({UP: t[UP][:3].clone()})),
+        f"{UP} has shape (3, 64)",
+    ),
+    "pickle": (as_pickle, "pickle weights only (pytorch_model.bin)"),
+    "not causal": (edit_json(model_type="bert", architectures=["BertForMaskedLM"]), "ptq quantizes those"),
+    "encoder and decoder": (edit_json(model_type="t5"), "is a t5 model, which is not a decoder-only causal"),
+    "unknown type": (edit_json(model_type="lama"), "lama"),
+    "its own code": (edit_json(model_type="new", auto_map=CODE), "--trust-remote-code"),
+    "quantized": (edit_json(quantization_config={"quant_method": "gptq"}), "is quantized already (gptq)"),
+    "sizes": (edit_json(num_hidden_layers=3000), "num_hidden_layers is 3000, but the checkpoint has"),
+    "config is text": (lambda folder: (folder / "config.json").write_text("{") and None, "config.json is damaged"),
+    "config does not fit": (edit_json(hidden_act="nothing"), "nothing"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, wanted = MODELS[name]
+    damage(model)
+    before = content(model)
+    assert quantize(model, tmp_path / "OUT") == 3
+    line = sentence(capsys)
+    assert wanted in line
+    assert "MODEL" in line, "the folder or file"
+    assert not (tmp_path / "OUT" / "config.json").exists()
+    assert content(model) == before
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+@pytest.mark.parametrize("name", ["no weights", "truncated", "pickle", "its own code"])
+def test_models_that_are_to_run(
+    name: str, command: str, model: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, wanted = MODELS[name]
+    damage(model)
+    rest = ["--text", str(text)] if command == "eval" else ["Once"]
+    assert main([command, str(model), *rest]) == 3
+    assert wanted in sentence(capsys)
+
+
+def test_a_model_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tmp_path / "MODLE", tmp_path / "OUT") == 3
+    assert f"there is no folder {tmp_path / 'MODLE'}" in (line := sentence(capsys))
+    assert f"Did you mean {model}?" in line
+    assert quantize("x" * 3000, tmp_path / "OUT") == 3
+    assert quantize(model / WEIGHTS, tmp_path / "OUT") == 3
+    assert "is a file" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        (remove("tokenizer.json"), "tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "has no tokenizer that can be read"),
+        (
+            edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.New", None]}, tokenizer_class="New"),
+            "--trust-remote-code",
+        ),
+    ],
+)
+def test_tokenizers(
+    damage: Damage, wanted: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(model)
+    assert quantize(model, tmp_path / "OUT", text=text) == 3
+    assert wanted in sentence(capsys)
+
+
+REMOTE = {
+    "configuration_new.py": """
+        from transformers import LlamaConfig
+        class NewConfig(LlamaConfig):
+            model_type = "new"
+        open({witness!r}, "w").close()
+    """,
+    "modeling_new.py": """
+        from transformers import LlamaForCausalLM
+        from .configuration_new import NewConfig
+        class NewModel(LlamaForCausalLM):
+            config_class = NewConfig
+    """,
+}
+
+
+def test_code_of_a_model_runs_with_leave_only_and_from_the_folder_only(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question is no leave"))
+    witness = tmp_path / "witness"
+    for name, code in REMOTE.items():
+        (model / name).write_text(textwrap.dedent(code).format(witness=str(witness)))
+    edit_json(model_type="new", auto_map=CODE, _name_or_path="some/repository")(model)
+    assert quantize(model, tmp_path / "OUT") == 3
+    line = sentence(capsys)
+    assert "'configuration_new.py', 'modeling_new.py'" in line
+    assert not witness.exists()
+    edit_json(auto_map={key: f"some/repository--{value}" for key, value in CODE.items()})(model)
+    assert quantize(model, tmp_path / "OUT", "--trust-remote-code") == 3
+    assert "fetches nothing" in sentence(capsys)
+    assert not witness.exists()
+    edit_json(auto_map=CODE)(model)
+    assert quantize(model, tmp_path / "OUT", "--trust-remote-code") == 0
+    assert witness.exists()
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_text(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("The quick brown fox.")
+    assert quantize(tiny_folder, tmp_path / "OUT", text=tmp_path / "short.txt") == 4
+    line = sentence(capsys)
+    assert "tokens; 4 different sequences of 16 need at least 32 (64 without overlap)" in line
+    assert "short.txt' has " in line
+
+
+def test_sequences_longer_than_the_context(
+    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tiny_folder, tmp_path / "OUT", "--calib-seqlen", "4096", text=text) == 4
+    assert "sequences of 4096 tokens exceed the model's context of 2048" in sentence(capsys)
+
+
+@pytest.mark.parametrize(("written", "wanted"), [(None, "there is no file"), (b"caf\xe9", "is not UTF-8 text: byte 3")])
+def test_texts_that_cannot_be_read(
+    written: bytes | None, wanted: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "words.txt"
+    if written is not None:
+        path.write_bytes(written)
+    assert quantize(tiny_folder, tmp_path / "OUT", text=path) == 4
+    assert wanted in sentence(capsys)
+    assert not (tmp_path / "OUT" / "config.json").exists()
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def spoil(value: float, count: int = 1) -> Damage:
+    return edit_weights(lambda tensors: tensors[UP].view(-1)[:count].fill_(value))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "coreq"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(
+    method: str, value: float, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(value, count=48)(model)
+    assert quantize(model, tmp_path / "OUT", "--method", method, text=text) == 5
+    line = sentence(capsys)
+    assert UP.removesuffix(".weight") in line
+    assert "0.78%" in line, "48 of 96 x 64"
+
+
+def test_activations_that_are_not_finite(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_weights(lambda tensors: [tensors[name].fill_(1e20) for name in (UP, UP.replace("up_", "gate_"))])(model)
+    assert quantize(model, tmp_path / "OUT", "--method", "gptq", "--dtype", "float32", text=text) == 5
+    line = sentence(capsys)
+    assert "model.layers.1" in line
+    assert "NaN or Inf" in line
+    assert "%" in line
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "coreq"])
+def test_rows_of_zeros_stay_zero_and_repeated_text_is_no_reason_to_stop(
+    method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "aaa.txt"
+    text.write_text("a " * 400)  # every position sees the same token: Hessians of a very low rank
+    edit_weights(lambda tensors: tensors[UP][::2].zero_())(model)
+    assert quantize(model, tmp_path / "OUT", "--method", method, "--bits", "3", text=text) == 0
+    packed = ptq.load(tmp_path / "OUT")
+    linear = packed.get_submodule(UP.removesuffix(".weight"))
+    assert isinstance(linear, QuantLinear)
+    weight = linear.quantized().dequantize()
+    assert not weight[::2].any()
+    assert weight[1::2].any(dim=1).all()
+    with torch.no_grad():
+        assert packed(input_ids=torch.arange(2, 34)[None]).logits.isfinite().all()
+
+
+# -- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_others_stay_untouched(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "OUT"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert quantize(tiny_folder, out) == 6
+    assert "is not empty and was not written by ptq" in sentence(capsys)
+    assert content(out) == {"thesis.txt": b"years of work"}
+    assert quantize(tiny_folder, out / "thesis.txt") == 6
+    assert "is a file" in sentence(capsys)
+    assert quantize(tiny_folder, tiny_folder) == 6, "the model itself is no place for the output"
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], None]]:
+    """A function that limits the size of every file that is written from then on; lifted at the end of the test."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (old[0] if size < 0 else size, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    tiny_folder: Path,
+    text: Path,
+    tmp_path: Path,
+    small_disk: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "OUT"
+    assert quantize(tiny_folder, out, "--bits", "4") == 0
+    old = content(out)
+    capsys.readouterr()
+    small_disk(30_000)  # room for the blocks, not for the embedding after them
+    assert quantize(tiny_folder, out, "--method", "gptq", "--bits", "3", text=text) == 6
+    small_disk(-1)
+    line = sentence(capsys)
+    assert "cannot write" in line
+    assert str(out) in line
+    assert content(out) == old, "the earlier result is whole"
+    assert quantize(tiny_folder, out, "--method", "gptq", "--bits", "3", text=text) == 0
+    assert quantize(tiny_folder, tmp_path / "AT ONCE", "--method", "gptq", "--bits", "3", text=text) == 0
+    assert weights(out) == weights(tmp_path / "AT ONCE")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(folder).items() if name.endswith(".safetensors")}
+
+
+def test_outputs_of_a_newer_format(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "OUT"
+    assert quantize(tiny_folder, out, "--format", "native") == 0
+    config = json.loads((out / "config.json").read_text())
+    edit_json(quantization_config=config["quantization_config"] | {"version": 99})(out)
+    capsys.readouterr()
+    assert main(["generate", str(out), "Once"]) == 6
+    assert "version 99, this ptq reads version 1: upgrade ptq-toolkit" in sentence(capsys)
+    edit_json(REPORT_NAME, version=99)(out)
+    assert main(["inspect", str(out)]) == 6
+    assert "upgrade ptq-toolkit" in sentence(capsys)

@@ -251,7 +251,8 @@ class Run:
                 self._warn(part, *(f"{result.record.name}: {note}" for note in result.record.notes))
                 self.tell(Event("layer_done", name=result.record.name, record=result.record))
                 if packed:
-                    tensors.update(self._format.layer_tensors(result.record.name, result.weight.to("cpu")))
+                    with self.timing.part("write", self.device):
+                        tensors.update(self._format.layer_tensors(result.record.name, result.weight))
         for name in sorted(schemes.keys() - done):
             full = f"{visit.name}.{name}"
             self.plan.reasons[full] = "never called: no token reached it, or the model reads its weight directly"

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""A checkpoint larger than memory, and what quantizing it takes.
+"""Random checkpoints of large shapes, and what quantizing them takes.
 
-    python benchmarks/large_model.py make FOLDER [--layers 42]        # 30 GB of 14B shapes; sparse, 3 GB on the disk
-    python benchmarks/large_model.py rtn FOLDER OUT                   # the whole model through rtn
-    python benchmarks/large_model.py coreq FOLDER OUT --blocks 2      # forecast, then the first blocks through coreq
+    python benchmarks/large_model.py make FOLDER                         # 42 blocks of 14B shapes, 30.9 GB, sparse
+    python benchmarks/large_model.py rtn FOLDER OUT                      # the whole model through rtn
+    python benchmarks/large_model.py coreq FOLDER OUT --forecast         # what the forecast says
+    python benchmarks/large_model.py coreq FOLDER OUT --blocks 2         # and the first two blocks
+    python benchmarks/large_model.py make FOLDER --shapes 8b --layers 4 --filled 4      # for a GPU: seconds a block
+    python benchmarks/large_model.py coreq FOLDER OUT --samples 128 --seqlen 2048
 
-`make` fills the embedding and the first two blocks with random numbers and leaves the rest of the files sparse (zeros
-that take no room). Every run is a process of its own and prints one JSON object: seconds, peak resident size, and for
-coreq what the forecast said.
+`make` fills the embedding and the first blocks with random numbers and leaves the rest of the files sparse (zeros that
+take no room). Every run prints one JSON object: seconds until each block was written, and peak memory.
 """
 
 from __future__ import annotations
@@ -24,28 +26,36 @@ from typing import Any
 import numpy as np
 import torch
 
-SHAPES = {
-    "hidden_size": 5120,
-    "intermediate_size": 17408,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
+COMMON = {"max_position_embeddings": 4096, "tie_word_embeddings": False, "num_key_value_heads": 8, "head_dim": 128}
+SHAPES: dict[str, dict[str, Any]] = {
+    "14b": {
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_attention_heads": 40,
+        "vocab_size": 151936,
+    },
+    "8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "vocab_size": 128256,
+    },
 }
-FILLED = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.", "model.norm.")
 
 
-def make(folder: Path, layers: int) -> None:
-    """A Qwen3 of 14B shapes, one shard a block."""
+def make(folder: Path, shapes: str, layers: int, filled: int) -> None:
+    """One shard a block."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("qwen3", num_hidden_layers=layers, **SHAPES)
-    config.dtype, config.architectures = torch.bfloat16, ["Qwen3ForCausalLM"]
+    config = AutoConfig.for_model(**SHAPES[shapes], **COMMON, num_hidden_layers=layers)
+    config.dtype = torch.bfloat16
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    full = ("model.embed_tokens.", "model.norm.", *(f"model.layers.{i}." for i in range(filled)))
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -54,7 +64,7 @@ def make(folder: Path, layers: int) -> None:
         shards.setdefault(f"model-{part}.safetensors", {})[name] = tuple(tensor.shape)
     rng = np.random.default_rng(0)
     for file, tensors in shards.items():
-        write_shard(folder / file, tensors, rng)
+        write_shard(folder / file, tensors, full, rng)
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     total = sum(2 * int(np.prod(shape)) for tensors in shards.values() for shape in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -62,7 +72,9 @@ def make(folder: Path, layers: int) -> None:
     print(json.dumps({"bytes": total, "files": len(shards)}))
 
 
-def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
+def write_shard(
+    path: Path, tensors: dict[str, tuple[int, ...]], full: tuple[str, ...], rng: np.random.Generator
+) -> None:
     header, offset = {}, 0
     for name, shape in tensors.items():
         size = 2 * int(np.prod(shape))
@@ -75,7 +87,7 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], rng: np.random.
         start = file.tell()
         file.truncate(start + offset)
         for name, shape in tensors.items():
-            if name.startswith(FILLED):
+            if name.startswith(full):
                 file.seek(start + header[name]["data_offsets"][0])
                 fill(file, int(np.prod(shape)), rng, 1.0 if name.endswith("norm.weight") else 0.0)
 
@@ -91,7 +103,9 @@ def quantize(options: argparse.Namespace) -> None:
     from calib.text import Calibration
     from ptq.preflight import peak_memory
 
-    tokens = torch.randint(0, SHAPES["vocab_size"], (options.samples, options.seqlen), generator=torch.Generator())
+    vocabulary = json.loads((Path(options.folder) / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (options.samples, options.seqlen), generator=generator)
     calibration = None if options.command == "rtn" else Calibration(tokens, "random", 0, "none")
     arguments: dict[str, Any] = {
         "method": options.command,
@@ -106,15 +120,17 @@ def quantize(options: argparse.Namespace) -> None:
         record["forecast"] = ptq.forecast(options.folder, **arguments).to_dict()
         record["forecast"].pop("kept")
     else:
-        record["seconds"], record["blocks"] = run(ptq, options, arguments)
-        record["peak_memory"] = peak_memory()
-    record["versions"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        record |= run(ptq, options, arguments) | {"peak_memory": peak_memory()}
+        if torch.cuda.is_available():
+            record["peak_device"] = torch.cuda.max_memory_allocated()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
     print(json.dumps(record))
 
 
-def run(ptq: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[float, list[float]]:
-    """Seconds until the block asked for (or the end) is written, and after each block."""
-    start, stamps = time.perf_counter(), []
+def run(ptq: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Seconds until the last block asked for (or everything) is written, after each block, and by part of the work."""
+    start, stamps, found = time.perf_counter(), [], {}
 
     class Enough(Exception):
         pass
@@ -127,8 +143,13 @@ def run(ptq: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> tup
                 raise Enough
 
     with contextlib.suppress(Enough):
-        ptq.quantize(options.folder, on_event=note, restart=True, **arguments)
-    return time.perf_counter() - start, stamps
+        report = ptq.quantize(options.folder, on_event=note, restart=True, **arguments)
+        found = {
+            "timing": report.timing,
+            "flops": report.environment["flops"],
+            "offload": report.environment["offload"],
+        }
+    return {"seconds": time.perf_counter() - start, "blocks": stamps, **found}
 
 
 def main() -> None:
@@ -136,7 +157,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     maker = commands.add_parser("make")
     maker.add_argument("folder", type=Path)
+    maker.add_argument("--shapes", choices=SHAPES, default="14b")
     maker.add_argument("--layers", type=int, default=42)
+    maker.add_argument("--filled", type=int, default=2, help="blocks with random numbers in them")
     for name in ("rtn", "gptq", "coreq"):
         runner = commands.add_parser(name)
         runner.add_argument("folder")
@@ -147,7 +170,10 @@ def main() -> None:
         runner.add_argument("--offload", default="auto")
         runner.add_argument("--forecast", action="store_true", help="only say what it would take")
     options = parser.parse_args()
-    make(options.folder, options.layers) if options.command == "make" else quantize(options)
+    if options.command == "make":
+        make(options.folder, options.shapes, options.layers, options.filled)
+    else:
+        quantize(options)
 
 
 if __name__ == "__main__":

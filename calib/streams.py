@@ -20,7 +20,7 @@ from torch import Tensor
 
 from calib.errors import OutputError, UsageError, unknown_name
 
-__all__ = ["OFFLOADS", "Offload", "Place", "Stream", "free_memory", "settle_offload"]
+__all__ = ["OFFLOADS", "Offload", "Place", "Stream", "free_memory", "settle_offload", "total_memory"]
 
 Offload = Literal["auto", "none", "memory", "disk"]
 Place = Literal["none", "memory", "disk"]
@@ -33,6 +33,13 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return int(psutil.virtual_memory().total)
 
 
 def settle_offload(asked: Offload, size: int, device: torch.device) -> Place:

@@ -37,14 +37,15 @@ from calib.model_map import find_blocks, find_linears, linear_weight, set_linear
 from calib.passes import check_finite, place, three_dims
 from calib.routed import RoutedRows
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
-from calib.streams import Place, Stream, free_memory
+from calib.streams import Place, Stream, free_memory, total_memory
 from calib.workers import ALONE, Workers
 
 __all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "batch_size"]
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _MIN_BATCHES = 8  # so that up to as many processes can share them, whatever their number
-_LOCKSTEP_SHARE = 0.5  # of the free memory
+_LOCKSTEP_SHARE = 0.4  # of all memory, so that the choice does not change from block to block
+_LOCKSTEP_FREE = 0.8  # of what is free at the moment, which may be less
 _PROBE_TOKENS = 16
 
 
@@ -229,12 +230,13 @@ class Walk:
 
     def fits_lockstep(self, groups: Sequence[InputGroup], tokens: int) -> bool:
         """Whether passes of so many tokens can be suspended at these groups: what they would hold fits into a share of
-        the free memory, and no linear is called several times in one pass."""
+        the memory, and no linear is called several times in one pass."""
         width = int(self.source.skeleton.config.get_text_config().hidden_size)
         points = {group.point: width if group.experts else group.width for group in groups}
         features = sum(points.values()) + 2 * width
         size = tokens * features * self.dtype.itemsize * (2 if self._two_streams else 1)
-        return all(group.calls == 1 for group in groups) and size <= _LOCKSTEP_SHARE * free_memory(self.device)
+        room = min(_LOCKSTEP_SHARE * total_memory(self.device), _LOCKSTEP_FREE * free_memory(self.device))
+        return all(group.calls == 1 for group in groups) and size <= room
 
     def count_pass(self, flops: float, batch: int) -> None:
         """Note the work of a pass through a block, in floating-point operations a token."""

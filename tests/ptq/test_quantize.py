@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MIXTURES, ODD_FAMILIES, tiny_model
+from tiny_models import EXPERT_FAMILIES, FAMILIES, MIXTURES, ODD_FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -84,11 +84,12 @@ def test_matrix(
     assert Report.load(tmp_path / "out").to_dict() == json.loads(report.to_json())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES | EXPERT_FAMILIES)
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "coreq"])
+def test_families(method: str, family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "model")
-    report = run(str(tmp_path / "model"), tmp_path / "out", bits=4)
+    report = run(str(tmp_path / "model"), tmp_path / "out", method, bits=4)
     packed = ptq.load(tmp_path / "out")
     torch.testing.assert_close(logits(packed), logits(dense_twin(model, packed)), rtol=1e-3, atol=1e-3)
     generated = packed.generate(TOKENS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=1)

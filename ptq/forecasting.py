@@ -210,7 +210,7 @@ def _extrapolate(run: Run, measured: _Measured, scale: float, sizes: Sizes, *, l
     factors = {"passes": scale * repeats, "statistics": scale, "solve": 1 / share, "losses": 1 / share, "read": 1.0}
     timing = {name: value * blocks * factors.get(name, 1.0) for name, value in measured.block.items()}
     timing["read"] += measured.start.get("read", 0.0)
-    timing["passes"] = timing.get("passes", 0.0) + measured.start.get("passes", 0.0) * scale
+    timing["passes"] = timing.get("passes", 0.0) + measured.start.get("passes", 0.0)  # mostly the first call of all
     timing["write"] = sizes.file_bytes / _WRITE_RATE
     return timing
 

@@ -186,8 +186,8 @@ def _measure(run: Run, tokens: Tensor | None, size: int) -> _Measured:
             block = {name: value - before.get(name, 0.0) for name, value in run.timing.items()}
             block["read"] = read  # over when the block is handed out; for the first one with the embedding
             map_ = walk.map_of(visit)
-            if visit.index == 1 or sum(block.values()) > _WARM_UP_SECONDS:
-                break
+            if run.workers.share(visit.index == 1 or sum(block.values()) > _WARM_UP_SECONDS):
+                break  # the first process decides for all
     shared = tuple(g.linears for g in map_.groups if len(g.linears) > 1 and not g.experts)
     return _Measured(start, block, parameters, map_.groups, map_.flops, shared, _resident())
 
@@ -205,7 +205,8 @@ def _extrapolate(run: Run, measured: _Measured, scale: float, sizes: Sizes, *, l
     blocks = sum(_parameters(run, block) for block in run.plan.blocks) / measured.parameters
     repeats = 1.0
     if not lockstep and measured.flops:
-        repeats = 1 + sum(group.flops for group in measured.groups) / measured.flops
+        points = {group.point: group.flops for group in measured.groups}  # all experts share one
+        repeats = 1 + sum(points.values()) / measured.flops
     share = run.workers.size
     factors = {"passes": scale * repeats, "statistics": scale, "solve": 1 / share, "losses": 1 / share, "read": 1.0}
     timing = {name: value * blocks * factors.get(name, 1.0) for name, value in measured.block.items()}

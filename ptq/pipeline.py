@@ -44,7 +44,7 @@ from ptq.preflight import check_disk, clashing_schemes, peak_memory, stream_plac
 from ptq.recipe import Recipe
 from ptq.report import Report
 from ptq.scheme import Scheme
-from ptq.sizes import Sizes, plan_sizes
+from ptq.sizes import Sizes, model_tensor, plan_sizes
 from ptq.solving import solve_group
 
 __all__ = ["Run"]
@@ -52,6 +52,7 @@ __all__ = ["Run"]
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
 _REST = "outside the blocks"
+_LARGE = 1 << 29  # bytes of a tensor that gets a file of its own
 
 
 class Run:
@@ -194,8 +195,10 @@ class Run:
         self.workers.share(None)  # all processes are through: nobody reads activations any more
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)
-        if writer is not None and _REST not in parts:
-            parts[_REST] = self._do_rest(rest, writer)
+        if writer is not None:
+            for name, tensors in self._rest_parts(rest).items():
+                if name not in parts:
+                    parts[name] = self._do_rest(name, tensors, writer)
         return list(parts.values())
 
     def _visit(
@@ -318,14 +321,21 @@ class Run:
             return "fused experts of a kind that cannot be taken apart"
         return "no linear of a block"
 
-    def _do_rest(self, names: frozenset[str], writer: CheckpointWriter) -> PartRecord:
+    def _rest_parts(self, names: frozenset[str]) -> dict[str, frozenset[str]]:
+        """What lies outside the blocks by part: large tensors one by one, so that two are never in memory at once."""
+        model = self.source.skeleton
+        tensors = {name: model_tensor(model, name) for name in sorted(names)}
+        large = {name for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > _LARGE}
+        return {f"{_REST}: {name}": frozenset({name}) for name in sorted(large)} | {_REST: names - large}
+
+    def _do_rest(self, part_name: str, names: frozenset[str], writer: CheckpointWriter) -> PartRecord:
         start, before = time.perf_counter(), (dict(self.timing), dict(self.flops))
         part = PartRecord()
         with self.timing.part("write", self.device):
             rest = self._passing(names, part)
             self._note_cost(part, start, *before)
             if rest:
-                writer.write_part(_REST, rest, part.payload())
+                writer.write_part(part_name, rest, part.payload())
         return part
 
     # -- the end -----------------------------------------------------------------------------------------------------

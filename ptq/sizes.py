@@ -16,7 +16,7 @@ from ptq.plan import Plan
 from ptq.report import KeptTensor
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["Sizes", "plan_sizes"]
+__all__ = ["Sizes", "model_tensor", "plan_sizes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
         taken.add(f"{name}.weight")
     part = PartRecord()
     for name in sorted(source.tensor_names() - taken):
-        tensor = _tensor(model, name)
+        tensor = model_tensor(model, name)
         if tensor is not None:
             shown, reason = label(name, tensor.ndim)
             size = tensor.numel() * (source.dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
@@ -83,7 +83,8 @@ def _payload(rows: int, columns: int, scheme: Scheme) -> int:
     return (bits + (0 if scheme.symmetric else rows * groups * scheme.bits) + 7) // 8
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor | None:
+def model_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of the skeleton by its full name."""
     module, _, leaf = name.rpartition(".")
     part = model.get_submodule(module)
     return part._parameters.get(leaf) if leaf in part._parameters else part._buffers.get(leaf)

@@ -4,10 +4,10 @@
     python benchmarks/efficiency.py MODEL --calib c4.txt@0:0.8 --method coreq --samples 32 --seqlen 512
 
 The limit is the time that the operations in the report take at the rates of this machine's own matrix products,
-measured in the same process before and after: passes at the rate of their dtype, solves at the float32 rate, statistics (exact
-products of bfloat16 numbers with float32 results) at the bfloat16 rate and, less strictly, at the best rate that PyTorch
-has for such a product. The forecast is made in a process of its own, so that its peak is not the run's. Prints one
-JSON object.
+measured in the same process before and after: passes at the rate of their dtype, solves at the float32 rate,
+statistics (exact products of bfloat16 numbers with float32 results) at the bfloat16 rate and, less strictly, at the
+best rate that PyTorch has for such a product. The forecast is made in a process of its own, so that its peak is not
+the run's. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ from calib.safetensors_header import StoredTensor
 __all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
 
 
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14  # of every file, for the fingerprint
+_SAMPLE_BYTES = 1 << 12  # read at the start, middle and end of every tensor for the fingerprint
 
 
 class ModelSource(Protocol):
@@ -84,9 +84,12 @@ class ModelSource(Protocol):
         """
         ...
 
+    def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """What `raw_tensors` would give, without reading it: ``(parameter, shape, bytes)``."""
+        ...
+
     def fingerprint(self) -> str:
-        """Identifies the weights: a hash over config, names, shapes, sizes and samples of the bytes (folder) or sums of
-        the values (memory)."""
+        """Identifies the weights: a hash over config, names, shapes and samples of every tensor."""
         ...
 
 
@@ -248,17 +251,24 @@ class FolderSource:
                 for name, view in self._experts.parts(one, tensor, names):
                     yield name, name, view.clone(memory_format=torch.contiguous_format)
 
+    def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        fused, torn = self._experts.fused(names), self._experts.torn(names)
+        for key, targets in self._targets.items():
+            if targets & fused and not targets <= torn:
+                yield min(self._experts.split(targets)), self._stored[key].shape, self._stored[key].nbytes
+        yield from _sizes_of_parts(self.skeleton, self._experts.split(torn) & names)
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update((self.folder / "config.json").read_bytes())
         for file in sorted(set(self._where.values())):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
+            tensors = sorted((t.start, t.end, key) for key, t in self._stored.items() if t.file == file)
             with file.open("rb") as handle:
-                digest.update(handle.read(1 << 20))
-                for number in range(_SAMPLES):  # a model that was trained on differs everywhere
-                    handle.seek(size * number // _SAMPLES)
-                    digest.update(handle.read(_SAMPLE_BYTES))
+                for start, end, key in tensors:
+                    digest.update(f"{key} {self._stored[key].dtype} {self._stored[key].shape}".encode())
+                    for offset in (start, (start + end) // 2, max(start, end - _SAMPLE_BYTES)):
+                        handle.seek(offset)
+                        digest.update(handle.read(min(_SAMPLE_BYTES, end - start)))
         return digest.hexdigest()
 
 
@@ -305,6 +315,13 @@ class ModuleSource:
             elif key in fused:
                 yield key, min(self._experts.split(frozenset({key}))), value.detach().cpu()
 
+    def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        fused, torn = self._experts.fused(names), self._experts.torn(names)
+        for key, value in self._state().items():
+            if key in fused and key not in torn:
+                yield min(self._experts.split(frozenset({key}))), tuple(value.shape), value.nbytes
+        yield from _sizes_of_parts(self.skeleton, self._experts.split(torn) & names)
+
     def _state(self) -> Mapping[str, Tensor]:
         """The state without tensors that are another name of one before (tied weights)."""
         tied = set(getattr(self._model, "all_tied_weights_keys", {}) or {})
@@ -317,8 +334,18 @@ class ModuleSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self._model.config.to_dict(), sort_keys=True, default=str).encode())
         for name, value in self._state().items():
-            digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+            flat = value.detach().flatten()
+            step = max(1, flat.numel() // _SAMPLE_BYTES)
+            digest.update(f"{name} {tuple(value.shape)} {flat.double().sum().item()!r}".encode())
+            digest.update(flat[::step].double().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _sizes_of_parts(model: nn.Module, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Parameters that are cut out of fused ones and come in the model's dtype."""
+    for name in sorted(names):
+        parameter = model.get_parameter(name)
+        yield name, tuple(parameter.shape), parameter.nbytes
 
 
 def unmerged_experts(model: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ traced by itself, and all of them have its groups.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from calib.experts import ExpertList, expert_lists
 from calib.model_map import find_linears, foreign_code
 
-__all__ = ["BlockMap", "InputGroup", "trace_block"]
+__all__ = ["BlockMap", "InputGroup", "merge_maps", "trace_block"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,36 @@ class BlockMap:
 
     groups: tuple[InputGroup, ...]
     flops: float
+
+    def reaches(self, linears: Collection[str]) -> bool:
+        """Whether all these linears are in groups, each with all tokens or with a router that is understood."""
+        found = {name for group in self.groups for name in group.linears}
+        return found.issuperset(linears) and not any(group.routed for group in self.groups)
+
+
+def merge_maps(maps: Sequence[BlockMap]) -> BlockMap:
+    """One map of what several passes through the same block showed: a linear that some of them did not call, or called
+    with a part of the tokens, is routed."""
+    merged: list[InputGroup] = []
+    for one in maps:
+        place = -1
+        for group in one.groups:
+            same = [i for i, other in enumerate(merged) if set(other.linears) & set(group.linears)]
+            if same:
+                place = same[0]
+                routed = merged[place].routed or group.routed
+                merged[place] = dataclasses.replace(merged[place], routed=routed)
+            else:
+                place += 1
+                merged.insert(place, group)
+    everywhere = [{name for group in one.groups for name in group.linears} for one in maps]
+    groups = [
+        group
+        if all(names.issuperset(group.linears) for names in everywhere)
+        else dataclasses.replace(group, routed=True)
+        for group in merged
+    ]
+    return BlockMap(tuple(groups), max(one.flops for one in maps))
 
 
 def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:

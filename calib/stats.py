@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from calib.errors import NumericalError
+from calib.errors import ModelError, NumericalError
 from calib.precision import Operand, gram_bounds, product
 
 __all__ = ["GroupStatistics", "LinearStatistics", "Moments", "Stat", "StatisticsAccumulator"]
@@ -207,19 +207,30 @@ class StatisticsAccumulator:
         rows = sum(len(weight) for weight in weights.values())
         return gram if sum(part.numel() for part in gram.rows) < self._width * rows else None
 
-    def add(self, quantized: Tensor, full: Tensor | None) -> None:
-        """One batch: inputs ``[sequences, tokens, n]`` of the quantized and of the full-precision stream.
+    def add(self, quantized: Tensor, full: Tensor | None, first: int = 0) -> None:
+        """One batch.
+
+        Args:
+            quantized, full: inputs ``[sequences, tokens, n]`` of the quantized and of the full-precision stream.
+            first: number of the batch's first sequence among all; folds are the even and the odd numbers.
 
         Raises:
             NumericalError: an input is NaN or Inf.
+            ModelError: the streams have different tokens here.
         """
         self._check(quantized)
+        if full is not None and full.shape != quantized.shape:
+            raise ModelError(
+                f"{self.name} gets inputs {list(quantized.shape)} in the quantized model and {list(full.shape)} in the "
+                f"full-precision one: the block routes tokens in a way that cannot be followed. Leave it out: --ignore."
+            )
+        folds = len(self._sums)
         for fold, sums in enumerate(self._sums):
-            own = quantized[fold :: len(self._sums)].reshape(-1, self._width)
+            own = quantized[(fold - first) % folds :: folds].reshape(-1, self._width)
             operand = Operand.of(own)
             self.flops += sums.hessian.add(operand)
             if full is not None and sums.mismatch is not None:
-                other = full[fold :: len(self._sums)].reshape(-1, self._width)
+                other = full[(fold - first) % folds :: folds].reshape(-1, self._width)
                 difference = Operand.of((other.float() - operand.values).to(own.dtype))
                 sums.mismatch.add_(difference.transposed_by(operand))
                 self.flops += 2 * own.numel() * self._width

@@ -31,7 +31,7 @@ from calib.block_calls import BlockCall, capture_calls, own_state
 from calib.checkpoint_reader import ModelSource
 from calib.errors import NumericalError, UsageError
 from calib.experts import expert_lists
-from calib.groups import BlockMap, InputGroup, trace_block
+from calib.groups import BlockMap, InputGroup, merge_maps, trace_block
 from calib.lockstep import BlockPasses
 from calib.model_map import find_blocks, find_linears, linear_weight, set_linear_weight
 from calib.passes import check_finite, place, three_dims
@@ -43,7 +43,7 @@ from calib.workers import ALONE, Workers
 __all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "batch_size"]
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-_MIN_BATCHES = 8  # so that up to as many processes can share them, whatever their number
+_MIN_BATCHES = 8  # of eight sequences or more, so that as many processes can share them
 _LOCKSTEP_SHARE = 0.4  # of all memory, so that the choice does not change from block to block
 _LOCKSTEP_FREE = 0.8  # of what is free at the moment, which may be less
 _PROBE_TOKENS = 16
@@ -51,7 +51,7 @@ _PROBE_TOKENS = 16
 
 def batch_size(samples: int, seqlen: int, device: torch.device) -> int:
     """Sequences in a batch. It depends on nothing else, so that sums are over the same batches on every machine."""
-    return max(1, min(_BATCH_TOKENS.get(device.type, 4096) // seqlen, math.ceil(samples / _MIN_BATCHES)))
+    return max(1, min(_BATCH_TOKENS.get(device.type, 4096) // seqlen, samples // _MIN_BATCHES))
 
 
 class Timing(dict[str, float]):
@@ -105,7 +105,7 @@ class Walk:
         self._tokens = tokens
         self._two_streams = tokens is not None and (two_streams or bool(expert_lists(source.skeleton)))
         self._offload, self._folder = offload, folder
-        self._batch = batch
+        self._batch, self._batch_size = batch, 1
         self._calls_full: list[list[BlockCall]] = []
         self._calls_quantized: list[list[BlockCall]] = []
         self._full: Stream | None = None
@@ -126,6 +126,7 @@ class Walk:
                 finally:
                     visit.abandon()
                     self.source.release(names)
+                del visit  # not two blocks at a time
         finally:
             for stream in (self._full, self._quantized):
                 if stream is not None:
@@ -179,7 +180,7 @@ class Walk:
 
     def _my_batches(self, tokens: Tensor) -> Iterator[Tensor]:
         """The batches of this process. Without calibration data every process runs the same few tokens."""
-        size = self._batch or batch_size(len(tokens), tokens.shape[1], self.device)
+        size = self._batch_size = self._batch or batch_size(len(tokens), tokens.shape[1], self.device)
         batches = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         if self.has_tokens:
             if len(batches) < self.workers.size:
@@ -206,6 +207,10 @@ class Walk:
         """Numbers of this process's batches."""
         return range(len(self._quantized))
 
+    def first_sequence(self, batch: int) -> int:
+        """Number of a batch's first sequence among those of all processes."""
+        return (batch * self.workers.size + self.workers.rank) * self._batch_size
+
     def stream(self, *, full: bool) -> Stream:
         """Hidden states that enter the current block. Without a full-precision stream both are the quantized one."""
         return self._full if full and self._full is not None else self._quantized
@@ -220,13 +225,24 @@ class Walk:
         return calls[batch][block]
 
     def map_of(self, visit: BlockVisit) -> BlockMap:
-        """The map of a block; blocks of one class with the same linears are traced once."""
+        """The map of a block. Blocks of one class with the same linears are traced once, unless the first batch did not
+        reach all linears: then every block of the class is traced on all batches of all processes."""
         key = (type(visit.block), tuple(visit.linears))
-        if key not in self._maps:
-            call, hidden = self.call(0, visit.index, full=True), self.hidden(0, full=True)
-            traced = trace_block(visit.block, lambda: call(visit.block, hidden), math.prod(self._quantized.shapes[0]))
-            self._maps[key] = self.workers.share(traced)
-        return self._maps[key]
+        if key in self._maps and self._maps[key].reaches(visit.linears):
+            return self._maps[key]
+        if (*key, visit.name) not in self._maps:
+            self._maps[key] = self.workers.share(self._trace(visit, 0))
+            whole = self._maps[key].reaches(visit.linears)
+            self._maps[*key, visit.name] = self._maps[key] if whole else self._trace_all(visit)
+        return self._maps[*key, visit.name]
+
+    def _trace(self, visit: BlockVisit, batch: int) -> BlockMap:
+        call, hidden = self.call(batch, visit.index, full=True), self.hidden(batch, full=True)
+        return trace_block(visit.block, lambda: call(visit.block, hidden), math.prod(self._quantized.shapes[batch]))
+
+    def _trace_all(self, visit: BlockVisit) -> BlockMap:
+        mine = merge_maps([self._trace(visit, batch) for batch in self.batches])
+        return merge_maps([self.workers.share(mine, rank) for rank in range(self.workers.size)])
 
     def fits_lockstep(self, groups: Sequence[InputGroup], tokens: int) -> bool:
         """Whether passes of so many tokens can be suspended at these groups: what they would hold fits into a share of
@@ -358,9 +374,21 @@ class BlockVisit:
 
     def run_expert(self, group: InputGroup, rows: Tensor, *, full: bool) -> Tensor:
         """The input ``[rows, 1, n]`` that an expert's linears get for ``rows`` ``[rows, width]`` of a stream."""
-        self._use_weights(full=full)
-        expert = self.block.get_submodule(group.expert)
-        return RoutedRows.through(expert, group.linears[0].removeprefix(f"{group.expert}."), rows)
+        expert, prefix = self.block.get_submodule(group.expert), f"{group.expert}."
+        with self._own_weights(prefix, full=full):
+            return RoutedRows.through(expert, group.linears[0].removeprefix(prefix), rows)
+
+    @contextlib.contextmanager
+    def _own_weights(self, prefix: str, *, full: bool) -> Iterator[None]:
+        """One stream's weights in the linears under ``prefix`` alone; those of the whole block stay as they are."""
+        names = [name for name in self._replaced if name.startswith(prefix)] if full != self._full_in_use else []
+        for name in names:
+            set_linear_weight(self.linears[name], (self._full if full else self._replaced)[name])
+        try:
+            yield
+        finally:
+            for name in names:
+                set_linear_weight(self.linears[name], (self._replaced if full else self._full)[name])
 
     def close(self) -> None:
         """Move the streams through the block; again, nothing."""
@@ -385,6 +413,7 @@ class BlockVisit:
         for passes in self._passes.values():
             passes.close()
         self._passes, self._rows = {}, None
+        self._originals, self._full, self._replaced = {}, {}, {}
 
 
 class GroupVisit:
@@ -433,7 +462,7 @@ class GroupVisit:
                 own, full = self._inputs(batch)
             with walk.timing.part("statistics", walk.device):
                 if own is not None and own.numel():
-                    accumulator.add(own, full)
+                    accumulator.add(own, full, walk.first_sequence(batch))
         with walk.timing.part("statistics", walk.device):
             if walk.workers.size > 1:
                 accumulator.reduce_(walk.workers.sum_)
@@ -445,8 +474,11 @@ class GroupVisit:
         walk, group = self.block.walk, self.group
         if group.experts:
             self.notes = self.block.rows(group).notes(group.expert)
+            if self._needs & {Stat.FOLDS, Stat.EFFECTIVE_TOKENS}:
+                self.notes += ("its tokens count as independent of each other, although they come in sequences",)
         elif group.routed:
-            self.notes = ("calibrated on the full-precision model's inputs: the block routes tokens by itself",)
+            stream = "full-precision" if walk.two_streams else "quantized"
+            self.notes = (f"calibrated on the {stream} model's inputs: the block routes tokens by itself",)
         elif self._needs & TWO_STREAMS and walk.two_streams and self.block.in_lockstep:
             for full in (True, False):
                 for batch in walk.batches:

@@ -80,7 +80,9 @@ def _partners() -> Iterator[None]:
     """A collective that fails does so because another process has ended."""
     try:
         yield
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
         raise WorkersError(
             "another process of this run has ended, so this one stops too; its own message says why. Finished blocks "
             f"are kept: the same command goes on from there. ({str(error).splitlines()[0][:200]})"
@@ -111,10 +113,21 @@ def join_workers(device: torch.device) -> tuple[Workers, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not started:
-        with _partners():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        _meet(device)
     exchange = device if dist.get_backend() == "nccl" else torch.device("cpu")
     return Workers(dist.get_rank(), dist.get_world_size(), exchange), device
+
+
+def _meet(device: torch.device) -> None:
+    if device.type == "cuda" and str(device) != f"cuda:{os.environ.get('LOCAL_RANK', '0')}":
+        raise UsageError(f"several processes cannot all work on {device}: say --device cuda, and each takes its own.")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other: start them with "
+            f"torchrun or accelerate launch, or unset it. ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def leave_workers() -> None:

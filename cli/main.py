@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -112,6 +113,9 @@ def _with_hint(error: click.ClickException) -> str:
 def _fail(kind: str, message: str, code: int, arguments: Sequence[str]) -> int:
     """Say what went wrong on one line, in JSON if the arguments ask for it, and return ``code``."""
     line = " ".join(message.split())
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks; this one's error may be its own
+        click.secho(f"process {os.environ['RANK']}: error: {line}", fg="red", err=True)
+        return code
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--json" in options:
         click.echo(json.dumps({"error": {"kind": kind, "message": line}}))

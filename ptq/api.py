@@ -158,8 +158,9 @@ def _prepare(
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if not needs_data:
         calibration = None
-    elif calibration is None:
+    elif calibration is None and workers.leads:
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
+    calibration = workers.share(calibration)  # all processes work on the first one's tokens
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
     run = Run(
         source,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -92,7 +94,9 @@ def forecast(run: Run) -> Forecast:
     tokens = None if run.calibration is None else run.calibration.tokens
     size = 1 if tokens is None else batch_size(len(tokens), tokens.shape[1], run.device)
     batches = 1 if tokens is None else math.ceil(len(tokens) / size / run.workers.size)
-    measured = _measure(run, None if tokens is None else tokens[: _MEASURED_BATCHES * size], size)
+    sample = None if tokens is None else tokens[: _MEASURED_BATCHES * size * run.workers.size]
+    with tempfile.TemporaryDirectory(prefix="ptq-forecast-") as folder:
+        measured = _measure(run, sample, size, Path(folder))
     scale = batches / max(1, min(batches, _MEASURED_BATCHES))
     lockstep = tokens is None or _lockstep(run, measured, tokens)
     timing = _extrapolate(run, measured, scale, sizes, lockstep=lockstep)
@@ -122,7 +126,7 @@ def forecast(run: Run) -> Forecast:
         measured.shared,
         None
         if tokens is None
-        else {"sequences": len(tokens), "seqlen": tokens.shape[1], "batches": batches * run.workers.size},
+        else {"sequences": len(tokens), "seqlen": tokens.shape[1], "batches": math.ceil(len(tokens) / size)},
         run.offload,
         lockstep,
         sum(timing.values()),
@@ -170,9 +174,12 @@ class _Measured:
     resident: int
 
 
-def _measure(run: Run, tokens: Tensor | None, size: int) -> _Measured:
-    """Quantize the first block, or the first two if that is quick, on few tokens."""
-    walk = run.walk(tokens=tokens, batch=size)
+def _measure(run: Run, tokens: Tensor | None, size: int, folder: Path) -> _Measured:
+    """Quantize the first block that has something to quantize, or the first two if that is quick, on few tokens.
+
+    Activations on disk go to ``folder``: the output's own may belong to a run that is under way.
+    """
+    walk, done = run.walk(tokens=tokens, batch=size, folder=folder), 0
     start: dict[str, float] = {}
     with torch.no_grad(), run.strict():
         earlier = 0.0
@@ -180,13 +187,15 @@ def _measure(run: Run, tokens: Tensor | None, size: int) -> _Measured:
             start = start or dict(run.timing)
             before, part = dict(run.timing), PartRecord()
             read, earlier = before.get("read", 0.0) - earlier, before.get("read", 0.0)
-            parameters = _parameters(run, visit.name)
             run.quantize_block(visit, part, packed=True)
             visit.close()
-            block = {name: value - before.get(name, 0.0) for name, value in run.timing.items()}
-            block["read"] = read  # over when the block is handed out; for the first one with the embedding
             map_ = walk.map_of(visit)
-            if run.workers.share(visit.index == 1 or sum(block.values()) > _WARM_UP_SECONDS):
+            if part.layers or not done:
+                block = {name: value - before.get(name, 0.0) for name, value in run.timing.items()}
+                block["read"] = read  # over when the block is handed out; for the first one with the embedding
+                parameters = _parameters(run, visit.name)
+            done += bool(part.layers)
+            if run.workers.share(done == 2 or (done == 1 and sum(block.values()) > _WARM_UP_SECONDS)):
                 break  # the first process decides for all
     shared = tuple(g.linears for g in map_.groups if len(g.linears) > 1 and not g.experts)
     return _Measured(start, block, parameters, map_.groups, map_.flops, shared, _resident())

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -36,11 +35,11 @@ from ptq.formats import compressed_tensors, native
 from ptq.formats.journal import FinishedPart, flatten
 from ptq.formats.layout import layer_weight
 from ptq.formats.select import select_format
-from ptq.formats.writer import STAGING, CheckpointWriter
+from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
 from ptq.ledger import PartRecord, merge
 from ptq.methods import LayerMethod
 from ptq.plan import Plan
-from ptq.preflight import check_disk, clashing_schemes, peak_memory, stream_place
+from ptq.preflight import check_disk, clashing_schemes, cpu_name, peak_memory, stream_bytes, stream_place
 from ptq.recipe import Recipe
 from ptq.report import Report
 from ptq.scheme import Scheme
@@ -93,8 +92,8 @@ class Run:
         self.needs = method.needs(config)
         self.two_streams = bool(self.needs & TWO_STREAMS)
         self.timing, self.flops = Timing(), Timing()
-        self._kernels_checked = False
-        self._started, self._earlier = 0.0, PartRecord()
+        self._kernels_checked: frozenset[tuple[str, ...]] = frozenset()
+        self._started, self._earlier, self._noted = 0.0, PartRecord(), PartRecord()
         self._experts = frozenset(fused_experts(source.skeleton))
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
         self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears, source.skeleton)
@@ -105,6 +104,12 @@ class Run:
     def _activations(self) -> Path:
         return self.out / STAGING / "activations"
 
+    def _activation_bytes(self) -> int:
+        """Bytes of activations in the output folder while the run is under way."""
+        if self.offload != "disk" or self.calibration is None:
+            return 0
+        return stream_bytes(self.source.skeleton, self.calibration.tokens.numel(), self.dtype)
+
     def sizes(self) -> Sizes:
         """What the output will weigh."""
         return plan_sizes(self.source, self.plan, self.label)
@@ -113,11 +118,12 @@ class Run:
         """The settings of PyTorch under which everything is computed."""
         return strict_float32()
 
-    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None) -> Walk:
+    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None) -> Walk:
         """A walk through the model with this run's streams.
 
         Args:
             tokens: a part of the calibration tokens, all of them by default; batch: sequences in a batch.
+            folder: for activations on disk, by default in the output folder.
         """
         if tokens is None and self.calibration is not None:
             tokens = self.calibration.tokens
@@ -130,7 +136,7 @@ class Run:
             timing=self.timing,
             flops=self.flops,
             offload=self.offload,
-            folder=self._activations,
+            folder=folder or self._activations,
             workers=self.workers,
             batch=batch,
         )
@@ -172,7 +178,7 @@ class Run:
         """Walk through all blocks; the first process writes them and keeps their records."""
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)  # of a run that was killed
-            check_disk(self.out, self.sizes().file_bytes - writer.weight_bytes)
+            check_disk(self.out, self.sizes().file_bytes - writer.weight_bytes + self._activation_bytes())
             for note in writer.notes:
                 self.tell(Event("message", note))
         finished = self.workers.share({} if writer is None else {part.name: part for part in writer.finished})
@@ -186,13 +192,14 @@ class Run:
         parts = {name: PartRecord.from_payload(part.payload) for name, part in finished.items()}
         self._earlier = merge(parts.values())
         for part in parts.values():
-            self.format, self.format_reason, self._kernels_checked = part.format, part.format_reason, True
+            self.format, self.format_reason = part.format, part.format_reason
+            self._kernels_checked = frozenset({()})  # too late for another format
         self.tell(Event("message", f"format {self.format}: {self.format_reason}"))
         rest = walk.tensors_outside_blocks()
         if done < total:
             self._visit(walk, finished, parts, writer)
         del walk  # the streams' memory
-        self.workers.share(None)  # all processes are through: nobody reads activations any more
+        self._sum_flops()  # all processes are through: nobody reads activations any more
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)
         if writer is not None:
@@ -200,6 +207,14 @@ class Run:
                 if name not in parts:
                     parts[name] = self._do_rest(name, tensors, writer)
         return list(parts.values())
+
+    def _sum_flops(self) -> None:
+        """Passes and statistics of all processes; every process has counted all solves."""
+        counts = torch.tensor([self.flops.get(name, 0.0) for name in ("passes", "statistics")], dtype=torch.float64)
+        counts = counts.to(self.workers.device)
+        self.workers.sum_(counts)
+        if self.flops:
+            self.flops["passes"], self.flops["statistics"] = counts.tolist()
 
     def _visit(
         self,
@@ -217,7 +232,6 @@ class Run:
             self.tell(Event("block_done", name=visit.name, done=visit.index + 1, total=len(walk.block_names)))
 
     def _do_block(self, visit: BlockVisit, walk: Walk, writer: CheckpointWriter | None) -> PartRecord:
-        start, before = time.perf_counter(), (dict(self.timing), dict(self.flops))
         part = PartRecord()
         tensors = self.quantize_block(visit, part, packed=writer is not None)
         visit.close()  # before the part is noted as finished: its outputs are checked here, and belong to its time
@@ -225,14 +239,18 @@ class Run:
             with self.timing.part("write", self.device):
                 done = {f"{record.name}.weight" for record in part.layers}
                 tensors.update(self._passing(walk.tensors_of_block(visit.name) - done, part))
-                self._note_cost(part, start, *before)
+                self._note_cost(part)
                 writer.write_part(visit.name, tensors, part.payload())
         return part
 
-    def _note_cost(self, part: PartRecord, start: float, timing: dict[str, float], flops: dict[str, float]) -> None:
-        part.seconds, part.format, part.format_reason = time.perf_counter() - start, self.format, self.format_reason
-        part.timing = {name: value - timing.get(name, 0.0) for name, value in self.timing.items()}
-        part.flops = {name: value - flops.get(name, 0.0) for name, value in self.flops.items()}
+    def _note_cost(self, part: PartRecord) -> None:
+        """What was spent since the last part was noted: what lies between two parts belongs to the later one."""
+        now = PartRecord(timing=dict(self.timing), flops=dict(self.flops), seconds=time.perf_counter() - self._started)
+        part.seconds = now.seconds - self._noted.seconds
+        part.timing = {name: value - self._noted.timing.get(name, 0.0) for name, value in now.timing.items()}
+        part.flops = {name: value - self._noted.flops.get(name, 0.0) for name, value in now.flops.items()}
+        part.format, part.format_reason = self.format, self.format_reason
+        self._noted = now
 
     def quantize_block(self, visit: BlockVisit, part: PartRecord, *, packed: bool) -> dict[str, Tensor]:
         """Quantize the block's linears; returns their tensors as stored, if ``packed``."""
@@ -263,23 +281,26 @@ class Run:
         return tensors
 
     def _check_kernels(self, visit: BlockVisit) -> None:
-        """Once: linears that runtimes fuse into one kernel must share a scheme, in the format that they read."""
-        if self._kernels_checked or self.format == "native":
+        """Once a kind of block: linears that runtimes fuse into one kernel must share a scheme, in the format that they
+        read. At the first block the format can still be another one."""
+        groups = visit.walk.map_of(visit).groups
+        names = tuple(name for group in groups for name in group.linears)
+        if self.format == "native" or names in self._kernels_checked:
             return
-        self._kernels_checked = True
-        clashes = clashing_schemes(self.plan, visit.walk.map_of(visit).groups)
-        if clashes and self.recipe.format == "auto":
+        first, self._kernels_checked = not self._kernels_checked, self._kernels_checked | {names}
+        clashes = clashing_schemes(self.plan, groups)
+        if clashes and self.recipe.format == "auto" and first:
             self.format, self.format_reason = "native", clashes[0]
             self.tell(Event("message", f"format native instead: {clashes[0]}"))
         elif clashes:
-            raise UsageError(f"{clashes[0]}. Give them one, or use format 'native' ({len(clashes)} such sets).")
+            raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --format native.")
 
     def _replay(self, visit: BlockVisit, part: FinishedPart) -> None:
         """Give a finished block its weights, for the streams to pass through."""
         visit.walk.map_of(visit)  # later blocks may need what this one leaves for them when they are traced
         if not visit.walk.has_tokens:
             return
-        tensors = load_file(self.out / STAGING / part.file)
+        tensors = read_shard(self.out / STAGING / part.file)
         for row in part.payload["layers"]:
             weight = layer_weight(row["name"], tensors, Scheme(**row["scheme"])).to(self.device)
             visit.replace(row["name"].removeprefix(f"{visit.name}."), weight.dequantize(self.dtype))
@@ -329,11 +350,10 @@ class Run:
         return {f"{_REST}: {name}": frozenset({name}) for name in sorted(large)} | {_REST: names - large}
 
     def _do_rest(self, part_name: str, names: frozenset[str], writer: CheckpointWriter) -> PartRecord:
-        start, before = time.perf_counter(), (dict(self.timing), dict(self.flops))
         part = PartRecord()
         with self.timing.part("write", self.device):
             rest = self._passing(names, part)
-            self._note_cost(part, start, *before)
+            self._note_cost(part)
             if rest:
                 writer.write_part(part_name, rest, part.payload())
         return part
@@ -420,12 +440,12 @@ class Run:
         return peaks
 
     def _environment(self) -> dict[str, Any]:
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return {
             "versions": {name: version(name) for name in _VERSIONS},
             "python": platform.python_version(),
             "device": self.device.type,
-            "device_name": device or platform.machine(),
+            "device_name": device,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "processes": self.workers.size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import shutil
 import sys
@@ -18,7 +19,7 @@ from ptq.errors import OutputError
 from ptq.plan import Plan
 from ptq.scheme import Scheme
 
-__all__ = ["check_disk", "clashing_schemes", "peak_memory", "stream_bytes", "stream_place"]
+__all__ = ["check_disk", "clashing_schemes", "cpu_name", "peak_memory", "stream_bytes", "stream_place"]
 
 
 def stream_place(
@@ -39,6 +40,14 @@ def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
+
+
+def cpu_name() -> str:
+    """The processor and the instructions that PyTorch uses on it: both decide the last bits of sums."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def check_disk(out: Path, needed: int) -> int:
@@ -73,7 +82,8 @@ def clashing_schemes(plan: Plan, groups: Sequence[InputGroup]) -> list[str]:
     clashes = []
     for block in plan.blocks:
         for names in sets.values():
-            schemes = {f"{block}.{name}": plan.schemes.get(f"{block}.{name}") for name in names}
+            full = [f"{block}.{name}" for name in names]
+            schemes = {name: plan.schemes[name] for name in full if name in plan.schemes}
             if len(set(schemes.values())) > 1:
                 clashes.append(_clash(schemes))
     return clashes

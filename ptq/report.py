@@ -41,7 +41,7 @@ class Report:
         kept: what stayed in full precision and why.
         totals: ``quantized_parameters``, ``kept_parameters``, ``payload_bytes``, ``kept_bytes``, ``file_bytes``,
             ``bits_per_weight`` (of the quantized linears), ``seconds``.
-        timing: seconds by part of the work (``read``, ``passes``, ``statistics``, ``scales``, ``solve``, ``write``).
+        timing: seconds by part of the work (``read``, ``passes``, ``statistics``, ``solve``, ``losses``, ``write``).
         environment: versions, device, dtype of the passes, threads, seed.
         warnings: every fallback and anything the user should know.
         files: ``{"bytes", "sha256"}`` of every weight file by its name; empty in reports of earlier releases.

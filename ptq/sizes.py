@@ -54,7 +54,7 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
         label: name and dimensions of a tensor that stays -> the name it is listed under, and why it stays.
     """
     model = source.skeleton
-    quantized = payload = packed = linears = kept_parameters = 0
+    quantized = payload = packed = linears = 0
     taken = set()
     for name, scheme in plan.schemes.items():
         if scheme is None:
@@ -66,15 +66,10 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
         packed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
         taken.add(f"{name}.weight")
     part = PartRecord()
-    for name in sorted(source.tensor_names() - taken):
-        tensor = model_tensor(model, name)
-        if tensor is not None:
-            shown, reason = label(name, tensor.ndim)
-            size = tensor.numel() * (source.dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
-            part.keep(shown, reason, tensor.numel(), size)
-            kept_parameters += tensor.numel()
+    for name, shape, size in source.stored_sizes(source.tensor_names() - taken):
+        part.keep(*label(name, len(shape)), math.prod(shape), size)
     kept = tuple(sorted(part.kept.values(), key=lambda tensor: -tensor.bytes))
-    return Sizes(quantized, payload, packed, linears, kept, kept_parameters)
+    return Sizes(quantized, payload, packed, linears, kept, part.kept_parameters)
 
 
 def _payload(rows: int, columns: int, scheme: Scheme) -> int:

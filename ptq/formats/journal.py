@@ -38,11 +38,10 @@ __all__ = [
 
 JOURNAL_NAME = "journal.jsonl"
 JOURNAL_VERSION = 1
-MAY_CHANGE = ("offload", "prefetch", "progress", "model.source")
+MAY_CHANGE = ("offload", "model.source")
 """Conditions, or first parts of their dotted names, that a resumed run may change: they do not decide any byte.
 
-``offload`` is where activations are kept, ``prefetch`` how far reading runs ahead, ``progress`` where it is shown, and
-``model.source`` the path of the model (its fingerprint has to stay).
+``offload`` is where activations are kept, ``model.source`` the path of the model (its fingerprint has to stay).
 """
 _CHECK_DIGITS = 16
 

@@ -29,7 +29,7 @@ from ptq.formats.native import GUARD_KEY, GUARD_SENTENCE, QUANT_METHOD
 from ptq.formats.resume import open_journal, shard_name
 from ptq.report import REPORT_NAME, STAGING, Report
 
-__all__ = ["COMPANIONS", "STAGING", "CheckpointWriter", "check_output_folder"]
+__all__ = ["COMPANIONS", "STAGING", "CheckpointWriter", "check_output_folder", "read_shard"]
 
 LOCK = ".ptq_lock"
 INDEX = "model.safetensors.index.json"
@@ -163,9 +163,7 @@ class CheckpointWriter:
             OutputError: the file cannot be read.
         """
         files = {part.name: part.file for part in self._journal.parts}
-        path = self.staging / files[name]
-        with os_errors(path, "read"):
-            return load_file(path)
+        return read_shard(self.staging / files[name])
 
     def files(self) -> dict[str, dict[str, Any]]:
         """``{"bytes", "sha256"}`` of every weight file by its final name, for `Report.files`."""
@@ -259,6 +257,16 @@ class CheckpointWriter:
         sync(self.out)
 
 
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a finished shard, on the CPU.
+
+    Raises:
+        OutputError: the file cannot be read; with several processes, the folder must be one that all of them see.
+    """
+    with os_errors(path, "read"):
+        return load_file(path)
+
+
 def _final_names(total: int) -> list[str]:
     if total == 1:
         return ["model.safetensors"]
@@ -271,10 +279,16 @@ def _acquire(path: Path) -> int:
     Raises:
         OutputError: another run holds it.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise OutputError(f"another run is writing to {path.parent}: wait for it, or name another folder.") from error
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise OutputError(
+                f"another run is writing to {path.parent}: wait for it, or name another folder."
+            ) from error
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)  # the run that held it removed the file between our opening and locking it
     return handle

@@ -38,8 +38,8 @@ _TABLE_BITS = 4  # asymmetric grids above this have no table
 _PNORM = 2.4
 _TINY = 1e-20
 _MIRROR_BITS = 4  # above this a mirrored grid wins nothing that could be measured
-_DEVICE_CHUNK = 1 << 24  # likewise elsewhere: launches cost more than memory there
 _CHUNK = 1 << 19  # weights searched at once: 2 MiB, so that the temporaries stay in cache
+_DEVICE_CHUNK = 1 << 24  # the same on a GPU, where launches cost more than memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +178,7 @@ def _guess(slab: _Groups) -> tuple[Tensor, Tensor]:
     zero = slab.zero.unsqueeze(-1)
     # In levels at ratio 1 a weight lies between -1/2 and 2^bits - 1/2: half a level is what rounding zero can shift.
     position = torch.addcdiv(zero + 0.5, slab.weight, slab.unit.unsqueeze(-1)).mul_(_POSITIONS).round_()
+    position.clamp_(0, _rows_of_zero(scheme.bits) - 1)  # subnormal weights divide to anything
     if not scheme.symmetric:
         position.add_(zero, alpha=_rows_of_zero(scheme.bits))
     index = position.to(torch.int32).flatten(0, 1)

@@ -172,6 +172,11 @@ def _cross_validated(weight: Tensor, folds: tuple[Moments, ...], config: CoreqCo
     for train, held_out in ((folds[0], folds[1]), (folds[1], folds[0])):
         if train.mismatch is None or held_out.mismatch is None:
             raise ValueError("folds without the mismatch")
+        if not bool(train.hessian.any()):
+            raise UsageError(
+                "coreq: the coefficient 'cv' needs calibration tokens in both halves of the sequences, and one half "
+                "has none here: give more sequences, or take 'corr'."
+            )
         shift = factorize(train.hessian, config.damping, "natural").solve(product(weight, train.mismatch))
         top = top + (shift * product(weight, held_out.mismatch)).sum()
         bottom = bottom + (shift * product(shift, held_out.hessian)).sum()

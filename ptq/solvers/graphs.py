@@ -30,7 +30,7 @@ class Replayed:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             loop(*self._tensors)  # libraries set themselves up in the first call, which cannot be recorded
-            self._graph.capture_begin()
+            self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may fetch activations
             loop(*self._tensors)
             self._graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)

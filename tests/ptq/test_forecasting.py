@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 import ptq
@@ -103,3 +104,46 @@ def test_only_linears_of_one_module_and_experts_are_one_kernel() -> None:
 def make_plan_of(schemes: dict[str, Scheme | None]) -> Any:
     plan = make_plan(tiny_model("llama"), Recipe(method="rtn"), torch.float32)
     return type(plan)(("b",), schemes, {})
+
+
+def test_nothing_is_written_even_with_activations_on_disk_and_beside_a_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"group_size": 16, "calibration": CALIBRATION, "offload": "disk"}
+    model = tiny_model("llama")
+    ptq.forecast(model, out=tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+    def listen(event: ptq.Event) -> None:
+        if event.kind == "layer" and "layers.1." in event.name:
+            files = {path: path.read_bytes() for path in (tmp_path / "live").rglob("*.bin")}
+            assert files
+            ptq.forecast(model, out=tmp_path / "live", **options)
+            assert {path: path.read_bytes() for path in (tmp_path / "live").rglob("*.bin")} == files
+
+    ptq.quantize(model, out=tmp_path / "live", on_event=listen, **options)
+    assert (tmp_path / "live" / "config.json").exists()
+
+
+def test_ignored_blocks_are_not_what_is_measured(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    recipe = Recipe(scheme=Scheme(bits=3, group_size=16), ignore=("*.layers.[01].*",))
+    forecast = ptq.forecast(model, recipe, out=tmp_path, calibration=CALIBRATION)
+    assert forecast.timing["solve"] > 0
+    assert forecast.timing["statistics"] > 0
+
+
+def test_sizes_are_those_of_the_stored_dtypes(tmp_path: Path) -> None:
+    tiny_model("llama", torch.bfloat16).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name: t.float() if "norm" in name or "embed" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    forecast = ptq.forecast(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=16)
+    report = ptq.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=16)
+    assert forecast.kept_bytes == report.totals["kept_bytes"]
+
+
+def test_a_clash_in_a_later_kind_of_block_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe(
+        "rtn", scheme=Scheme(bits=3, group_size=16), overrides=(("*.k_proj", Scheme(bits=8, group_size=16)),)
+    )
+    with pytest.raises(UsageError, match=r"k_proj.*--format native"):  # the first block of this model has no attention
+        ptq.quantize(tiny_model("lfm2"), recipe, out=tmp_path / "out")

@@ -182,3 +182,13 @@ def test_a_weight_that_is_not_finite_is_refused(symmetric: bool) -> None:
     weight[1, 5] = float("nan")
     with pytest.raises(NumericalError, match="NaN or Inf"):
         fit_scales(weight, Scheme(3, symmetric, 16))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("value", [1.4e-45, 7e-45, 1e-43, 1e-40])
+def test_subnormal_weights_have_scales(value: float, bits: int, symmetric: bool) -> None:
+    weight = torch.full((2, 8), value)
+    weight[1] = 0.0
+    scale, _ = fit_scales(weight, Scheme(bits=bits, symmetric=symmetric, group_size=4))
+    assert bool(torch.isfinite(scale.float()).all())

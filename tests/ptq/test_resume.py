@@ -59,6 +59,10 @@ def test_cut_anywhere_gives_the_same_bytes(method: str, family: str, tmp_path: P
     assert [layer.loss for layer in resumed.layers] == [layer.loss for layer in whole.layers]
     assert resumed.kept == whole.kept
     assert resumed.files == whole.files
+    assert resumed.warnings == whole.warnings
+    assert resumed.environment["flops"].get("solve") == whole.environment["flops"].get("solve")
+    assert set(resumed.timing) == set(whole.timing)
+    assert resumed.timing["write"] > 0
 
 
 def test_what_changes_nothing_may_change(tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def launch(count: int, arguments: list[str], folder: Path, dies: int = -1) -> li
         processes[-1].start()
     for process in processes:
         process.join(100)
+    hanging = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+    for rank in hanging:
+        processes[rank].kill()
+    assert not hanging
     logs = [(folder / f"log{rank}.{kind}").read_text() for rank in range(count) for kind in ("out", "err")]
     return [Ended(p.exitcode or 0, logs[2 * i], logs[2 * i + 1]) for i, p in enumerate(processes)]
 

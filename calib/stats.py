@@ -162,7 +162,11 @@ class _Sums:
         return self.hessian.rows + ([] if self.mismatch is None else [self.mismatch])
 
     def moments(self) -> Moments:
-        return Moments(self.hessian.full(), None if self.mismatch is None else self.mismatch.float())
+        """In float32; the sums are given up one after the other, because they are the largest thing in memory."""
+        hessian = self.hessian.full()
+        self.hessian.rows.clear()
+        mismatch, self.mismatch = self.mismatch, None
+        return Moments(hessian, None if mismatch is None else mismatch.float())
 
 
 class StatisticsAccumulator:

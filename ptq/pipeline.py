@@ -274,6 +274,7 @@ class Run:
                 if packed:
                     with self.timing.part("write", self.device):
                         tensors.update(self._format.layer_tensors(result.record.name, result.weight))
+            del stats, solved  # before the sums of the next group are there
         for name in sorted(schemes.keys() - done):
             full = f"{visit.name}.{name}"
             self.plan.reasons[full] = "never called: no token reached it, or the model reads its weight directly"

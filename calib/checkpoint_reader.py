@@ -48,6 +48,7 @@ from calib.safetensors_header import StoredTensor
 __all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
 
 
+_PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 _SAMPLE_BYTES = 1 << 12  # read at the start, middle and end of every tensor for the fingerprint
 
 
@@ -82,6 +83,10 @@ class ModelSource(Protocol):
         asked for: those are cut out of the fused tensor one by one, under their names in the split model and in the
         model's dtype. Ask for all that passes through a layer at once.
         """
+        ...
+
+    def unused(self) -> list[str]:
+        """Names of tensors in the checkpoint that are no part of the model, and are left out."""
         ...
 
     def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
@@ -165,6 +170,7 @@ class FolderSource:
         known = dict(self.skeleton.state_dict())
         self._targets = {key: self._parameters_of(key, known) for key in self._where}
         self._check_complete()
+        self._check_dtypes()
         split_experts(self.skeleton)
         self._experts = ExpertTensors(self.skeleton)
         self._names = self._experts.split(frozenset().union(*self._targets.values()))
@@ -207,6 +213,20 @@ class FolderSource:
                 f"{self.folder} lacks {len(missing)} of the model's tensors ({shown}). Is the download complete, is "
                 f"{type(self.skeleton).__name__} the right class?"
             )
+
+    def _check_dtypes(self) -> None:
+        """Refuse weights that are stored as integers or in eight bits: their scales lie elsewhere, if anywhere."""
+        weights = {name for name, parameter in self.skeleton.named_parameters() if parameter.ndim >= 2}
+        for key, targets in self._targets.items():
+            if targets & weights and self._stored[key].dtype not in _PLAIN_DTYPES:
+                raise ModelError(
+                    f"{key} is stored as {self._stored[key].dtype}: the model is quantized already, or is no model of "
+                    f"weights in full precision."
+                )
+
+    def unused(self) -> list[str]:
+        """Tensors of the checkpoint that the model does not have."""
+        return sorted(key for key, targets in self._targets.items() if not targets)
 
     def tensor_names(self) -> frozenset[str]:
         return self._names
@@ -314,6 +334,9 @@ class ModuleSource:
                     yield name, name, view.cpu().clone(memory_format=torch.contiguous_format)
             elif key in fused:
                 yield key, min(self._experts.split(frozenset({key}))), value.detach().cpu()
+
+    def unused(self) -> list[str]:
+        return []
 
     def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
         fused, torn = self._experts.fused(names), self._experts.torn(names)

@@ -6,6 +6,7 @@ Nothing is known of model classes. Blocks are the children of the largest module
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -27,7 +28,25 @@ __all__ = [
 
 def is_linear(module: nn.Module) -> bool:
     """``y = x W^T + b`` with a weight parameter: `nn.Linear`, or `Conv1D` of GPT-2 with its transposed weight."""
-    return isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, Tensor)
+    return isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, Tensor) and _computes_linear(module)
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass with a forward of its own still gives ``x W^T + b``: asked of a copy with a small weight."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight, x = torch.arange(15.0).view(3, 5).sin(), torch.arange(10.0).view(1, 2, 5).cos()
+    bias = None if module.bias is None else torch.ones(3)
+    probe = copy.copy(module)
+    stored = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    parameters = {"weight": nn.Parameter(stored), "bias": None if bias is None else nn.Parameter(bias)}
+    probe.__dict__["_parameters"] = parameters
+    probe.__dict__.update(in_features=5, out_features=3, nf=3)
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            return torch.allclose(probe(x), nn.functional.linear(x, weight, bias), atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return False
 
 
 def linear_weight(module: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from calib.errors import NumericalError
 from calib.precision import has_fast_bfloat16
 
-__all__ = ["check_finite", "pass_dtype", "place", "three_dims"]
+__all__ = ["check_finite", "check_weight", "pass_dtype", "place", "three_dims"]
 
 
 def pass_dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -46,6 +46,22 @@ def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = buffer.to(device)
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Refuse a weight with NaN or Inf in it.
+
+    Raises:
+        NumericalError: names it, and the fraction.
+    """
+    if not weight.is_floating_point() or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        return
+    bad = (~torch.isfinite(weight)).float().mean().item()
+    if bad:
+        raise NumericalError(
+            f"{name}: {bad:.2%} of the weights are NaN or Inf. The checkpoint is damaged, or was saved in a dtype it "
+            f"overflows."
+        )
 
 
 def check_finite(hidden: Tensor, name: str) -> None:

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from calib.block_calls import BlockCall, capture_calls, own_state
 from calib.checkpoint_reader import ModelSource
-from calib.errors import NumericalError, UsageError
+from calib.errors import UsageError
 from calib.experts import expert_lists
 from calib.groups import BlockMap, InputGroup, merge_maps, trace_block
 from calib.lockstep import BlockPasses
 from calib.model_map import find_blocks, find_linears, linear_weight, set_linear_weight
-from calib.passes import check_finite, place, three_dims
+from calib.passes import check_finite, check_weight, place, three_dims
 from calib.routed import RoutedRows
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
 from calib.streams import Place, Stream, free_memory, total_memory
@@ -439,12 +439,7 @@ class GroupVisit:
             NumericalError: it holds NaN or Inf.
         """
         weight = self.block.original(name).to(self.block.walk.device, torch.float32)
-        if not bool(torch.isfinite(weight).all()):
-            bad = (~torch.isfinite(weight)).float().mean().item()
-            raise NumericalError(
-                f"{self.full_name(name)}: {bad:.2%} of the weights are NaN or Inf. The checkpoint is damaged, or was "
-                f"saved in a dtype it overflows."
-            )
+        check_weight(weight, self.full_name(name))
         return weight
 
     def statistics(self) -> GroupStatistics | None:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from calib.checkpoint_reader import ModelSource, open_model
 from calib.passes import pass_dtype
 from calib.safe_config import check_tokenizer_config
-from calib.streams import Offload
+from calib.streams import OFFLOADS, Offload
 from calib.text import Calibration, load_calibration, sample_from_model
 from calib.workers import join_workers
-from ptq.errors import ModelError, PtqError, UsageError, unknown_name
+from ptq.errors import DataError, ModelError, PtqError, UsageError, unknown_name
 from ptq.events import Event, Listener
 from ptq.forecasting import Forecast
 from ptq.forecasting import forecast as make_forecast
@@ -144,6 +144,8 @@ def _prepare(
     if recipe is not None and fields:
         raise UsageError(f"give a recipe or its parts, not both: {', '.join(fields)}.")
     recipe = recipe if recipe is not None else make_recipe(fields)
+    if offload not in OFFLOADS:
+        raise unknown_name("offload", offload, OFFLOADS)
     method = find_method(recipe.method)
     config = make_config(method, recipe.options)
     target = Path(out) if out is not None else default_output(model, recipe)
@@ -161,6 +163,8 @@ def _prepare(
     elif calibration is None and workers.leads:
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
     calibration = workers.share(calibration)  # all processes work on the first one's tokens
+    if calibration is not None:
+        _check_vocabulary(calibration, source)
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
     run = Run(
         source,
@@ -297,6 +301,16 @@ def _calibrate(
     for note in calibration.notes:
         listener(Event("message", f"calibration: {note}"))
     return calibration
+
+
+def _check_vocabulary(calibration: Calibration, source: ModelSource) -> None:
+    embedding: Any = source.skeleton.get_input_embeddings()
+    rows, largest = int(embedding.weight.shape[0]), int(calibration.tokens.max())
+    if largest >= rows:
+        raise DataError(
+            f"the calibration has token {largest}, but the model's embedding has {rows} rows: the tokenizer and the "
+            f"model do not belong together."
+        )
 
 
 def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:

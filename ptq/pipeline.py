@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint_reader import ModelSource
 from calib.model_map import fused_experts, is_linear
+from calib.passes import check_weight
 from calib.precision import strict_float32
 from calib.stats import TWO_STREAMS
 from calib.streams import Offload, Place
@@ -38,7 +39,7 @@ from ptq.formats.select import select_format
 from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
 from ptq.ledger import PartRecord, merge
 from ptq.methods import LayerMethod
-from ptq.plan import Plan
+from ptq.plan import Plan, chooses_experts
 from ptq.preflight import check_disk, clashing_schemes, cpu_name, peak_memory, stream_bytes, stream_place
 from ptq.recipe import Recipe
 from ptq.report import Report
@@ -94,7 +95,8 @@ class Run:
         self.timing, self.flops = Timing(), Timing()
         self._kernels_checked: frozenset[tuple[str, ...]] = frozenset()
         self._started, self._earlier, self._noted = 0.0, PartRecord(), PartRecord()
-        self._experts = frozenset(fused_experts(source.skeleton))
+        blocks = tuple(f"{block}." for block in plan.blocks)
+        self._experts = frozenset(name for name in fused_experts(source.skeleton) if name.startswith(blocks))
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
         self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears, source.skeleton)
         tokens = None if calibration is None else calibration.tokens
@@ -186,7 +188,7 @@ class Run:
         total = len(walk.block_names)
         done = sum(name in finished for name in walk.block_names)
         if done:
-            how = "activations pass through them again" if walk.has_tokens else "they are kept"
+            how = "activations pass through them again" if walk.has_tokens and done < total else "they are kept"
             self.tell(Event("message", f"going on after {done} of {total} blocks that are finished: {how}"))
         self.tell(Event("blocks", total=total, done=done))
         parts = {name: PartRecord.from_payload(part.payload) for name, part in finished.items()}
@@ -321,6 +323,7 @@ class Run:
         """Tensors that are not quantized, unchanged, and noted as kept."""
         tensors = {}
         for key, parameter, tensor in self.source.raw_tensors(names):
+            check_weight(tensor, parameter)
             tensors[key] = tensor
             part.keep(*self.label(parameter, tensor.ndim), tensor.numel(), tensor.nbytes)
         return tensors
@@ -339,6 +342,8 @@ class Run:
             return "the head"
         if module is model.get_input_embeddings():
             return "the embedding"
+        if chooses_experts(parameter.rpartition(".")[0]):
+            return "chooses experts"
         if parameter in self._experts:
             return "fused experts of a kind that cannot be taken apart"
         return "no linear of a block"
@@ -372,6 +377,10 @@ class Run:
                 if companion is not None:
                     companion.save_pretrained(writer.staging)
         total = merge(parts)
+        unused = self.source.unused()
+        if unused:
+            shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            self._warn(total, f"{len(unused)} tensors of the checkpoint are no part of the model, left out: {shown}")
         now = PartRecord(timing=self.timing, flops=self.flops, seconds=time.perf_counter() - self._started)
         cost = merge([self._earlier, now])  # the parts' own sums lack what lies between them
         total.timing, total.flops, total.seconds = cost.timing, cost.flops, cost.seconds

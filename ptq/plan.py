@@ -14,7 +14,7 @@ from ptq.errors import UsageError
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
-__all__ = ["KEEP_BY_DEFAULT", "Plan", "make_plan"]
+__all__ = ["KEEP_BY_DEFAULT", "Plan", "chooses_experts", "make_plan"]
 
 KEEP_BY_DEFAULT = ("*.gate", "*.gate.*", "*.router", "*.router.*", "*.shared_expert_gate")
 """Linears that choose experts: tiny, and an error there sends tokens to the wrong expert."""
@@ -66,7 +66,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
         scheme = recipe.scheme_for(name)
         if scheme is None:
             reasons[name] = "ignored by the recipe"
-        elif _chooses_experts(name, recipe):
+        elif _kept_router(name, recipe):
             scheme, reasons[name] = None, "chooses experts"
         schemes[name] = None if scheme is None else scheme.resolved(dtype)
     if not any(schemes.values()):
@@ -74,10 +74,15 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     return Plan(tuple(blocks), schemes, reasons)
 
 
-def _chooses_experts(name: str, recipe: Recipe) -> bool:
+def chooses_experts(name: str) -> bool:
+    """Whether a module is a router, by its name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in KEEP_BY_DEFAULT)
+
+
+def _kept_router(name: str, recipe: Recipe) -> bool:
     """A router, unless an override names it."""
     asked = any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in recipe.overrides)
-    return not asked and any(fnmatch.fnmatchcase(name, pattern) for pattern in KEEP_BY_DEFAULT)
+    return not asked and chooses_experts(name)
 
 
 def _check_matches(pattern: str, linears: list[str], outside: list[str]) -> None:

@@ -60,7 +60,7 @@ def check_disk(out: Path, needed: int) -> int:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"{out} will need {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free: free space, or name a "
+            f"{out} will need {needed / 1e6:,.1f} MB and {place} has {free / 1e6:,.1f} MB free: free space, or name a "
             f"folder on another disk with -o."
         )
     return free

@@ -239,7 +239,8 @@ class CheckpointWriter:
     def _move_into_place(self, names: Sequence[str]) -> None:
         (self.out / "config.json").unlink(missing_ok=True)  # from here to the end, the folder does not load
         sync(self.out)
-        for stale in [*self.out.glob("model*.safetensors"), self.out / INDEX]:
+        companions = [path for pattern in COMPANIONS for path in self.out.glob(pattern) if path.is_file()]
+        for stale in [*self.out.glob("model*.safetensors"), self.out / INDEX, *companions]:
             stale.unlink(missing_ok=True)
         for part, name in zip(self._journal.parts, names, strict=True):
             os.replace(self.staging / part.file, self.out / name)

@@ -38,6 +38,6 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, *, guard: bool) -> 
     if shape is None:
         raise OutputError(f"the checkpoint's config says that {name} is packed, but it is a {type(old).__name__}.")
     parameters = dict(old.named_parameters(recurse=False))
-    device = parameters["weight"].device
-    new = QuantLinear(shape[1], shape[0], scheme, parameters.get("bias"), guard=guard, device=device)
+    device, dtype = parameters["weight"].device, parameters["weight"].dtype
+    new = QuantLinear(shape[1], shape[0], scheme, parameters.get("bias"), guard=guard, device=device, dtype=dtype)
     setattr(parent, child, new.train(old.training))

@@ -35,8 +35,9 @@ class QuantLinear(nn.Module):
         out_features: length of an output vector.
         scheme: how the weight is stored. A checkpoint may carry scales of another dtype; the buffer's dtype counts.
         bias: ``[out_features]`` or ``None``.
-        guard: also keep the empty buffer ``weight`` that the native format stores (see `ptq.formats.native`).
+        guard: also keep the empty tensor ``weight`` that the native format stores (see `ptq.formats.native`).
         device: where to allocate the (uninitialised) buffers.
+        dtype: of activations; what ``weight.dtype`` tells models that ask a linear for it.
     """
 
     weight_packed: Tensor
@@ -54,16 +55,18 @@ class QuantLinear(nn.Module):
         *,
         guard: bool = False,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._activations = dtype or torch.get_default_dtype()
         self.bits, self.symmetric, self.group_size = scheme.bits, scheme.symmetric, scheme.group_size
-        for key, (shape, dtype) in tensor_specs(out_features, in_features, scheme).items():
-            self.register_buffer(key, torch.empty(shape, dtype=dtype, device=device))
+        for key, (shape, stored) in tensor_specs(out_features, in_features, scheme).items():
+            self.register_buffer(key, torch.empty(shape, dtype=stored, device=device))
         if scheme.symmetric:
             self.register_buffer("weight_zero_point", None)
-        # Stored only in the native format; in memory always, because some models look at `weight` while they are built.
-        self.register_buffer("weight", torch.empty(0, dtype=torch.int8, device=device), persistent=guard)
+        # Stored in the native format under the name of the weight, which a plain linear would look for and refuse.
+        self._buffers["weight"] = torch.empty(0, dtype=torch.int8, device=device) if guard else None
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
@@ -77,6 +80,13 @@ class QuantLinear(nn.Module):
         for key, tensor in layer_tensors("", weight).items():
             setattr(layer, key, tensor.to(device))
         return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor with the dtype and device of activations, for models that ask ``linear.weight`` for these."""
+        empty = torch.empty(0, dtype=self._activations, device=self.weight_scale.device)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: nothing to draw here
+        return empty
 
     @property
     def scheme(self) -> Scheme:
@@ -135,6 +145,7 @@ class QuantLinear(nn.Module):
             return fn(tensor.view(INTEGER_OF_SIZE[tensor.itemsize])).view(tensor.dtype)
 
         super()._apply(keep_scale, recurse)  # type: ignore[no-untyped-call]
+        self._activations = fn(torch.empty(0, dtype=self._activations)).dtype
         return self
 
     def extra_repr(self) -> str:

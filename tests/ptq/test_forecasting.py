@@ -61,7 +61,7 @@ def test_a_full_disk_is_refused_before_anything_is_computed(tmp_path: Path, monk
         free = 1000
 
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(OutputError, match=r"will need .* GB free: free space"):
+    with pytest.raises(OutputError, match=r"will need .* MB free: free space"):
         ptq.quantize(tiny_model("llama"), out=tmp_path / "out", method="rtn")
     forecast = ptq.forecast(tiny_model("llama"), out=tmp_path / "out", method="rtn")
     assert any("the disk has" in warning for warning in forecast.warnings)

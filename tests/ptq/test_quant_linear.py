@@ -119,6 +119,18 @@ def test_repr_names_the_storage() -> None:
     assert "in_features=96, out_features=40, bits=3, asymmetric, group_size=32, bias=False" in text
 
 
+@pytest.mark.parametrize("guard", [True, False])
+def test_models_that_ask_a_linear_for_its_dtype_get_that_of_activations(guard: bool) -> None:
+    layer = QuantLinear(32, 8, Scheme(bits=3, group_size=16, scale_dtype="float16"), guard=guard, dtype=torch.float32)
+    assert layer.weight.dtype == torch.float32
+    assert layer.weight.numel() == 0
+    assert layer.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert layer.weight_scale.dtype == torch.float16
+    assert ("weight" in layer.state_dict()) == guard
+    if guard:
+        assert layer.state_dict()["weight"].dtype == torch.int8
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
 def test_cuda_has_the_same_weights(scheme: Scheme) -> None:

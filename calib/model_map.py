@@ -84,6 +84,11 @@ def find_blocks(model: nn.Module) -> list[str]:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks; ptq quantizes decoder-only models.")
     name, module = outer[sizes.index(max(sizes))]
     owners = [id(p) for block in module for p in set(block.parameters())]
+    if any(hasattr(part, "_rescale_layers") for part in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} changes its weights in place while it runs, which packed weights cannot follow: "
+            f"ptq does not quantize it."
+        )
     if len(owners) != len(set(owners)):
         raise ModelError(
             f"blocks of {type(model).__name__} share parameters with each other: ptq cannot walk through it."

@@ -21,7 +21,7 @@ from calib.groups import InputGroup
 from calib.streams import free_memory
 from calib.walk import batch_size
 from ptq.ledger import PartRecord
-from ptq.pipeline import Run
+from ptq.pipeline import FUSED_EXPERTS, Run
 from ptq.preflight import check_disk, peak_memory, stream_bytes
 from ptq.report import KeptTensor
 from ptq.sizes import Sizes
@@ -103,9 +103,8 @@ def forecast(run: Run) -> Forecast:
     extra = 0 if tokens is None else _extra_memory(run, measured, tokens.numel(), size * tokens.shape[1], lockstep)
     on_gpu = run.device.type == "cuda"
     base = peak_memory()
-    kept_outside = max((tensor.bytes for tensor in sizes.kept), default=0)
     host = base + (extra if not on_gpu else 0) + (0 if tokens is None or not on_gpu else _host_streams(run, tokens))
-    host = max(host, measured.resident + kept_outside)
+    host = max(host, measured.resident + run.largest_part_outside())
     device = torch.cuda.max_memory_allocated(run.device) + extra if on_gpu else None
     free = check_disk(run.out, 0)
     result = Forecast(
@@ -137,11 +136,15 @@ def forecast(run: Run) -> Forecast:
         free_memory(torch.device("cpu")),
         free_memory(run.device) if on_gpu else None,
     )
-    return dataclasses.replace(result, warnings=_warnings(result))
+    return dataclasses.replace(result, warnings=(*run.obstacles(), *_warnings(result)))
 
 
 def _warnings(result: Forecast) -> tuple[str, ...]:
     found = []
+    experts = sum(tensor.bytes for tensor in result.kept if tensor.reason == FUSED_EXPERTS)
+    if experts:
+        share = experts / (experts + result.payload_bytes)
+        found.append(f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes")
     if result.file_bytes > result.free_disk:
         found.append(
             f"the output needs {result.file_bytes / 1e9:.2f} GB and the disk has {result.free_disk / 1e9:.2f} GB free"

@@ -33,7 +33,7 @@ from calib.workers import ALONE, Workers
 from ptq.errors import UsageError
 from ptq.events import Event, Listener
 from ptq.formats import compressed_tensors, native
-from ptq.formats.journal import FinishedPart, flatten
+from ptq.formats.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.formats.layout import layer_weight
 from ptq.formats.select import select_format
 from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
@@ -47,11 +47,12 @@ from ptq.scheme import Scheme
 from ptq.sizes import Sizes, model_tensor, plan_sizes
 from ptq.solving import solve_group
 
-__all__ = ["Run"]
+__all__ = ["FUSED_EXPERTS", "Run"]
 
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
 _REST = "outside the blocks"
+FUSED_EXPERTS = "fused experts of a kind that cannot be taken apart"
 _LARGE = 1 << 29  # bytes of a tensor that gets a file of its own
 
 
@@ -345,7 +346,7 @@ class Run:
         if chooses_experts(parameter.rpartition(".")[0]):
             return "chooses experts"
         if parameter in self._experts:
-            return "fused experts of a kind that cannot be taken apart"
+            return FUSED_EXPERTS
         return "no linear of a block"
 
     def _rest_parts(self, names: frozenset[str]) -> dict[str, frozenset[str]]:
@@ -354,6 +355,22 @@ class Run:
         tensors = {name: model_tensor(model, name) for name in sorted(names)}
         large = {name for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > _LARGE}
         return {f"{_REST}: {name}": frozenset({name}) for name in sorted(large)} | {_REST: names - large}
+
+    def largest_part_outside(self) -> int:
+        """Bytes of the largest part that is written after the blocks."""
+        outside = self.walk().tensors_outside_blocks()
+        parts = self._rest_parts(outside).values()
+        return max(sum(size for _, _, size in self.source.stored_sizes(names)) for names in parts)
+
+    def obstacles(self) -> list[str]:
+        """Why `execute` would refuse to go on in the output folder, as far as it can be seen without a lock."""
+        journal = Journal.read_only(self.out / STAGING)
+        if journal is None or journal.conditions is None:
+            return []
+        changed = changed_conditions(journal.conditions, self.conditions())
+        return [f"{self.out} holds an unfinished run of other settings ({'; '.join(changed)}): --restart"] * bool(
+            changed
+        )
 
     def _do_rest(self, part_name: str, names: frozenset[str], writer: CheckpointWriter) -> PartRecord:
         part = PartRecord()
@@ -391,7 +408,7 @@ class Run:
         return report
 
     def _warn_of_experts(self, total: PartRecord) -> None:
-        experts = sum(k.bytes for k in total.kept.values() if k.reason.startswith("fused experts"))
+        experts = sum(k.bytes for k in total.kept.values() if k.reason == FUSED_EXPERTS)
         if experts:
             share = experts / (experts + sum(r.payload_bytes for r in total.layers))
             self._warn(total, f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes")

@@ -22,6 +22,9 @@ from ptq.scheme import Scheme
 __all__ = ["Solved", "owners", "solve_group"]
 
 
+_LOST = 0.9  # relative squared output error from which on a layer is as good as removed
+
+
 @dataclasses.dataclass(frozen=True)
 class Solved:
     """A linear's result and its record."""
@@ -93,6 +96,9 @@ def _solve(
     with timing.part("losses", device):
         nearest, loss = layer_losses(weight, result.weight, own)
     checked = 0 if own is None else losses_flops(*result.weight.shape, mismatch=own.has_mismatch)
+    notes = (*group.notes, *result.notes)
+    if loss is not None and loss > _LOST:
+        notes += (f"{loss:.0%} of the output's energy is lost: the scheme does not fit this weight",)
     record = LayerRecord(
         full,
         method.name,
@@ -107,7 +113,7 @@ def _solve(
         result.r2,
         result.damping,
         None if stats is None else stats.tokens,
-        (*group.notes, *result.notes),
+        notes,
     )
     return Solved(result.weight, record, float(result.flops + checked))
 

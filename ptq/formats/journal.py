@@ -121,6 +121,20 @@ class Journal:
             journal._cut(size)
         return journal
 
+    @classmethod
+    def read_only(cls, folder: Path) -> Journal | None:
+        """`read` without cutting anything off: for a look at what may belong to a run that is under way.
+
+        Raises:
+            OutputError: see `read`.
+        """
+        path = folder / JOURNAL_NAME
+        with os_errors(path, "read"):
+            data = path.read_bytes() if path.exists() else b""
+        *whole, _ = data.split(b"\n")
+        records, _size = _decode(path, [line + b"\n" for line in whole])
+        return _from_records(path, records) if records else None
+
     def add_part(self, part: FinishedPart) -> None:
         """Note a part whose shard is whole on the disk.
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.safe_files import INDEX_NAME, MAX_INDEX_BYTES
+from calib.safe_json import read_json
+from calib.safetensors_header import check_headers
 from ptq.errors import OutputError
 from ptq.formats.durable import file_sha256, os_errors
 from ptq.report import REPORT_NAME, Report
@@ -43,7 +46,19 @@ def verify_files(folder: str | Path) -> int:
     single = folder / "model.safetensors"
     if files and single.name not in files and single.exists():
         raise OutputError(f"{single} is not in {REPORT_NAME}, and would be loaded in place of its files. {_WAY_OUT}")
+    if len(files) > 1:
+        _verify_index(folder, files)
     return len(files)
+
+
+def _verify_index(folder: Path, files: Mapping[str, Any]) -> None:
+    """The index must lead to every tensor of the files: one that is left out would be drawn at random."""
+    path = folder / INDEX_NAME
+    listed = read_json(path, MAX_INDEX_BYTES, error=OutputError).get("weight_map")
+    stored = {key: tensor.file.name for key, tensor in check_headers([folder / name for name in files]).items()}
+    if listed != stored:
+        wrong = sorted(stored.items() ^ listed.items())[0][0] if isinstance(listed, dict) else "weight_map"
+        raise OutputError(f"{path} was changed after it was written: {wrong} is not where it says. {_WAY_OUT}")
 
 
 def verify_checkpoint(config: Any, checkpoint_files: Sequence[str] | None) -> None:

@@ -5,7 +5,7 @@
 #
 # MODEL    a folder with SmolLM2-135M-Instruct in bfloat16 (or any other model)
 # TEXTS    a folder with c4.txt (calibration: first 80 %, held out: the rest) and wikitext2-raw-test.txt
-# RESULTS  receives records/*.json, table.md, variants.md, seconds.json, tests.txt, machine.txt
+# RESULTS  receives records/*.json, table.md, variants.md, seconds.json, 8b.jsonl, tests.txt, machine.txt
 #
 # It may be interrupted and started again: finished runs are not repeated. PYTHON names the interpreter.
 set -euo pipefail
@@ -23,6 +23,16 @@ common=("$model" --calib "$texts/c4.txt@0:0.8" --wiki "$texts/wikitext2-raw-test
 
 # Seconds: a warm-up in the same process, then with and without the scale search.
 "$python" benchmarks/seconds.py "$model" --calib "$texts/c4.txt@0:0.8" --device cuda > "$results/seconds.json"
+
+# 8B shapes, four random blocks: seconds a block, activations on the GPU and in memory, forecast over fact.
+large=$(mktemp -d) && trap 'rm -rf "$large"' EXIT
+"$python" benchmarks/large_model.py make "$large/model" --shapes 8b --layers 4 --filled 4
+for place in none memory; do
+    for extra in --forecast ""; do
+        "$python" benchmarks/large_model.py coreq "$large/model" "$large/out" --samples 128 --seqlen 2048 \
+            --offload "$place" $extra >> "$results/8b.jsonl"
+    done
+done
 
 # The table of the main job: six methods, four schemes, three seeds, 128 x 2048 tokens, whole test text.
 "$python" benchmarks/quality.py "${common[@]}"

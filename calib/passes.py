@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import NumericalError
-from calib.precision import has_fast_bfloat16
+from calib.precision import has_fast_bfloat16, share_not_finite
 
 __all__ = ["check_finite", "check_weight", "pass_dtype", "place", "three_dims"]
 
@@ -54,10 +54,8 @@ def check_weight(weight: Tensor, name: str) -> None:
     Raises:
         NumericalError: names it, and the fraction.
     """
-    if not weight.is_floating_point() or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-        return
-    bad = (~torch.isfinite(weight)).float().mean().item()
-    if bad:
+    bad = share_not_finite(weight) if weight.is_floating_point() else None
+    if bad:  # a sum can overflow where no entry does
         raise NumericalError(
             f"{name}: {bad:.2%} of the weights are NaN or Inf. The checkpoint is damaged, or was saved in a dtype it "
             f"overflows."
@@ -65,8 +63,8 @@ def check_weight(weight: Tensor, name: str) -> None:
 
 
 def check_finite(hidden: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(hidden.sum(dtype=torch.float32))):
-        bad = (~torch.isfinite(hidden)).float().mean().item()
+    bad = share_not_finite(hidden)
+    if bad is not None:
         raise NumericalError(
             f"the outputs of {name} hold NaN or Inf ({bad:.2%} of the entries). Try --dtype float32; if that does not "
             f"help the checkpoint is damaged."

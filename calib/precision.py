@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["Operand", "gram_bounds", "has_fast_bfloat16", "product", "product_t", "strict_float32"]
+__all__ = ["Operand", "gram_bounds", "has_fast_bfloat16", "product", "product_t", "share_not_finite", "strict_float32"]
 
 _GRAM_BLOCKS = 4  # of a symmetric product: 5/8 of the work; more blocks are narrower and no faster
 _SMALL_BLOCK = 64  # columns below which a block is no longer worth its call
@@ -47,6 +47,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
+
+
+def share_not_finite(values: Tensor) -> float | None:
+    """The share of NaN and Inf among ``values``; ``None`` if their sum is finite, which costs one pass over them."""
+    if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        return None
+    return float((~torch.isfinite(values)).float().mean())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

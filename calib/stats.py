@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from calib.errors import ModelError, NumericalError
-from calib.precision import Operand, gram_bounds, product
+from calib.precision import Operand, gram_bounds, product, share_not_finite
 
 __all__ = ["GroupStatistics", "LinearStatistics", "Moments", "Stat", "StatisticsAccumulator"]
 
@@ -242,9 +242,9 @@ class StatisticsAccumulator:
         self._counts += torch.tensor([quantized[..., 0].numel(), len(quantized)], device=self._device)
 
     def _check(self, inputs: Tensor) -> None:
-        if bool(torch.isfinite(inputs.sum(dtype=torch.float32))):
+        bad = share_not_finite(inputs)
+        if bad is None:
             return
-        bad = (~torch.isfinite(inputs)).float().mean().item()
         raise NumericalError(
             f"the inputs of {self.name} hold NaN or Inf ({bad:.2%} of the entries). Check the checkpoint, or try "
             f"--dtype float32 if the model overflows in half precision."

@@ -227,14 +227,16 @@ class Walk:
     def map_of(self, visit: BlockVisit) -> BlockMap:
         """The map of a block. Blocks of one class with the same linears are traced once, unless the first batch did not
         reach all linears: then every block of the class is traced on all batches of all processes."""
-        key = (type(visit.block), tuple(visit.linears))
-        if key in self._maps and self._maps[key].reaches(visit.linears):
-            return self._maps[key]
-        if (*key, visit.name) not in self._maps:
-            self._maps[key] = self.workers.share(self._trace(visit, 0))
-            whole = self._maps[key].reaches(visit.linears)
-            self._maps[*key, visit.name] = self._maps[key] if whole else self._trace_all(visit)
-        return self._maps[*key, visit.name]
+        kind = (type(visit.block), tuple(visit.linears))
+        for key in (kind, visit.name):
+            if key in self._maps:
+                return self._maps[key]
+        traced = self.workers.share(self._trace(visit, 0))
+        if traced.reaches(visit.linears):
+            self._maps[kind] = traced
+        else:
+            traced = self._maps[visit.name] = self._trace_all(visit)
+        return traced
 
     def _trace(self, visit: BlockVisit, batch: int) -> BlockMap:
         call, hidden = self.call(batch, visit.index, full=True), self.hidden(batch, full=True)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from calib.groups import InputGroup
+from calib.precision import strict_float32
 from calib.streams import free_memory
-from calib.walk import batch_size
+from calib.walk import Walk, batch_size
 from ptq.ledger import PartRecord
-from ptq.pipeline import FUSED_EXPERTS, Run
+from ptq.pipeline import Run
 from ptq.preflight import check_disk, peak_memory, stream_bytes
 from ptq.report import KeptTensor
-from ptq.sizes import Sizes
+from ptq.sizes import Sizes, dense_experts
 
 __all__ = ["Forecast", "forecast"]
 
@@ -98,13 +99,16 @@ def forecast(run: Run) -> Forecast:
     with tempfile.TemporaryDirectory(prefix="ptq-forecast-") as folder:
         measured = _measure(run, sample, size, Path(folder))
     scale = batches / max(1, min(batches, _MEASURED_BATCHES))
-    lockstep = tokens is None or _lockstep(run, measured, tokens)
+    walk = run.walk()
+    lockstep = tokens is None or walk.fits_lockstep(measured.groups, tokens.numel() // run.workers.size)
     timing = _extrapolate(run, measured, scale, sizes, lockstep=lockstep)
-    extra = 0 if tokens is None else _extra_memory(run, measured, tokens.numel(), size * tokens.shape[1], lockstep)
+    extra = (
+        0 if tokens is None else _extra_memory(run, walk, measured, tokens.numel(), size * tokens.shape[1], lockstep)
+    )
     on_gpu = run.device.type == "cuda"
     base = peak_memory()
     host = base + (extra if not on_gpu else 0) + (0 if tokens is None or not on_gpu else _host_streams(run, tokens))
-    host = max(host, measured.resident + run.largest_part_outside())
+    host = max(host, measured.resident + run.largest_part_outside(walk.tensors_outside_blocks()))
     device = torch.cuda.max_memory_allocated(run.device) + extra if on_gpu else None
     free = check_disk(run.out, 0)
     result = Forecast(
@@ -140,11 +144,7 @@ def forecast(run: Run) -> Forecast:
 
 
 def _warnings(result: Forecast) -> tuple[str, ...]:
-    found = []
-    experts = sum(tensor.bytes for tensor in result.kept if tensor.reason == FUSED_EXPERTS)
-    if experts:
-        share = experts / (experts + result.payload_bytes)
-        found.append(f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes")
+    found = dense_experts(result.kept, result.payload_bytes)
     if result.file_bytes > result.free_disk:
         found.append(
             f"the output needs {result.file_bytes / 1e9:.2f} GB and the disk has {result.free_disk / 1e9:.2f} GB free"
@@ -184,7 +184,7 @@ def _measure(run: Run, tokens: Tensor | None, size: int, folder: Path) -> _Measu
     """
     walk, done = run.walk(tokens=tokens, batch=size, folder=folder), 0
     start: dict[str, float] = {}
-    with torch.no_grad(), run.strict():
+    with torch.no_grad(), strict_float32():
         earlier = 0.0
         for visit in walk:
             start = start or dict(run.timing)
@@ -228,16 +228,11 @@ def _extrapolate(run: Run, measured: _Measured, scale: float, sizes: Sizes, *, l
     return timing
 
 
-def _lockstep(run: Run, measured: _Measured, tokens: Tensor) -> bool:
-    """Whether the run's passes will be suspended at groups (`calib.lockstep`)."""
-    return run.walk().fits_lockstep(measured.groups, tokens.numel() // run.workers.size)
-
-
-def _extra_memory(run: Run, measured: _Measured, tokens: int, batch: int, lockstep: bool) -> int:
+def _extra_memory(run: Run, walk: Walk, measured: _Measured, tokens: int, batch: int, lockstep: bool) -> int:
     """Bytes that the tokens beyond the measured ones add on the device: streams, and what suspended passes hold."""
     more = max(0, tokens // run.workers.size - _MEASURED_BATCHES * batch)
     width = int(run.source.skeleton.config.get_text_config().hidden_size)
-    streams = 2 if run.walk().two_streams else 1
+    streams = 2 if walk.two_streams else 1
     kept = width if run.offload == "none" else 0
     alive = max(_ALIVE * width, 2 * width + max(group.width for group in measured.groups)) if lockstep else 0
     return more * streams * (kept + alive) * run.dtype.itemsize

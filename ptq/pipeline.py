@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from contextlib import AbstractContextManager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,14 @@ from ptq.preflight import check_disk, clashing_schemes, cpu_name, peak_memory, s
 from ptq.recipe import Recipe
 from ptq.report import Report
 from ptq.scheme import Scheme
-from ptq.sizes import Sizes, model_tensor, plan_sizes
+from ptq.sizes import FUSED_EXPERTS, Sizes, dense_experts, model_tensor, plan_sizes
 from ptq.solving import solve_group
 
-__all__ = ["FUSED_EXPERTS", "Run"]
+__all__ = ["Run"]
 
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
 _REST = "outside the blocks"
-FUSED_EXPERTS = "fused experts of a kind that cannot be taken apart"
 _LARGE = 1 << 29  # bytes of a tensor that gets a file of its own
 
 
@@ -103,6 +102,11 @@ class Run:
         tokens = None if calibration is None else calibration.tokens
         self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size)
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the model: a condition of the journal and a line of the report, read once."""
+        return self.source.fingerprint()
+
     @property
     def _activations(self) -> Path:
         return self.out / STAGING / "activations"
@@ -116,10 +120,6 @@ class Run:
     def sizes(self) -> Sizes:
         """What the output will weigh."""
         return plan_sizes(self.source, self.plan, self.label)
-
-    def strict(self) -> AbstractContextManager[None]:
-        """The settings of PyTorch under which everything is computed."""
-        return strict_float32()
 
     def walk(self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None) -> Walk:
         """A walk through the model with this run's streams.
@@ -151,7 +151,7 @@ class Run:
             PtqError: see the tree in `ptq.errors`; what an earlier run wrote to the folder is still there.
         """
         self._started = time.perf_counter()
-        with torch.no_grad(), self.strict():
+        with torch.no_grad(), strict_float32():
             if not self.workers.leads:
                 self._blocks(None)
                 return Report.from_dict(self.workers.share({}))
@@ -168,7 +168,7 @@ class Run:
         return flatten(
             {
                 "recipe": self.recipe.to_dict(),
-                "model": {"source": self.source.name, "fingerprint": self.source.fingerprint()},
+                "model": {"source": self.source.name, "fingerprint": self._fingerprint},
                 "calibration": None if self.calibration is None else self.calibration.fingerprint,
                 "offload": self.offload,
                 **{name: environment[name] for name in names},
@@ -205,7 +205,6 @@ class Run:
         self._sum_flops()  # all processes are through: nobody reads activations any more
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)
-        if writer is not None:
             for name, tensors in self._rest_parts(rest).items():
                 if name not in parts:
                     parts[name] = self._do_rest(name, tensors, writer)
@@ -356,9 +355,8 @@ class Run:
         large = {name for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > _LARGE}
         return {f"{_REST}: {name}": frozenset({name}) for name in sorted(large)} | {_REST: names - large}
 
-    def largest_part_outside(self) -> int:
-        """Bytes of the largest part that is written after the blocks."""
-        outside = self.walk().tensors_outside_blocks()
+    def largest_part_outside(self, outside: frozenset[str]) -> int:
+        """Bytes of the largest part that is written after the blocks, of the tensors ``outside`` them."""
         parts = self._rest_parts(outside).values()
         return max(sum(size for _, _, size in self.source.stored_sizes(names)) for names in parts)
 
@@ -368,9 +366,9 @@ class Run:
         if journal is None or journal.conditions is None:
             return []
         changed = changed_conditions(journal.conditions, self.conditions())
-        return [f"{self.out} holds an unfinished run of other settings ({'; '.join(changed)}): --restart"] * bool(
-            changed
-        )
+        if not changed:
+            return []
+        return [f"{self.out} holds an unfinished run of other settings ({'; '.join(changed)}): --restart"]
 
     def _do_rest(self, part_name: str, names: frozenset[str], writer: CheckpointWriter) -> PartRecord:
         part = PartRecord()
@@ -401,17 +399,11 @@ class Run:
         now = PartRecord(timing=self.timing, flops=self.flops, seconds=time.perf_counter() - self._started)
         cost = merge([self._earlier, now])  # the parts' own sums lack what lies between them
         total.timing, total.flops, total.seconds = cost.timing, cost.flops, cost.seconds
-        self._warn_of_experts(total)
+        self._warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
         report = self._report(writer, total)
         schemes: dict[str, Scheme | None] = {r.name: self.plan.schemes[r.name] for r in total.layers}
         writer.finish(self._model_config(), self._format.quantization_config(schemes, self.linears), report)
         return report
-
-    def _warn_of_experts(self, total: PartRecord) -> None:
-        experts = sum(k.bytes for k in total.kept.values() if k.reason == FUSED_EXPERTS)
-        if experts:
-            share = experts / (experts + sum(r.payload_bytes for r in total.layers))
-            self._warn(total, f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes")
 
     def _model_config(self) -> dict[str, Any]:
         model = self.source.skeleton
@@ -442,7 +434,7 @@ class Run:
             "model_type": model.config.model_type,
             "parameters": quantized + total.kept_parameters,
             "dtype": str(self.source.dtype).removeprefix("torch."),
-            "fingerprint": self.source.fingerprint(),
+            "fingerprint": self._fingerprint,
         }
         return Report(
             description,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -16,7 +16,9 @@ from ptq.plan import Plan
 from ptq.report import KeptTensor
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["Sizes", "model_tensor", "plan_sizes"]
+__all__ = ["FUSED_EXPERTS", "Sizes", "dense_experts", "model_tensor", "plan_sizes"]
+
+FUSED_EXPERTS = "fused experts of a kind that cannot be taken apart"  # why a tensor is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,15 @@ def _payload(rows: int, columns: int, scheme: Scheme) -> int:
     groups = scheme.groups(columns)
     bits = rows * columns * scheme.bits + rows * groups * 8 * SCALE_DTYPES[scheme.scale_dtype].itemsize
     return (bits + (0 if scheme.symmetric else rows * groups * scheme.bits) + 7) // 8
+
+
+def dense_experts(kept: Iterable[KeptTensor], payload: int) -> list[str]:
+    """A sentence about experts among ``kept``, with their share beside ``payload`` bytes of quantized linears."""
+    experts = sum(tensor.bytes for tensor in kept if tensor.reason == FUSED_EXPERTS)
+    if not experts:
+        return []
+    share = experts / (experts + payload)
+    return [f"experts fused in one tensor stay in full precision: {share:.0%} of the blocks' bytes"]
 
 
 def model_tensor(model: nn.Module, name: str) -> Tensor | None:

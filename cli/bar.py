@@ -1,4 +1,4 @@
-"""A bar with the time left for a count that is known beforehand; silent where there is no terminal."""
+"""A bar with the time left for counts that are known beforehand; silent where there is no terminal."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cli.progress import console
 
-__all__ = ["counter_bar"]
+__all__ = ["counter_bars"]
 
 
 @contextmanager
-def counter_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function of (done, total) that moves a bar on stderr for as long as the context lasts."""
+def counter_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a function of (what, done, total) that moves bars on stderr, one for each ``what``."""
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield _silent
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=screen, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        bars = {"loading": bar.add_task("loading", total=None)}
+
+        def step(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bar.update(bars["loading"], visible=False)
+                bars[what] = bar.add_task(what, total=total)
+            bar.update(bars[what], completed=done, total=total)
+
+        yield step
 
 
-def _silent(done: int, total: int) -> None:
+def _silent(what: str, done: int, total: int) -> None:
     """No bar."""

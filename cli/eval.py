@@ -1,116 +1,209 @@
-"""``ptq eval``: perplexity and bits per byte of a model, and its divergence from a base."""
+"""``ptq eval``: perplexity, tasks, and divergence from a base, as one record."""
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from calib.errors import OutputError
+from calib.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from cli.models import LoadedModel
+    from evals.record import ModelInfo, Record
+    from evals.worker import Base, Progress
+    from evals.workload import Workload
 
-__all__ = ["RECORD_VERSION", "command"]
-
-RECORD_VERSION = 1
+__all__ = ["command"]
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
+@click.option("--tasks", metavar="NAMES", help="Tasks and texts, separated by commas. [default: wikitext2]")
 @click.option(
     "--text",
-    default="wikitext2",
+    "texts",
+    multiple=True,
     metavar="SOURCE",
-    help="A text file, a .jsonl file, wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it takes a part.",
+    help="A text file, a .jsonl file, wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it takes a part. "
+    "May be given several times.",
 )
-@click.option("--seqlen", default=2048, type=click.IntRange(min=2), help="Tokens in a segment.")
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Only the first N tokens of the text.")
-@click.option("--batch-size", default=1, type=click.IntRange(min=1), metavar="N", help="Segments at the same time.")
+@click.option(
+    "--data",
+    envvar="PTQ_DATA",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with NAME.jsonl of tasks and NAME.txt of texts (or $PTQ_DATA); without it, they come from the hub.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N rows of tasks, first N items of texts.")
+@click.option("--fewshot", default=0, type=click.IntRange(min=0), metavar="K", help="Examples before every question.")
+@click.option(
+    "--convention",
+    default="segments",
+    metavar="NAMES",
+    help="Of the perplexity: segments, llamacpp, sliding, documents; several with commas.",
+)
+@click.option(
+    "--seqlen",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens in a window. [default: 2048; llamacpp 512; documents the model's context]",
+)
+@click.option("--stride", type=click.IntRange(min=1), metavar="N", help="With sliding: tokens scored in a window.")
+@click.option(
+    "--documents",
+    default="auto",
+    metavar="RULE",
+    help="With documents: how they are told apart: auto, wikitext, lines, blank-lines, whole.",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Only the first N tokens of every text.")
+@click.option("--batch-size", default="auto", metavar="auto|N", help="Sequences at the same time.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
-@click.option("--against", metavar="BASE", help="Also measure KL(BASE || MODEL) and top-1 agreement with BASE.")
+@click.option("--against", metavar="BASE", help="Also measure KL(BASE || MODEL), top-1 agreement and changed answers.")
+@click.option(
+    "--base-top-k",
+    default="256",
+    metavar="K|full",
+    help="Likeliest tokens of the base that are kept; the rest is sampled.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where the base's results are kept. [default: $PTQ_CACHE or ~/.cache/ptq]",
+)
+@click.option("--harness", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness (an extra).")
+@click.option("--seed", default=0, type=click.IntRange(min=0), metavar="N", help="Of examples and of the bootstrap.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with the model.")
-@click.option("--json", "as_json", is_flag=True, help="The record on stdout (docs/evaluation.md), nothing else there.")
+@click.option("--json", "as_json", is_flag=True, help="The record on stdout (docs/json.md), nothing else there.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write the record to a JSON file.")
-def command(
-    model: str,
-    text: str,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    against: str | None,
-    as_json: bool,
-    out: str | None,
-    **protocol: Any,
-) -> None:
-    """Measure how well MODEL predicts a text: a folder (packed or plain), a .gguf file or a hub id.
+def command(**options: Any) -> None:
+    """Measure MODEL: a folder (packed or plain), a .gguf file or a hub id.
 
-    The text is cut into segments that do not overlap; the first token of each is not scored. Perplexities compare
-    only where text, segment length and tokenizer are the same: see docs/evaluation.md.
+    Texts give perplexity, tasks give accuracy and the probability of the right answer. With --against the same is
+    measured of BASE, once: its results are kept on disk. Figures compare only under the same convention, length and
+    tokenizer: see docs/evaluation.md. For two or more models, write records and use ptq compare.
 
     \b
     Examples:
       ptq eval OUT
-      ptq eval OUT --text test.txt --seqlen 2048 --max-tokens 65536
-      ptq eval OUT --text pydoc:eval --seqlen 512 --against MODEL
-      ptq eval model.gguf --text c4.txt@0.8:1 --json -o record.json
+      ptq eval OUT --tasks wikitext2,c4@0.8:1,arc_easy,winogrande --data DIR --against MODEL -o record.json
+      ptq eval OUT --text test.txt --convention segments,llamacpp,documents
+      ptq eval OUT --text pydoc:eval --seqlen 512 --max-tokens 65536 --json
+      ptq eval OUT --harness gsm8k,mmlu --limit 100
     """
+    from cli.eval_tables import show
     from cli.progress import console
 
-    _check_target(out)
-    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    record = _evaluate(model, against, text, loading, protocol)
-    line = json.dumps(record, allow_nan=False)
-    if out is not None:
-        _write(Path(out), line + "\n")
-    if as_json:
+    _check_target(options["out"])
+    record = _evaluate(options)
+    line = json.dumps(record.to_dict(), allow_nan=False)
+    if options["out"] is not None:
+        _write(Path(options["out"]), line + "\n")
+    if options["as_json"]:
         click.echo(line)
     else:
-        console().print(_table(record))
+        show(record, console())
 
 
-def _evaluate(
-    model: str, against: str | None, text: str, loading: dict[str, Any], protocol: dict[str, Any]
-) -> dict[str, Any]:
-    """Read the text, load, score; the record as plain data."""
-    import evals
-    from calib.text import tokenizer_hash
-    from cli.bar import counter_bar
-    from cli.models import environment, load_model, locate
+def _evaluate(options: dict[str, Any]) -> Record:
+    """Read the data, then the models, one after the other, and score."""
+    from cli.bar import counter_bars
+    from cli.models import describe, load_model, locate
+    from evals.evaluate import measure
 
-    for source in (model, against):
-        if source is not None:
-            locate(source)
-    words = evals.load_text(text)  # before the models: a wrong name must not cost loading them
-    subject = load_model(model, **loading)
-    base = None if against is None else load_model(against, **loading)
-    started = time.monotonic()
-    with counter_bar("segments") as progress:
-        options = protocol | {"progress": progress}
-        if base is None:
-            result = evals.perplexity(subject.model, words.text, subject.tokenizer, **options).to_dict()
-            scores = {"perplexity": result, "divergence": None, "base_perplexity": None}
-        else:
-            found = evals.divergence(subject.model, base.model, words.text, subject.tokenizer, **options).to_dict()
-            scores = {"perplexity": found.pop("model"), "base_perplexity": found.pop("base"), "divergence": found}
-    return {
-        "record": "ptq-eval",
-        "version": RECORD_VERSION,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": model,
-        "base": against,
-        "text": {"source": text, "sha256": words.sha256, "notes": list(words.notes)},
-        "tokenizer_hash": tokenizer_hash(subject.tokenizer),
-        "protocol": {"convention": "segments", **protocol},
-        **scores,
-        "seconds": round(time.monotonic() - started, 3),
-        "environment": environment(subject.model),
-    }
+    top_k = _top_k(options["base_top_k"])
+    sources = [source for source in (options["model"], options["against"]) if source is not None]
+    for source in sources:
+        locate(source, options["trust_remote_code"])
+    workload = _workload(options)  # before the models: a wrong name must not cost loading them
+    with counter_bars() as progress:
+        base = None if options["against"] is None else _base(options, workload, top_k, progress)
+        subject = load_model(options["model"], **_loading(options))
+        info = describe(subject)
+        record = measure(
+            subject.model,
+            subject.tokenizer,
+            workload,
+            base=base,
+            batch_size=options["batch_size"],
+            info=info,
+            seed=options["seed"],
+            harness=_names(options["harness"]),
+            harness_options={"limit": options["limit"], "fewshot": options["fewshot"] or None},
+            progress=progress,
+        )
+    return dataclasses.replace(record, notes=(*record.notes, *_seen_before(info, workload)))
+
+
+def _workload(options: dict[str, Any]) -> Workload:
+    from evals.workload import DEFAULT_TASKS, load_workload
+
+    names = _names(options["tasks"])
+    nothing = not names and not options["texts"] and not options["harness"]
+    return load_workload(
+        DEFAULT_TASKS if nothing else names,
+        texts=options["texts"],
+        data=options["data"],
+        conventions=_names(options["convention"]),
+        **{name: options[name] for name in ("seqlen", "stride", "max_tokens", "documents", "limit", "fewshot", "seed")},
+    )
+
+
+def _base(options: dict[str, Any], workload: Workload, top_k: int | None, progress: Progress) -> Base:
+    """The base's results, from the disk where they are there; it is not in memory afterwards."""
+    from cli.models import describe, files_fingerprint, load_model, resolved_dtype
+    from evals.base_store import BaseStore, default_cache
+    from evals.evaluate import measure_base
+    from ptq.api import resolve_device
+
+    source = options["against"]
+    place = resolve_device(options["device"])
+    loaded = {"dtype": resolved_dtype(options["dtype"], place), "device": place.type}
+    path = Path(source)
+    name = str(path.resolve()) if path.exists() else source
+    store = BaseStore(options["cache"] or default_cache(), name, loaded, files_fingerprint(source))
+
+    def load() -> tuple[Any, Any, ModelInfo]:
+        found: LoadedModel = load_model(source, **_loading(options))
+        return found.model, found.tokenizer, describe(found)
+
+    return measure_base(
+        store,
+        workload,
+        load,
+        top_k=top_k,
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        progress=progress,
+    )
+
+
+def _loading(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("device", "dtype", "trust_remote_code")}
+
+
+def _names(listed: str | None) -> tuple[str, ...]:
+    return tuple(name for part in (listed or "").split(",") if (name := part.strip()))
+
+
+def _top_k(given: str) -> int | None:
+    if given == "full":
+        return None
+    if not given.isdigit() or int(given) < 1:
+        raise UsageError(f"--base-top-k must be a number of at least 1, or 'full', got {given!r}.")
+    return int(given)
+
+
+def _seen_before(info: ModelInfo, workload: Workload) -> tuple[str, ...]:
+    """A warning where a model is scored on a text that it was calibrated on."""
+    seen = (info.calibration or {}).get("text_sha256")
+    texts = dict.fromkeys(job.name for job in workload.texts if seen is not None and job.text.sha256 == seen)
+    return tuple(f"the model was calibrated on this very text: {name}" for name in texts)
 
 
 def _check_target(out: str | None) -> None:
@@ -119,54 +212,6 @@ def _check_target(out: str | None) -> None:
 
 
 def _write(path: Path, content: str) -> None:
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}.") from error
+    from calib.durable import write_file
 
-
-def _table(record: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for label, value in (*_perplexity_rows(record), *_divergence_rows(record)):
-        table.add_row(label, value)
-    for note in (*record["text"]["notes"], *record["perplexity"]["notes"]):
-        table.add_row("note", note)
-    return table
-
-
-def _perplexity_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
-    scores = record["perplexity"]
-    where = record["environment"]
-    rows = [
-        ("model", record["model"]),
-        ("text", f"{record['text']['source']}: {scores['tokens']:,} tokens scored, {scores['bytes']:,} bytes"),
-        ("segments", f"{scores['segments']} of {scores['seqlen']} tokens"),
-        ("perplexity", _with_error(scores)),
-        ("bits per byte", "-" if scores["bits_per_byte"] is None else f"{scores['bits_per_byte']:.4f}"),
-    ]
-    return [*rows, ("time", f"{record['seconds']:.1f} s on {where['device']}, {where['dtype']}")]
-
-
-def _with_error(scores: dict[str, Any]) -> str:
-    if scores["perplexity"] is None:
-        return f"exp({scores['mean_nll']:.1f})"
-    error = scores["standard_error"]
-    spread = "" if error is None else f" +- {scores['perplexity'] * error:.3f} (standard error over segments)"
-    return f"{scores['perplexity']:.4f}{spread}"
-
-
-def _divergence_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
-    scores = record["divergence"]
-    if scores is None:
-        return []
-    kl, ratio = scores["kl_standard_error"], scores["log_ratio_standard_error"]
-    tail = f"{scores['kl_median']:.5f} / {scores['kl_p99']:.4f} / {scores['kl_p999']:.4f} / {scores['kl_max']:.4f}"
-    return [
-        ("base", f"{record['base']}: perplexity {_with_error(record['base_perplexity'])}"),
-        ("ln ratio", f"{scores['log_ratio']:.5f}" + ("" if ratio is None else f" +- {ratio:.5f} (paired)")),
-        ("KL(base || model)", f"{scores['kl_mean']:.5f}" + ("" if kl is None else f" +- {kl:.5f}") + " nats a token"),
-        ("KL median / 99 % / 99.9 % / max", tail),
-        ("top-1 agreement", f"{scores['top1_agreement']:.2%}"),
-    ]
+    write_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))

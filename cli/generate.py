@@ -75,7 +75,7 @@ def _continue(
 
     from calib.sampling import sample_steps
     from calib.text import tokenize
-    from cli.bar import counter_bar
+    from cli.bar import counter_bars
 
     ids = tokenize(prompt, loaded.tokenizer)
     _check_length(loaded.model, ids, steps)
@@ -83,12 +83,12 @@ def _continue(
     uniform = torch.rand(1, steps, generator=generator, dtype=torch.float64)
     ends = _end_tokens(loaded.model)
     new: list[int] = []
-    with counter_bar("tokens") as progress:
+    with counter_bars() as progress:
         for token in sample_steps(loaded.model, ids[None], uniform, temperature=temperature):
             if int(token) in ends:
                 break
             new.append(int(token))
-            progress(len(new), steps)
+            progress("tokens", len(new), steps)
     return ids.tolist(), new
 
 

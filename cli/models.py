@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import sys
 from collections.abc import Iterator
@@ -11,18 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from calib.durable import file_sha256
 from calib.errors import ModelError, unknown_name
 from calib.precision import has_fast_bfloat16
 from calib.safe_config import check_config, check_tokenizer_config
-from calib.safe_files import resolve_model, stored_tensors
+from calib.safe_files import checkpoint_files, resolve_model, stored_tensors
+from evals.evaluate import model_info
+from evals.record import ModelInfo
 from ptq.api import resolve_device
 from ptq.loading import load
+from ptq.report import REPORT_NAME, Report
 
-__all__ = ["DTYPES", "LoadedModel", "environment", "load_model", "locate"]
+__all__ = ["DTYPES", "LoadedModel", "describe", "files_fingerprint", "load_model", "locate", "resolved_dtype"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -55,8 +60,7 @@ def load_model(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     place = resolve_device(device)
-    if dtype == "auto" and not has_fast_bfloat16(place):
-        dtype = "float32"  # half precision is emulated here, slower than float32
+    dtype = resolved_dtype(dtype, place)
     folder, extra = locate(source, trust_remote_code)
     extra |= {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
@@ -72,17 +76,43 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, source)
 
 
-def environment(model: Any) -> dict[str, Any]:
-    """Versions and machine, for a record."""
-    device = next(model.parameters()).device
-    return {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
+def describe(loaded: LoadedModel) -> ModelInfo:
+    """What a record says of a model: what is seen of it, its files, and the report of ``ptq quantize`` beside them."""
+    found = model_info(loaded.model, loaded.source)
+    files = _weight_files(loaded.source)
+    info = dataclasses.replace(found, bytes=sum(file.stat().st_size for file in files))
+    if Path(loaded.source).suffix == ".gguf" or not (files[0].parent / REPORT_NAME).is_file():
+        return info
+    card = Report.load(files[0].parent)
+    totals = card.totals
+    return dataclasses.replace(
+        info,
+        parameters=int(totals["quantized_parameters"] + totals["kept_parameters"]),
+        bits_per_weight=totals["bits_per_weight"],
+        recipe=dict(card.recipe) | {"model_fingerprint": card.model.get("fingerprint")},
+        calibration=card.calibration,
+    )
+
+
+def files_fingerprint(source: str) -> str:
+    """sha256 over a model's files: weights, config, tokenizer."""
+    weights = _weight_files(source)
+    folder = weights[0].parent
+    beside = [] if Path(source).suffix == ".gguf" else sorted(folder.glob("*.json"))
+    digest = hashlib.sha256()
+    for file in (*beside, *weights):
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def resolved_dtype(dtype: str, place: torch.device) -> str:
+    """What ``auto`` means on a device: the checkpoint's type, or float32 where half precision is emulated."""
+    return "float32" if dtype == "auto" and not has_fast_bfloat16(place) else dtype
+
+
+def _weight_files(source: str) -> list[Path]:
+    path = Path(source)
+    return [path] if path.suffix == ".gguf" else checkpoint_files(resolve_model(source))
 
 
 def locate(source: str, trust_remote_code: bool = False) -> tuple[Path, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LogitSource", "ModelLogits", "forward_logits", "model_device"]
+__all__ = ["LogitSource", "ModelLogits", "Run", "forward_logits", "model_device"]
 
 _PROBE_TOKENS = 8
 _CHUNK_ELEMENTS = {"cpu": 2**21}  # logits held at once: 8 MiB in float32, near the caches; twice as fast as 64 MiB
@@ -28,17 +28,39 @@ class LogitSource(Protocol):
 
     notes: tuple[str, ...]
 
-    def chunks(self, ids: Tensor, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(
+        self, ids: Tensor, rows: int | None = None, *, scored: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Logits that predict ``ids[:, 1:]``, in order.
 
         Args:
-            ids: int64 ``[batch, seqlen]`` on the CPU.
+            ids: int64 ``[batch, seqlen]`` on the CPU; what stands behind a sequence's end does not matter.
             rows: positions in a chunk; ``None`` chooses by the size of the vocabulary.
+            scored: bool ``[batch, seqlen - 1]``, which of the targets are asked for; ``None`` for all.
 
         Yields:
-            The chunk's place among the ``batch * (seqlen - 1)`` targets (row by row), and its logits ``[rows, vocab]``.
+            The chunk's place among the targets asked for (row by row), and its logits ``[rows, vocab]``.
         """
         ...
+
+
+class Run:
+    """One forward pass of a model, whose logits are made for chosen positions only.
+
+    Args:
+        output: what the decoder or the model returned.
+        states: ``[positions, width]``, last hidden states or logits of all ``batch * seqlen`` positions.
+        tail: from hidden states to logits; ``None`` if ``states`` are logits.
+    """
+
+    def __init__(self, output: Any, states: Tensor, tail: _Tail | None) -> None:
+        self.cache = getattr(output, "past_key_values", None)
+        self._output, self._states, self._tail = output, states, tail
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """``[rows, vocab]`` at ``positions [rows]`` of the flattened batch."""
+        states = self._states[positions]
+        return states if self._tail is None else self._tail(self._output, states)
 
 
 class ModelLogits:
@@ -53,35 +75,59 @@ class ModelLogits:
         self.model = model
         self.device = model_device(model)
         self.notes: tuple[str, ...] = ()
+        self.vocab = 0
         self._tail = _tail(model)
         reason = self._disagreement(probe[:_PROBE_TOKENS])
         if reason is not None:
             self._tail = None
             self.notes = (f"{type(model).__name__}: logits of whole segments at once ({reason})",)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        dtype = getattr(self.model, "dtype", torch.float32)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    @property
+    def rows(self) -> int:
+        """Positions whose logits are held at once."""
+        return max(1, _CHUNK_ELEMENTS.get(self.device.type, _DEVICE_CHUNK_ELEMENTS) // max(1, self.vocab))
+
     @torch.no_grad()
-    def chunks(self, ids: Tensor, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """See `LogitSource.chunks`."""
+    def run(self, ids: Tensor, **inputs: Any) -> Run:
+        """Forward ``ids [batch, seqlen]``; ``inputs`` go to the model (cache, mask, positions)."""
         ids = ids.to(self.device)
         if self._tail is None:
-            logits = forward_logits(self.model, ids)[:, :-1].flatten(0, 1)  # [positions, vocab]
-            yield from (
-                (part, logits[part]) for part in _slices(len(logits), rows or _rows(logits.shape[-1], self.device))
-            )
-            return
-        output = self.model.base_model(input_ids=ids, use_cache=False)
-        hidden = output.last_hidden_state[:, :-1].flatten(0, 1)  # [positions, width]
-        for part in _slices(len(hidden), rows or _rows(self._vocab, self.device)):
-            yield part, self._tail(output, hidden[part])
+            if not inputs:
+                logits = forward_logits(self.model, ids)
+                return Run(None, logits.flatten(0, 1), None)
+            output = self.model(input_ids=ids, **inputs)
+            return Run(output, output.logits.flatten(0, 1), None)
+        output = self.model.base_model(input_ids=ids, **({"use_cache": False} | inputs))
+        return Run(output, output.last_hidden_state.flatten(0, 1), self._tail)
+
+    @torch.no_grad()
+    def chunks(
+        self, ids: Tensor, rows: int | None = None, *, scored: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """See `LogitSource.chunks`."""
+        batch, seqlen = ids.shape
+        places = torch.arange(batch * seqlen).view(batch, seqlen)[:, :-1]
+        places = (places.flatten() if scored is None else places[scored]).to(self.device)
+        run = self.run(ids)
+        step = rows or self.rows
+        for start in range(0, len(places), step):
+            part = slice(start, min(start + step, len(places)))
+            yield part, run.logits(places[part])
 
     @torch.no_grad()
     def _disagreement(self, probe: Tensor) -> str | None:
         """Why the chunked way cannot be used, or ``None``. Wrong wiring is far off, rounding is not."""
-        if self._tail is None:
-            return "it has no decoder below its head"
         ids = probe.to(self.device)[None]
         own = forward_logits(self.model, ids)[0].float()  # [tokens, vocab]
-        self._vocab = own.shape[-1]
+        self.vocab = own.shape[-1]
+        if self._tail is None:
+            return "it has no decoder below its head"
         try:
             output = self.model.base_model(input_ids=ids, use_cache=False)
             chunked = self._tail(output, output.last_hidden_state[0]).float()
@@ -146,11 +192,3 @@ def model_device(model: Any) -> torch.device:
         if tensor.device.type != "meta":
             return torch.device(tensor.device)
     return torch.device("cpu")
-
-
-def _rows(vocab: int, device: torch.device) -> int:
-    return max(1, _CHUNK_ELEMENTS.get(device.type, _DEVICE_CHUNK_ELEMENTS) // vocab)
-
-
-def _slices(count: int, rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))

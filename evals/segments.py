@@ -68,11 +68,11 @@ def cut_segments(tokens: Tensor, model: Any, *, seqlen: int, max_tokens: int | N
             f"the text has {used.numel()} tokens{cap}, one segment needs {seqlen}; "
             "give a longer text or a shorter --seqlen."
         )
-    _check_vocabulary(used, model)
+    check_vocabulary(used, model)
     return used[: count * seqlen].view(count, seqlen)
 
 
-def _check_vocabulary(tokens: Tensor, model: Any) -> None:
+def check_vocabulary(tokens: Tensor, model: Any) -> None:
     size = getattr(_text_config(model), "vocab_size", None)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (isinstance(size, int) and high >= size):

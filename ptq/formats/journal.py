@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.durable import os_errors, sync, write_file
 from ptq.canonical import canonical_json
 from ptq.errors import OutputError
-from ptq.formats.durable import os_errors, sync, write_file
 
 __all__ = [
     "JOURNAL_NAME",

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from calib.durable import file_sha256, os_errors, sync
 from ptq.errors import OutputError
-from ptq.formats.durable import file_sha256, os_errors, sync
 from ptq.formats.journal import JOURNAL_NAME, FinishedPart, Journal, changed_conditions
 from ptq.report import STAGING
 

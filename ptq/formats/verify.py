@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.durable import file_sha256, os_errors
 from calib.safe_files import INDEX_NAME, MAX_INDEX_BYTES
 from calib.safe_json import read_json
 from calib.safetensors_header import check_headers
 from ptq.errors import OutputError
-from ptq.formats.durable import file_sha256, os_errors
 from ptq.report import REPORT_NAME, Report
 
 __all__ = ["SKIP_KEY", "verify_checkpoint", "verify_files"]

@@ -12,9 +12,9 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
+from calib.durable import file_sha256
 from cli.main import main
 from ptq.errors import OutputError
-from ptq.formats.durable import file_sha256
 from ptq.formats.verify import SKIP_KEY, verify_checkpoint, verify_files
 from ptq.formats.writer import CheckpointWriter
 from ptq.report import REPORT_NAME, Report

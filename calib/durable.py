@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ptq.errors import OutputError
+from calib.errors import OutputError
 
 __all__ = ["file_sha256", "os_errors", "sync", "sync_tree", "write_file", "write_json"]
 
@@ -78,5 +78,5 @@ def os_errors(path: Path, verb: str = "write") -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
             f"cannot {verb} {path}: {reason}. Free space or rights may be missing there; once that is mended, the same "
-            f"command goes on from the last finished block."
+            f"command goes on from what is finished."
         ) from error

@@ -1,0 +1,177 @@
+"""``ptq compare``: paired differences of evaluations, what they establish, and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from calib.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from evals.comparison import Comparison, Difference, Standing
+
+__all__ = ["PICTURES", "command"]
+
+_LABEL = 30  # with this width of names a table stays within 100 columns
+PICTURES = (".svg", ".png", ".html")
+
+
+@click.command()
+@click.argument("records", nargs=-1, required=True, metavar="BASE.json RECORD.json ...")
+@click.option(
+    "--label", "labels", multiple=True, metavar="NAME", help="Name of a record, one for each, in their order."
+)
+@click.option("--shared", is_flag=True, help="Compare the items that all records have, where they are not the same.")
+@click.option("--all", "everything", is_flag=True, help="All measures, not only the customary one of each target.")
+@click.option("--confidence", default=0.95, show_default=True, metavar="SHARE", help="Of the intervals.")
+@click.option("--json", "as_json", is_flag=True, help="The comparison on stdout (docs/json.md), nothing else there.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="A picture: .svg, .png or .html.")
+def command(
+    records: tuple[str, ...],
+    labels: tuple[str, ...],
+    shared: bool,
+    everything: bool,
+    confidence: float,
+    as_json: bool,
+    out: str | None,
+) -> None:
+    """Compare evaluations of models on the same items; the first record is the reference.
+
+    Records are files that ptq eval wrote with -o. Those of one recipe with different calibration seeds are pooled. One
+    record alone is compared with the base that it was measured against. See docs/comparing.md.
+
+    \b
+    Examples:
+      ptq compare base.json gptq.json coreq.json
+      ptq compare base.json seed0.json seed1.json seed2.json --all
+      ptq compare a.json b.json --label full --label "3 bits" -o differences.svg
+    """
+    from cli.progress import console
+
+    _check_target(out)
+    from evals.compare import compare
+    from evals.record import read_record
+
+    found = compare(
+        [read_record(path) for path in records], labels=labels or None, confidence=confidence, shared=shared
+    )
+    if out is not None:
+        from evals.pictures import comparison_picture
+
+        comparison_picture(found, Path(out))
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), allow_nan=False))
+    else:
+        _show(found, everything, console())
+
+
+def _check_target(out: str | None) -> None:
+    if out is None:
+        return
+    if Path(out).suffix.lower() not in PICTURES:
+        raise UsageError(f"{out} is no picture that can be written; end its name in {', '.join(PICTURES)}.")
+    if not Path(out).resolve().parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {Path(out).resolve().parent}; create it first.")
+
+
+def _show(found: Comparison, everything: bool, screen: Console) -> None:
+    for table in _tables(found, everything):
+        screen.print(table, "")
+    if any(one.headline and one.verdict == "not established" for one in found.differences):
+        screen.print("open: no difference is established, which is not to say that there is none\n")
+    for sentence in found.sentences:
+        screen.print(sentence, markup=False, highlight=False)
+    if found.notes:
+        screen.print()
+    for note in found.notes:
+        screen.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def _tables(found: Comparison, everything: bool) -> list[Table]:
+    """One table for each target and measure."""
+    names = dict.fromkeys((one.target, one.measure) for one in found.standings if one.headline or everything)
+    return [_table(found, target, measure) for target, measure in names]
+
+
+def _table(found: Comparison, target: str, measure: str) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    standings = [one for one in found.standings if (one.target, one.measure) == (target, measure)]
+    differences = [one for one in found.differences if (one.target, one.measure) == (target, measure)]
+    flips = any(one.flips is not None for one in differences)
+    table = Table(title=_title(target, measure, differences), title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", overflow="fold", max_width=_LABEL)
+    headings = ["value", "difference", f"{100 * found.confidence:.4g} % interval", "p"]
+    for heading in (*headings, *(["lost/won"] if flips else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in _rows(found, standings, differences):
+        name, value, difference, interval, p, changed, verdict = row
+        table.add_row(escape(name), value, difference, interval, p, *([changed] if flips else []), verdict)
+    return table
+
+
+def _title(target: str, measure: str, differences: Sequence[Difference]) -> str:
+    from rich.markup import escape
+
+    if not differences:
+        return escape(f"{target}: {measure}")
+    first = differences[0]
+    draws = "" if first.blocks == first.items else f", {first.blocks:,} independent draws"
+    return escape(f"{target}: {measure}, {first.items:,} items{draws}")
+
+
+def _rows(
+    found: Comparison, standings: Sequence[Standing], differences: Sequence[Difference]
+) -> list[tuple[str, str, str, str, str, str, str]]:
+    """A row for each contender with its difference from the reference, then one for each other pair."""
+    reference = found.contenders[0].label
+    against = {one.contender: one for one in differences if one.reference == reference}
+    rows = []
+    for one in standings:
+        rows.append((one.contender, _value(one), *_cells(against.get(one.contender))))
+    for other in differences:
+        if other.reference != reference:
+            rows.append((f"{other.contender} - {other.reference}", "", *_cells(other)))
+    return rows
+
+
+def _cells(one: Difference | None) -> tuple[str, str, str, str, str]:
+    """Difference, interval, p, flips, verdict."""
+    from evals.verdicts import figure, p_words
+
+    if one is None:
+        return "", "", "", "", ""
+    interval = "-"
+    if one.low is not None and one.high is not None:
+        interval = f"[{figure(one, one.low, sign=True)}, {figure(one, one.high, sign=True)}]"
+    p = one.p_adjusted if one.headline else one.p_value
+    shown = "-" if p is None else p_words(p).removeprefix("p ").removeprefix("= ")
+    flips = "-" if one.flips is None else f"{_count(one.flips.lost)}/{_count(one.flips.won)}"
+    return figure(one, one.difference, sign=True), interval, shown, flips, _verdict(one)
+
+
+def _verdict(one: Difference) -> str:
+    if not one.headline:
+        return "-"
+    return "open" if one.verdict == "not established" else one.verdict
+
+
+def _value(one: Standing) -> str:
+    from evals.verdicts import in_points
+
+    scale, digits = (100.0, 1) if in_points(one.measure) else (1.0, 4)
+    error = "" if one.standard_error is None else f" +- {one.standard_error * scale:.{digits}f}"
+    return f"{one.value * scale:.{digits}f}{error}"
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"

@@ -1,0 +1,269 @@
+"""Log-likelihoods of continuations, with what the answers of a question share computed once.
+
+The answers of a question begin with the same tokens: its context, and often more. A batch of questions runs these
+prefixes once and keeps their keys and values; then the rests of all answers run on copies of them. Prefixes are padded
+on the left and rests on the right, so the tokens of a sequence stand side by side and windows of attention see what
+they should. The head runs only at positions whose predictions are asked for.
+
+Not every model can be run in two steps (recurrent states, positions counted from the padding, remote code). So at the
+start a few questions are scored in both ways; where they differ, every sequence is run whole, padded on the right,
+which any causal model bears, and the notes say so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.errors import NumericalError
+from evals.batching import BatchSize, run_batches
+from evals.logits import ModelLogits, Run
+from evals.requests import Request, shared_prefix
+
+__all__ = ["Answer", "score_requests"]
+
+_PROBED = 3  # questions that are scored in both ways at the start
+_NEAR = {torch.float32: 2e-3, torch.float64: 2e-3}  # nats a token that two ways of one model may differ by
+_NEAR_IN_HALF = 0.25
+_PADDING = 64  # tokens of padding in a batch of rests that are worth one forward pass less
+Done = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """``ll``: sum of ``ln p`` over the continuation, in nats. ``greedy``: whether the model would write just that."""
+
+    ll: float
+    greedy: bool
+
+
+def score_requests(
+    source: ModelLogits,
+    questions: Sequence[Sequence[Request]],
+    size: BatchSize,
+    progress: Done | None = None,
+) -> list[list[Answer]]:
+    """Log-likelihoods of every request of every question, in order.
+
+    Args:
+        source: the model.
+        questions: the requests of one question may share a beginning.
+        size: questions in a batch.
+        progress: called with the number of questions done.
+
+    Raises:
+        NumericalError: a score is NaN or infinite.
+    """
+    found: dict[int, list[Answer]] = {}
+    score = _shared if _can_share(source, questions) else _whole
+
+    def work(batch: list[int]) -> None:
+        answers = score(source, [questions[index] for index in batch])
+        for index, scores in zip(batch, answers, strict=True):
+            _require_finite(scores, index)
+            found[index] = scores
+
+    lengths = [shared_prefix([request.shown for request in question]) for question in questions]
+    run_batches(lengths, work, size, progress, costs=[_cost(question) for question in questions])
+    return [found[index] for index in range(len(questions))]
+
+
+def _cost(question: Sequence[Request]) -> int:
+    """Tokens that a question puts into a batch."""
+    prefix = shared_prefix([request.shown for request in question])
+    return prefix + sum(len(request.shown) - prefix for request in question)
+
+
+def _can_share(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> bool:
+    """Whether running in two steps gives what running whole gives, tried on questions of different lengths."""
+    several = [question for question in questions if len(question) > 1]
+    if not several:
+        several = list(questions)
+    chosen = sorted(several, key=_cost)[:: max(1, len(several) // _PROBED)][:_PROBED]
+    whole = _whole(source, chosen)
+    try:
+        shared = _shared(source, chosen)
+        reason = _disagreement(chosen, whole, shared, _NEAR.get(source.dtype, _NEAR_IN_HALF))
+    except (AttributeError, TypeError, RuntimeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = type(error).__name__
+    if reason is not None:
+        note = f"{type(source.model).__name__}: every answer is run whole, prompts are not shared ({reason})"
+        source.notes = (*source.notes, note) if note not in source.notes else source.notes
+    return reason is None
+
+
+def _disagreement(
+    questions: Sequence[Sequence[Request]],
+    whole: Sequence[Sequence[Answer]],
+    shared: Sequence[Sequence[Answer]],
+    near: float,
+) -> str | None:
+    for question, one, other in zip(questions, whole, shared, strict=True):
+        for request, a, b in zip(question, one, other, strict=True):
+            tokens = len(request.ids) - request.first
+            if not abs(a.ll - b.ll) <= near * tokens + 1e-3 * abs(a.ll):
+                return f"in two steps {b.ll:.4f} nats, whole {a.ll:.4f}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Predictions asked of one forward pass: for pair ``i`` the token ``target[i]`` at flat position ``place[i]``."""
+
+    place: list[int] = dataclasses.field(default_factory=list)
+    target: list[int] = dataclasses.field(default_factory=list)
+    request: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, place: int, target: int, request: int) -> None:
+        self.place.append(place)
+        self.target.append(target)
+        self.request.append(request)
+
+
+def _whole(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> list[list[Answer]]:
+    """Every sequence by itself, padded on the right."""
+    flat = [request for question in questions for request in question]
+    longest = max(len(request.shown) for request in flat)
+    wanted = _Wanted()
+    for row, request in enumerate(flat):
+        for place in range(request.first - 1, len(request.shown)):
+            wanted.add(row * longest + place, request.ids[place + 1], row)
+    ids = torch.tensor([_right(request.shown, longest) for request in flat])
+    totals = _Totals(len(flat))
+    totals.add(source, source.run(ids), wanted)
+    return totals.grouped(questions)
+
+
+def _shared(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> list[list[Answer]]:
+    """Prefixes once, then the rests of all answers on the prefixes' keys and values."""
+    prefixes = [shared_prefix([request.shown for request in question]) for question in questions]
+    flat = [(row, request) for row, question in enumerate(questions) for request in question]
+    width = max(prefixes)
+    wanted = _Wanted()
+    for index, (row, request) in enumerate(flat):
+        left = row * width + width - prefixes[row]
+        for place in range(request.first - 1, prefixes[row]):
+            wanted.add(left + place, request.ids[place + 1], index)
+    rests = [i for i, (row, request) in enumerate(flat) if len(request.shown) > prefixes[row]]
+    ids, mask = _left([question[0].shown[:n] for question, n in zip(questions, prefixes, strict=True)], width)
+    totals = _Totals(len(flat))
+    run = source.run(ids, **_inputs(source, mask, 0, width) | {"use_cache": bool(rests)})
+    totals.add(source, run, wanted)
+    rests.sort(key=lambda i: prefixes[flat[i][0]] - len(flat[i][1].shown))  # long ones first
+    while rests:
+        count = _alike([len(flat[i][1].shown) - prefixes[flat[i][0]] for i in rests])
+        _run_rests(source, run.cache, mask, flat, prefixes, rests[:count], totals, last=count == len(rests))
+        rests = rests[count:]
+    return totals.grouped(questions)
+
+
+def _run_rests(
+    source: ModelLogits,
+    cache: Any,
+    mask: Tensor,
+    flat: Sequence[tuple[int, Request]],
+    prefixes: Sequence[int],
+    chosen: Sequence[int],
+    totals: _Totals,
+    *,
+    last: bool,
+) -> None:
+    """What follows the prefixes, for requests ``chosen`` of about equal lengths."""
+    rows = [flat[i][0] for i in chosen]
+    rests = [flat[i][1].shown[prefixes[flat[i][0]] :] for i in chosen]
+    longest = len(rests[0])
+    wanted = _Wanted()
+    for line, (index, rest) in enumerate(zip(chosen, rests, strict=True)):
+        row, request = flat[index]
+        start = max(0, request.first - 1 - prefixes[row])  # predictions before that were made with the prefix
+        for place in range(start, len(rest)):
+            wanted.add(line * longest + place, request.ids[prefixes[row] + place + 1], index)
+    ids = torch.tensor([_right(rest, longest) for rest in rests])
+    real = torch.tensor([[1] * len(rest) + [0] * (longest - len(rest)) for rest in rests])
+    whole = torch.cat([mask[rows], real], dim=1)
+    own = cache if last else _copy(cache)
+    own.batch_select_indices(torch.tensor(rows, device=source.device))
+    inputs = _inputs(source, whole, mask.shape[1], longest)
+    totals.add(source, source.run(ids, past_key_values=own, **inputs | {"use_cache": True}), wanted)
+
+
+class _Totals:
+    """Sums over the tokens of every request."""
+
+    def __init__(self, requests: int) -> None:
+        self._ll = torch.zeros(requests, dtype=torch.float64)
+        self._misses = torch.zeros(requests, dtype=torch.int64)
+
+    def add(self, source: ModelLogits, run: Run, wanted: _Wanted) -> None:
+        """Predictions of one pass; each position's logits are made once, however many ask for it."""
+        places, which = torch.unique(torch.tensor(wanted.place), return_inverse=True)
+        targets, requests = torch.tensor(wanted.target), torch.tensor(wanted.request)
+        order = which.argsort(stable=True)
+        which, targets, requests = which[order], targets[order], requests[order]
+        for start in range(0, len(places), source.rows):
+            stop = min(start + source.rows, len(places))
+            low, high = torch.searchsorted(which, torch.tensor([start, stop])).tolist()
+            logits = run.logits(places[start:stop].to(source.device)).float()  # [rows, vocab]
+            rows = (which[low:high] - start).to(source.device)
+            asked = targets[low:high].to(source.device)
+            log_p = torch.log_softmax(logits, dim=-1)[rows, asked]  # rounds as lm-evaluation-harness does
+            missed = logits.argmax(dim=-1)[rows] != asked
+            self._ll.index_add_(0, requests[low:high], log_p.double().cpu())
+            self._misses.index_add_(0, requests[low:high], missed.long().cpu())
+
+    def grouped(self, questions: Sequence[Sequence[Request]]) -> list[list[Answer]]:
+        pairs = zip(self._ll.tolist(), self._misses.tolist(), strict=True)
+        answers = iter([Answer(ll, misses == 0) for ll, misses in pairs])
+        return [[next(answers) for _ in question] for question in questions]
+
+
+def _inputs(source: ModelLogits, mask: Tensor, start: int, count: int) -> dict[str, Any]:
+    """Mask and positions of the columns from ``start`` on, ``count`` of them; neither where nothing is padded."""
+    if bool(mask.all()):
+        return {}
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, start : start + count]
+    return {"attention_mask": mask.to(source.device), "position_ids": positions.to(source.device)}
+
+
+def _alike(lengths: Sequence[int]) -> int:
+    """How many of these lengths, long ones first, can share a batch without much padding."""
+    padding = 0
+    for count, length in enumerate(lengths):
+        padding += lengths[0] - length
+        if padding > _PADDING:
+            return count
+    return len(lengths)
+
+
+def _copy(cache: Any) -> Any:
+    """A cache of its own over the same tensors: selecting rows and appending make new ones."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def _left(sequences: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[batch, width]``, padded on the left with the first token."""
+    ids = torch.tensor([[*[ids[0] if ids else 0] * (width - len(ids)), *ids] for ids in sequences])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences])
+    return ids, mask
+
+
+def _right(ids: Sequence[int], width: int) -> list[int]:
+    return [*ids, *[ids[-1]] * (width - len(ids))]
+
+
+def _require_finite(answers: Sequence[Answer], question: int) -> None:
+    for number, answer in enumerate(answers):
+        if not abs(answer.ll) < float("inf"):
+            raise NumericalError(
+                f"the score of answer {number} to question {question} is {answer.ll}: the model's logits are not "
+                "finite. Try --dtype float32; if that does not help, the checkpoint is damaged."
+            )

@@ -12,9 +12,10 @@ from calib.errors import UsageError
 
 __all__ = ["BatchSize", "run_batches"]
 
-_TOKENS = {"cpu": 2048}  # in a batch by itself; more do not make a CPU faster, and a shorter batch wastes less padding
-_DEVICE_TOKENS = 32768
-_WASTE = 0.125  # padding a batch may hold before it is closed, as a part of its tokens
+# Tokens of a batch by itself, and the padding it may hold before it is closed, as a part of them. More tokens do not
+# make a CPU faster, and padding costs it as much as tokens; an accelerator waits for the number of batches.
+_TOKENS, _WASTE = {"cpu": 2048}, {"cpu": 0.125}
+_DEVICE_TOKENS, _DEVICE_WASTE = 32768, 1.0
 _AHEAD = 8192  # sequences looked at for one batch
 
 
@@ -35,6 +36,7 @@ class BatchSize:
             raise UsageError(f"the batch size must be a number of at least 1 or 'auto', got {size!r}.")
         self._fixed = fixed
         self._tokens = _TOKENS.get(device.type, _DEVICE_TOKENS)
+        self._waste = _WASTE.get(device.type, _DEVICE_WASTE)
         self.notes: list[str] = []
 
     def take(self, lengths: Sequence[int], costs: Sequence[int]) -> int:
@@ -50,7 +52,7 @@ class BatchSize:
         for count, (length, cost) in enumerate(zip(lengths, costs, strict=True)):
             tokens, real = tokens + cost, real + length
             padding = (count + 1) * lengths[0] - real
-            if count and (tokens > self._tokens or padding > _WASTE * tokens):
+            if count and (tokens > self._tokens or padding > self._waste * tokens):
                 return count
         return len(lengths)
 

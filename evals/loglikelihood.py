@@ -30,7 +30,8 @@ __all__ = ["Answer", "score_requests"]
 _PROBED = 3  # questions that are scored in both ways at the start
 _NEAR = {torch.float32: 2e-3, torch.float64: 2e-3}  # nats a token that two ways of one model may differ by
 _NEAR_IN_HALF = 0.25
-_PADDING = 64  # tokens of padding in a batch of rests that are worth one forward pass less
+_PADDING = {"cpu": 64}  # tokens of padding in a batch of rests that are worth one forward pass less
+_DEVICE_PADDING = 16384
 Done = Callable[[int], None]
 
 
@@ -158,7 +159,8 @@ def _shared(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> list
     totals.add(source, run, wanted)
     rests.sort(key=lambda i: prefixes[flat[i][0]] - len(flat[i][1].shown))  # long ones first
     while rests:
-        count = _alike([len(flat[i][1].shown) - prefixes[flat[i][0]] for i in rests])
+        lengths = [len(flat[i][1].shown) - prefixes[flat[i][0]] for i in rests]
+        count = _alike(lengths, _PADDING.get(source.device.type, _DEVICE_PADDING))
         _run_rests(source, run.cache, mask, flat, prefixes, rests[:count], totals, last=count == len(rests))
         rests = rests[count:]
     return totals.grouped(questions)
@@ -232,12 +234,12 @@ def _inputs(source: ModelLogits, mask: Tensor, start: int, count: int) -> dict[s
     return {"attention_mask": mask.to(source.device), "position_ids": positions.to(source.device)}
 
 
-def _alike(lengths: Sequence[int]) -> int:
-    """How many of these lengths, long ones first, can share a batch without much padding."""
+def _alike(lengths: Sequence[int], allowed: int) -> int:
+    """How many of these lengths, long ones first, can share a batch with no more padding than ``allowed``."""
     padding = 0
     for count, length in enumerate(lengths):
         padding += lengths[0] - length
-        if padding > _PADDING:
+        if padding > allowed:
             return count
     return len(lengths)
 

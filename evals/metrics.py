@@ -25,7 +25,8 @@ def answers(items: Items, metric: str) -> Column:
     An item with one continuation (LAMBADA) is answered by 0 if that is what the model would write, else by 1.
     """
     if "greedy" in items.columns:
-        return np.array([0 if greedy else 1 for greedy in items["greedy"]], dtype=np.int64)
+        given: Column = 1 - items["greedy"].astype(np.int64)
+        return given
     length = _LENGTHS[metric]
     scores = items["ll"].astype(np.float64)
     if length is not None:
@@ -36,7 +37,8 @@ def answers(items: Items, metric: str) -> Column:
 def per_item(items: Items, metric: str) -> Column:
     """One number an item, float64 ``[n]``: 0 or 1 for the accuracies, nats for ``ll_gold``, a share for ``p_gold``."""
     if metric in _LENGTHS:
-        return (answers(items, metric) == items["gold"]).astype(np.float64)
+        right: Column = (answers(items, metric) == items["gold"]).astype(np.float64)
+        return right
     parts = _parts(items, items["ll"].astype(np.float64))
     gold = items["gold"].tolist()
     if metric == "ll_gold":

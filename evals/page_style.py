@@ -69,7 +69,7 @@ _PAPER = """
   table { font-size: 6.5pt; width: 100%; min-width: 0; }
   th, td { padding: .12rem .25rem; }
   td.w, td.w:last-child { min-width: 0; }
-  tbody th { min-width: 0; max-width: none; }
+  tbody th { min-width: 4.5rem; max-width: none; }
   thead { display: table-header-group; }
   tr, .tile { break-inside: avoid; }
   h2, .caption, summary { break-after: avoid; }
@@ -79,6 +79,7 @@ _PAPER = """
   details.short::details-content { content-visibility: visible; block-size: auto; }
   summary { padding: .5rem 0; list-style: none; }
   .folded { padding: 0; }
+  .folded dl { font-size: 7pt; gap: 0 1rem; }
   a { color: inherit; text-decoration: none; }
 }
 """

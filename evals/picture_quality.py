@@ -171,7 +171,7 @@ def _draw(figure: Figure | SubFigure, panel: Panel, palette: Palette) -> None:
         axes.axhline(0, color=palette["muted"], linewidth=0.8)
     for point in far:
         words = f"{shorten(point.label, 24)} (reference): {point.bytes / 1e6:,.4g} MB \N{RIGHTWARDS ARROW}"
-        axes.text(0.99, 0.97, words, transform=axes.transAxes, ha="right", va="top", fontsize=8)
+        axes.set_title(words, loc="right", fontsize=8, fontweight="normal")
     _scales(axes, dataclasses.replace(panel, points=tuple(point for point in panel.points if point not in far)))
     figure.legend(loc="outside lower left", ncols=_columns(panel), fontsize=8, handletextpad=0.4, columnspacing=1.0)
 

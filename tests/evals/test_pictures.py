@@ -92,8 +92,8 @@ def texts(svg: str) -> list[str]:
 
 
 def all_pictures(label: str = "gptq 3 bits") -> list[Picture]:
-    comparison = made_comparison(("full", label, "rtn 2 bits"))
-    rows = {"words": [(label, made_divergence("base"))]}
+    comparison = made_comparison((f"{label} (base)", label, "rtn 2 bits"))
+    rows = {f"words of {label}": [(label, made_divergence("base"))]}
     return [
         *quality_pictures(comparison_panels(comparison)),
         *difference_pictures(comparison),
@@ -322,8 +322,6 @@ def test_any_figures_can_be_mapped(figures: list[tuple[float, float | None]]) ->
         cells = re.findall(r"<path[^>]*fill: var\(--ramp\d+\)", inline_svg(picture))
         field = "bits_per_weight" if picture.key == "layers-bits" else "loss"
         known = sum(layer[field] is not None for layer in layers)
-            layer["bits_per_weight" if picture.key == "layers-bits" else "loss"] is not None for layer in layers
-        )
         assert len(cells) == known + RAMP  # and the scale
 
 
@@ -399,4 +397,4 @@ def test_ticks_are_plain_numbers() -> None:
 def test_figure_files_hold_all_pictures() -> None:
     pictures = all_pictures()[:2]
     svg = figure_bytes(pictures, "svg").decode()
-    assert {"Quality against size, words", "Difference from full"} <= set(texts(svg))
+    assert {"Quality against size, words", "Difference from gptq 3 bits (base)"} <= set(texts(svg))

@@ -194,7 +194,7 @@ def _names(listed: str | None) -> tuple[str, ...]:
 def _top_k(given: str) -> int | None:
     if given == "full":
         return None
-    if not given.isdigit() or int(given) < 1:
+    if not given.isdecimal() or int(given) < 1:
         raise UsageError(f"--base-top-k must be a number of at least 1, or 'full', got {given!r}.")
     return int(given)
 

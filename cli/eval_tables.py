@@ -146,7 +146,7 @@ def _changes(task: TaskResult, base: TaskResult, shown: list[str]) -> list[str]:
 
 def _harness(found: dict[str, object]) -> Table:
     table = _block()
-    table.add_row("lm-evaluation-harness", str(found.get("version", "")))
+    table.add_row("lm-evaluation-harness", str(found.get("harness_version", "")))
     results = found.get("results")
     for task, metrics in results.items() if isinstance(results, dict) else ():
         numbers = {k: v for k, v in metrics.items() if isinstance(v, float)} if isinstance(metrics, dict) else {}

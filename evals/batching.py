@@ -14,7 +14,8 @@ __all__ = ["BatchSize", "run_batches"]
 
 # Tokens of a batch by itself, and the padding it may hold before it is closed, as a part of them. More tokens do not
 # make a CPU faster, and padding costs it as much as tokens; an accelerator waits for the number of batches.
-_TOKENS, _WASTE = {"cpu": 2048}, {"cpu": 0.125}
+# Padding costs a mask as well: a batch that has enough tokens for a CPU to be fast takes no more of other lengths.
+_TOKENS, _WASTE, _ENOUGH = {"cpu": 4096}, {"cpu": 0.25}, {"cpu": 768}
 _DEVICE_TOKENS, _DEVICE_WASTE = 32768, 1.0
 _AHEAD = 8192  # sequences looked at for one batch
 
@@ -31,12 +32,13 @@ class BatchSize:
     """
 
     def __init__(self, size: int | str, device: torch.device) -> None:
-        fixed = int(size) if str(size).isdigit() else None
+        fixed = int(size) if str(size).isdecimal() else None
         if size != "auto" and (fixed is None or fixed < 1):
             raise UsageError(f"the batch size must be a number of at least 1 or 'auto', got {size!r}.")
         self._fixed = fixed
         self._tokens = _TOKENS.get(device.type, _DEVICE_TOKENS)
         self._waste = _WASTE.get(device.type, _DEVICE_WASTE)
+        self._enough = _ENOUGH.get(device.type, self._tokens)
         self.notes: list[str] = []
 
     def take(self, lengths: Sequence[int], costs: Sequence[int]) -> int:
@@ -52,7 +54,8 @@ class BatchSize:
         for count, (length, cost) in enumerate(zip(lengths, costs, strict=True)):
             tokens, real = tokens + cost, real + length
             padding = (count + 1) * lengths[0] - real
-            if count and (tokens > self._tokens or padding > self._waste * tokens):
+            full = tokens > self._tokens or padding > self._waste * tokens
+            if count and (full or (length < lengths[count - 1] and tokens - cost >= self._enough)):
                 return count
         return len(lengths)
 

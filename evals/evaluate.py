@@ -202,7 +202,8 @@ def measure_base(
     def worker() -> Worker:
         model, tokenizer, info = load()
         if store.card is None:
-            known = {"model": dataclasses.asdict(info or model_info(model)), "environment": environment(model)}
+            place = environment(model) | {"batch_size": batch_size}
+            known = {"model": dataclasses.asdict(info or model_info(model)), "environment": place}
             store.describe(known | {"tokenizer_hash": tokenizer_hash(tokenizer)})
         return Worker(model, tokenizer, batch_size, seed, progress, label="base: ")
 

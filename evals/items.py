@@ -100,8 +100,8 @@ def _unpack(packed: Any, name: str) -> Column:
         size = np.dtype(kind).itemsize * length
         reader = zlib.decompressobj()
         raw = reader.decompress(base64.b64decode(data, validate=True), size + 1)
-        if len(raw) != size:
-            raise ValueError(f"{len(raw)} bytes instead of {size}")
+        if len(raw) != size or not reader.eof:
+            raise ValueError(f"{len(raw)} bytes instead of {size}" if len(raw) != size else "its end is missing")
     except (KeyError, TypeError, ValueError, binascii.Error, zlib.error) as error:
         raise DataError(f"column {name!r} of a record is damaged ({error}); evaluate again.") from error
     return np.frombuffer(raw, dtype=kind).copy()

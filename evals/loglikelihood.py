@@ -1,9 +1,10 @@
 """Log-likelihoods of continuations, with what the answers of a question share computed once.
 
 The answers of a question begin with the same tokens: its context, and often more. A batch of questions runs these
-prefixes once and keeps their keys and values; then the rests of all answers run on copies of them. Prefixes are padded
-on the left and rests on the right, so the tokens of a sequence stand side by side and windows of attention see what
-they should. The head runs only at positions whose predictions are asked for.
+prefixes once and keeps their keys and values; then the rests of all answers run on copies of them. What all questions
+begin with, such as examples, is run once for all of them. Prefixes are padded on the left and rests on the right, so
+the tokens of a sequence stand side by side and windows of attention see what they should. The head runs only at
+positions whose predictions are asked for.
 
 Not every model can be run in two steps (recurrent states, positions counted from the padding, remote code). So at the
 start a few questions are scored in both ways; where they differ, every sequence is run whole, padded on the right,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +33,10 @@ _PROBED = 3  # questions that are scored in both ways at the start
 # Nats a token that two ways of one model may differ by on average; an answer by itself may by four times as much.
 _NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}
 _NEAR_IN_HALF = 0.2  # logits of 16 to 32 are rounded to an eighth there
-_PADDING = {"cpu": 64}  # tokens of padding in a batch of rests that are worth one forward pass less
+_PADDING = {"cpu": 128}  # tokens of padding in a batch of rests that are worth one forward pass less
 _DEVICE_PADDING = 16384
+_COMMON = 64  # tokens that several questions must begin with to have them run once
+_CACHED = 4  # tokens whose keys and values are copied weigh as much as one that is computed
 Done = Callable[[int], None]
 
 
@@ -61,18 +65,30 @@ def score_requests(
     Raises:
         NumericalError: a score is NaN or infinite.
     """
+    if source.two_steps is None:  # asked once for a model
+        source.two_steps = _can_share(source, questions)
     found: dict[int, list[Answer]] = {}
-    score = _shared if _can_share(source, questions) else _whole
+    families = _families(questions) if source.two_steps else [(0, list(range(len(questions))))]
+    for common, members in families:
+        start = _run_start(source, questions[members[0]][0].shown[:common]) if common else None
 
-    def work(batch: list[int]) -> None:
-        answers = score(source, [questions[index] for index in batch])
-        for index, scores in zip(batch, answers, strict=True):
-            _require_finite(scores, index)
-            found[index] = scores
+        def work(batch: list[int], start: _Start | None = start, members: list[int] = members) -> None:
+            chosen = [questions[members[place]] for place in batch]
+            answers = _shared(source, chosen, start) if source.two_steps else _whole(source, chosen)
+            for place, scores in zip(batch, answers, strict=True):
+                _require_finite(scores, members[place])
+                found[members[place]] = scores
 
-    lengths = [shared_prefix([request.shown for request in question]) for question in questions]
-    run_batches(lengths, work, size, progress, costs=[_cost(question) for question in questions])
+        before = len(found)
+        step = None if progress is None else functools.partial(_report, progress, before)
+        lengths = [shared_prefix([request.shown for request in questions[i]]) - common for i in members]
+        costs = [_cost(questions[i]) - common + common // _CACHED for i in members]
+        run_batches(lengths, work, size, step, costs=costs)
     return [found[index] for index in range(len(questions))]
+
+
+def _report(progress: Done, before: int, done: int) -> None:
+    progress(before + done)
 
 
 def _cost(question: Sequence[Request]) -> int:
@@ -117,6 +133,35 @@ def _disagreement(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Start:
+    """Tokens that all questions of a family begin with (the examples in front of them), and their keys and values."""
+
+    tokens: int
+    cache: Any
+
+
+def _families(questions: Sequence[Sequence[Request]]) -> list[tuple[int, list[int]]]:
+    """Questions that begin with the same tokens, and how many these are; 0 for those that are on their own."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(question[0].shown[:_COMMON], []).append(index)
+    found, alone = [], []
+    for members in groups.values():
+        flat = [request for index in members for request in questions[index]]
+        prefixes = [shared_prefix([request.shown for request in questions[index]]) for index in members]
+        common = min(shared_prefix([r.shown for r in flat]), min(r.first for r in flat) - 1, min(prefixes) - 1)
+        if len(members) > 1 and common >= _COMMON:
+            found.append((common, members))
+        else:
+            alone += members
+    return [*found, (0, alone)] if alone else found
+
+
+def _run_start(source: ModelLogits, tokens: Sequence[int]) -> _Start:
+    return _Start(len(tokens), source.run(torch.tensor([list(tokens)]), use_cache=True).cache)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Wanted:
     """Predictions asked of one forward pass: for pair ``i`` the token ``target[i]`` at flat position ``place[i]``."""
 
@@ -144,20 +189,45 @@ def _whole(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> list[
     return totals.grouped(questions)
 
 
-def _shared(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> list[list[Answer]]:
-    """Prefixes once, then the rests of all answers on the prefixes' keys and values."""
+def _shared(
+    source: ModelLogits, questions: Sequence[Sequence[Request]], start: _Start | None = None
+) -> list[list[Answer]]:
+    """Prefixes once, then the rests of all answers on the prefixes' keys and values.
+
+    Behind a start there is no padding between it and what follows: prefixes of one length go together.
+    """
+    if start is None:
+        return _two_steps(source, questions, None)
+    lengths: dict[int, list[int]] = {}
+    for index, question in enumerate(questions):
+        lengths.setdefault(shared_prefix([request.shown for request in question]), []).append(index)
+    found: dict[int, list[Answer]] = {}
+    for indices in lengths.values():
+        found.update(zip(indices, _two_steps(source, [questions[i] for i in indices], start), strict=True))
+    return [found[index] for index in range(len(questions))]
+
+
+def _two_steps(source: ModelLogits, questions: Sequence[Sequence[Request]], start: _Start | None) -> list[list[Answer]]:
+    """`_shared` for prefixes that may be padded together."""
+    done = 0 if start is None else start.tokens
     prefixes = [shared_prefix([request.shown for request in question]) for question in questions]
     flat = [(row, request) for row, question in enumerate(questions) for request in question]
-    width = max(prefixes)
+    width = max(prefixes) - done
     wanted = _Wanted()
     for index, (row, request) in enumerate(flat):
-        left = row * width + width - prefixes[row]
+        left = row * width + width - prefixes[row]  # of the flattened batch, less the tokens before it
         for place in range(request.first - 1, prefixes[row]):
             wanted.add(left + place, request.ids[place + 1], index)
     rests = [i for i, (row, request) in enumerate(flat) if len(request.shown) > prefixes[row]]
-    ids, mask = _left([question[0].shown[:n] for question, n in zip(questions, prefixes, strict=True)], width)
+    ids, mask = _left([question[0].shown[done:n] for question, n in zip(questions, prefixes, strict=True)], width)
+    inputs: dict[str, Any] = {"use_cache": bool(rests)}
+    if start is not None:
+        mask = torch.cat([torch.ones(len(mask), done, dtype=mask.dtype), mask], dim=1)
+        cache = _copy(start.cache)
+        cache.batch_select_indices(torch.zeros(len(questions), dtype=torch.int64, device=source.device))
+        inputs = {"use_cache": True, "past_key_values": cache}
     totals = _Totals(len(flat))
-    run = source.run(ids, **_inputs(source, mask, 0, width) | {"use_cache": bool(rests)})
+    run = source.run(ids, **_inputs(source, mask, done, width) | inputs)
     totals.add(source, run, wanted)
     rests.sort(key=lambda i: prefixes[flat[i][0]] - len(flat[i][1].shown))  # long ones first
     while rests:

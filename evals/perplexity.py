@@ -3,22 +3,26 @@
 The text is tokenized once and cut as in `evals.segments`. With ``m_i`` the mean of ``-ln p`` over the ``seqlen - 1``
 scored tokens of segment ``i``, the perplexity is ``exp(mean of m_i)``. All segments are equally long, so this is also
 ``exp`` of the mean over all scored tokens. It is not the number of llama.cpp (second half of each chunk, BOS in front)
-nor that of lm-evaluation-harness (per word or byte of single documents) nor that of a sliding window.
+nor that of lm-evaluation-harness (per word or byte of single documents) nor that of a sliding window: `evals.evaluate`
+has these, and puts them into a record. Here is the one figure, in one call.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from evals.logits import LogitSource, ModelLogits
-from evals.segments import as_tokens, cut_segments, mean_and_error, require_finite, scored_bytes
+from evals.batching import BatchSize
+from evals.logits import ModelLogits
+from evals.segments import as_tokens, cut_segments, mean_and_error
+from evals.text_scores import score_windows
+from evals.windows import Window, window_bytes
 
 __all__ = ["PerplexityResult", "Progress", "perplexity"]
 
@@ -108,29 +112,20 @@ def perplexity(
     tokens = as_tokens(tokens_or_text, tokenizer)
     segments = cut_segments(tokens, model, seqlen=seqlen, max_tokens=max_tokens)
     source = ModelLogits(model, segments[0])
-    parts = []
-    for start in range(0, len(segments), batch_size):
-        batch = segments[start : start + batch_size]
-        nll = token_nll(source, batch)
-        require_finite(nll, "the score", start)
-        parts.append(nll)
-        if progress is not None:
-            progress(start + len(batch), len(segments))
-    return summarize_nll(torch.cat(parts), segments, tokenizer, source.notes)
+    windows = [Window(ids, 1, number) for number, ids in enumerate(segments)]
+    step = None if progress is None else functools.partial(_report, progress, len(windows))
+    scores = score_windows(source, windows, BatchSize(batch_size, source.device), progress=step)
+    return summarize_nll(torch.stack([part.nll for part in scores]), segments, tokenizer, source.notes)
 
 
-def token_nll(source: LogitSource, ids: Tensor) -> Tensor:
-    """``-ln p`` of ``ids[:, 1:]``, float64 ``[batch, seqlen - 1]`` on the CPU; the softmax is in float32."""
-    targets = ids[:, 1:].flatten()
-    nll = torch.empty(targets.shape, dtype=torch.float64)
-    for part, logits in source.chunks(ids):
-        nll[part] = F.cross_entropy(logits.float(), targets[part].to(logits.device), reduction="none").double().cpu()
-    return nll.view(len(ids), -1)
+def _report(progress: Progress, total: int, done: int) -> None:
+    progress(done, total)
 
 
 def summarize_nll(nll: Tensor, segments: Tensor, tokenizer: Any | None, notes: tuple[str, ...]) -> PerplexityResult:
     """The result of scores ``nll [segments, seqlen - 1]`` of ``segments [segments, seqlen]``."""
-    size = None if tokenizer is None else sum(scored_bytes(segment, tokenizer) for segment in segments)
+    windows = [Window(ids, 1, number) for number, ids in enumerate(segments)]
+    size = None if tokenizer is None else sum(window_bytes(windows, tokenizer))
     count, seqlen = segments.shape
     means = tuple(nll.mean(dim=1).tolist())
     return PerplexityResult(float(nll.sum()), nll.numel(), size, count, seqlen, means, notes)

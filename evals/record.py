@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ __all__ = [
 
 RECORD_VERSION = 2
 _LARGEST_FILE = 1 << 30
-_DAMAGED = (DataError, KeyError, TypeError, ValueError, AttributeError)
+_DAMAGED = (DataError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_TEXT_COLUMNS = ("nll", "tokens")
+_TASK_COLUMNS = ("gold", "counts", "ll", "characters", "bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +207,7 @@ class TaskResult:
             mean, error = found["ll_gold"]
             value = _exp(-mean)
             spread = None if error is None or value is None else value * error
-            table["perplexity"] = {"value": value, "standard_error": spread}
+            table["perplexity"] = {"value": value, "standard_error": None if spread == math.inf else spread}
         return table
 
     @property
@@ -284,7 +286,9 @@ class Record:
             )
         try:
             return _record(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DataError:
+            raise
+        except _DAMAGED as error:
             raise DataError(f"the record is damaged: {type(error).__name__}: {error}.") from error
 
 
@@ -299,7 +303,7 @@ def read_record(path: str | Path) -> Record:
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise DataError(f"{path} has {file.stat().st_size:,} bytes: that is no record of ptq eval.")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise OutputError(f"cannot read the record {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -346,17 +350,36 @@ def _text(data: Mapping[str, Any]) -> TextResult:
     found = data.get("divergence")
     divergence = None if found is None else Divergence(**_known(Divergence, found))
     text: TextResult = _result(TextResult, {**data, "divergence": divergence})
+    _require_columns(text.name, text.items, _TEXT_COLUMNS)
+    if not bool((text.items["tokens"] > 0).all()) or text.tokens < 1:
+        raise DataError(f"{text.name}: an item without scored tokens; the record is damaged. Evaluate again.")
     return text
 
 
 def _task(data: Mapping[str, Any]) -> TaskResult:
     task: TaskResult = _result(TaskResult, data)
+    _require_columns(task.name, task.items, _TASK_COLUMNS)
+    counts, gold = task.items["counts"], task.items["gold"]
+    answers = int(counts.sum())
+    whole = all(len(task.items[name]) == answers for name in ("ll", "characters", "bytes"))
+    if not whole or not bool(((counts > 0) & (gold >= 0) & (gold < counts)).all()):
+        raise DataError(f"{task.name}: gold, counts and ll do not fit together; the record is damaged. Evaluate again.")
     return task
 
 
 def _result(kind: Any, data: Mapping[str, Any]) -> Any:
     known = _known(kind, data)
     return kind(**known | {"items": Items.from_dict(data["items"]), "notes": tuple(data.get("notes", ()))})
+
+
+def _require_columns(name: str, items: Items, needed: Sequence[str]) -> None:
+    missing = [column for column in needed if column not in items.columns]
+    if missing:
+        raise DataError(f"{name} has no column {', '.join(missing)}; the record is damaged. Evaluate again.")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:

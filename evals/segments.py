@@ -16,7 +16,7 @@ from torch import Tensor
 from calib.errors import DataError, NumericalError, UsageError
 from calib.text import tokenize
 
-__all__ = ["as_tokens", "context_length", "cut_segments", "mean_and_error", "require_finite", "scored_bytes"]
+__all__ = ["as_tokens", "context_length", "cut_segments", "mean_and_error", "require_finite"]
 
 
 def as_tokens(tokens_or_text: Tensor | str, tokenizer: Any | None) -> Tensor:
@@ -80,20 +80,6 @@ def check_vocabulary(tokens: Tensor, model: Any) -> None:
             f"the tokens range over {low} .. {high}, but the model's vocabulary has {size} entries; "
             "the tokenizer does not belong to this model."
         )
-
-
-def scored_bytes(segment: Tensor, tokenizer: Any) -> int:
-    """UTF-8 bytes of the text behind the scored tokens of ``segment [seqlen]``.
-
-    It is the length of the decoded segment less that of its first token: decoded as a whole, because some tokenizers
-    strip a space at the start of what they decode. Special tokens count as their text. Where a segment's edge cuts a
-    character of several bytes, the replacement character stands for the piece, at most three bytes off an edge.
-    """
-    whole, first = (
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for ids in (segment.tolist(), segment[:1].tolist())
-    )
-    return len(whole.encode()) - len(first.encode())
 
 
 def require_finite(values: Tensor, what: str, first_segment: int) -> None:

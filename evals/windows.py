@@ -25,7 +25,7 @@ from calib.text import tokenize
 from evals.documents import Document, split_documents
 from evals.segments import check_vocabulary, context_length
 
-__all__ = ["CONVENTIONS", "Plan", "Window", "make_plan", "prefix_token", "starts_with_bos"]
+__all__ = ["CONVENTIONS", "Plan", "Window", "make_plan", "prefix_token", "starts_with_bos", "window_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _segments(request: _Request) -> Plan:
     chunks = _chunks(request, _tokens(request))
     windows = tuple(Window(ids, 1, item) for item, ids in enumerate(chunks))
     settings = {"seqlen": request.seqlen, "max_tokens": request.max_tokens}
-    return Plan("segments", settings, windows, _window_bytes(windows, request.tokenizer))
+    return Plan("segments", settings, windows, window_bytes(windows, request.tokenizer))
 
 
 def _llamacpp(request: _Request) -> Plan:
@@ -162,7 +162,7 @@ def _llamacpp(request: _Request) -> Plan:
         windows.append(Window(ids, request.seqlen // 2 + 1, item))  # position seqlen // 2 predicts the token behind it
     settings = {"seqlen": request.seqlen, "max_tokens": request.max_tokens, "bos": bos}
     found = tuple(windows)
-    return Plan("llamacpp", settings, found, _window_bytes(found, request.tokenizer))
+    return Plan("llamacpp", settings, found, window_bytes(found, request.tokenizer))
 
 
 def _sliding(request: _Request) -> Plan:
@@ -180,7 +180,7 @@ def _sliding(request: _Request) -> Plan:
             break
     settings = {"seqlen": request.seqlen, "stride": request.stride, "max_tokens": request.max_tokens}
     found = tuple(windows)
-    return Plan("sliding", settings, found, _window_bytes(found, request.tokenizer))
+    return Plan("sliding", settings, found, window_bytes(found, request.tokenizer))
 
 
 def _documents(request: _Request) -> Plan:
@@ -243,7 +243,7 @@ def _chunks(request: _Request, tokens: Tensor) -> Sequence[Tensor]:
     return list(tokens[: count * request.seqlen].view(count, request.seqlen))
 
 
-def _window_bytes(windows: Sequence[Window], tokenizer: Any) -> tuple[int, ...]:
+def window_bytes(windows: Sequence[Window], tokenizer: Any) -> tuple[int, ...]:
     """UTF-8 bytes of the scored tokens of each window: of all its text, less that of what is context only.
 
     Decoded as a whole, because some tokenizers strip a space at the start of what they decode. Where an edge cuts a

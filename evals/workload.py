@@ -70,6 +70,8 @@ def load_workload(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, got {limit}.")
+    if not conventions:
+        raise UsageError(f"no perplexity convention is named; known: {', '.join(CONVENTIONS)}.")
     for convention in conventions:
         if convention not in CONVENTIONS:
             raise unknown_name("perplexity convention", convention, CONVENTIONS)
@@ -78,8 +80,9 @@ def load_workload(
     if data is not None and not data.is_dir():
         raise DataError(f"there is no folder {data} (looked in {Path.cwd()}); give the folder of the data files.")
     known = tuple(name for name in known_tasks(data) if name not in EVALUATION_PARTS)
-    known += tuple(alias for task in TASKS for alias in task.aliases)
-    wanted = list(dict.fromkeys(names))
+    aliases = {alias: task.name for task in TASKS for alias in task.aliases}
+    known += tuple(aliases)
+    wanted = list(dict.fromkeys(aliases.get(name, name) for name in names))
     tasks = [load_task(n, data=data, limit=limit, fewshot=fewshot, seed=seed) for n in wanted if n in known]
     sources = [n for n in wanted if n not in known]
     read = [(n, _text(n, data, known, max_tokens)) for n in sources]

@@ -1,7 +1,8 @@
-"""``ptq eval`` and ``ptq generate`` on a tiny plain model, through the real entry point."""
+"""``ptq eval`` and ``ptq generate`` on a tiny model, through the real entry point."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calib.text import tokenize, tokenizer_hash
@@ -20,6 +22,11 @@ from ptq.errors import UsageError
 TEXT = "Once upon a time there was a quick brown fox that jumps over the lazy dog. " * 8
 
 
+ROWS = [
+    {"query": f"Question: what jumps {i}?", "choices": ["the fox", "a dog", f"x{i}"], "gold": i % 3} for i in range(5)
+]
+
+
 @pytest.fixture
 def text_file(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
@@ -27,70 +34,345 @@ def text_file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def data(tmp_path: Path, text_file: str) -> Path:
+    """A folder with rows of arc_easy and LAMBADA and with the text."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "lambada_openai.jsonl").write_text(json.dumps({"context": "Once upon a", "continuation": "time"}))
+    (folder / "wikitext2.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PTQ_CACHE", str(tmp_path / "default cache"))
+    monkeypatch.delenv("PTQ_DATA", raising=False)
+
+
 def run_eval(folder: Path, text: str, *extra: str) -> int:
     return main(["eval", str(folder), "--text", text, "--seqlen", "32", "--device", "cpu", *extra])
+
+
+def run_tasks(folder: Path, data: Path, *extra: str) -> int:
+    arguments = ["--tasks", "arc_easy,wikitext2,lambada_openai", "--data", str(data), "--seqlen", "32"]
+    return main(["eval", str(folder), "--device", "cpu", *arguments, *extra])
+
+
+def copy_with_noise(folder: Path, out: Path) -> Path:
+    """The same model with other weights."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in tensors.values():
+        tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 def test_the_json_record(
     tiny_folder: Path, tiny_tokenizer: Any, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from evals import perplexity
+    from evals.record import read_record
 
     out = tmp_path / "record.json"
     assert run_eval(tiny_folder, text_file, "--json", "--max-tokens", "100", "-o", str(out)) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    record = json.loads(printed)
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    assert shown.err == ""
+    record = json.loads(shown.out)
     assert json.loads(out.read_text(encoding="utf-8")) == record
+    assert read_record(out).to_dict() == record
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     expected = perplexity(model, TEXT, tiny_tokenizer, seqlen=32, max_tokens=100)
-    assert record["perplexity"] == expected.to_dict()
-    assert record["divergence"] is None
-    assert record["protocol"] == {"convention": "segments", "seqlen": 32, "max_tokens": 100, "batch_size": 1}
-    assert record["text"]["source"] == text_file
+    (text,) = record["texts"]
+    assert text["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert text["standard_error"] == pytest.approx(expected.standard_error, rel=1e-6)
+    assert text["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert (text["tokens"], text["bytes"], text["divergence"]) == (expected.tokens, expected.bytes, None)
+    assert (text["convention"], text["settings"]) == ("segments", {"seqlen": 32, "max_tokens": 100})
+    assert (text["name"], text["source"]) == (text_file, text_file)
+    assert (record["record"], record["version"], record["base"], record["tasks"]) == ("ptq-eval", 2, None, [])
     assert record["tokenizer_hash"] == tokenizer_hash(tiny_tokenizer)
     assert record["environment"]["dtype"] == "bfloat16"
+    assert record["environment"]["batch_size"] == "auto"
+    assert record["model"]["source"] == str(tiny_folder)
+    assert record["model"]["bytes"] == (tiny_folder / "model.safetensors").stat().st_size
+    assert record["model"]["recipe"] is None
 
 
-def test_a_table_for_people(tiny_folder: Path, text_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_eval(tiny_folder, text_file, "--against", str(tiny_folder), "--dtype", "float32") == 0
+def test_a_table_for_people(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy_with_noise(tiny_folder, tmp_path / "OTHER")
+    assert run_tasks(model, data, "--against", str(tiny_folder), "--dtype", "float32", "--limit", "4") == 0
     shown = capsys.readouterr()
-    for words in ("perplexity", "bits per byte", "top-1 agreement", "100.00%", "KL(base || model)", "float32"):
-        assert words in shown.out
     assert shown.err == ""
+    lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+    for words in (
+        f"model {model}",
+        f"base {tiny_folder}",
+        "text wikitext2: 124 tokens",
+        "convention segments, 4 segments of up to 32",
+        "top-1 agreement",
+        "KL(base || model)",
+        "bits per byte",
+        "kept of the base 256 tokens and draws",
+        "task rows metric value p(gold) chance base lost / won answers changed",
+        "note: arc_easy: only the first rows: 4 of 5",
+    ):
+        assert any(words in line for line in lines), words
+    assert any(line.startswith("perplexity") and "+-" in line and "(base" in line for line in lines)
+    assert any(line.startswith("arc_easy 4 acc") and "25.0%" in line and " / " in line for line in lines)
+    assert any(line.startswith("lambada_openai 1 acc") and " - " in line for line in lines)
+    assert "float32" in shown.out
+    assert "None" not in shown.out
+    assert "nan" not in shown.out
+
+
+def test_a_model_against_itself(tiny_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tasks(tiny_folder, data, "--against", str(tiny_folder), "--base-top-k", "full", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    divergence = record["texts"][0]["divergence"]
+    assert (divergence["kl_mean"], divergence["top1_agreement"], divergence["top_k"]) == (0, 1, None)
+    assert record["base"]["model"] == record["model"]
+    assert record["base"]["tasks"][0]["items"] == record["tasks"][0]["items"]
+    assert run_tasks(tiny_folder, data, "--against", str(tiny_folder)) == 0
+    shown = capsys.readouterr().out
+    assert "100.00%" in shown
+    assert "0 / 0" in shown
+
+
+def test_the_base_is_loaded_once(
+    tiny_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cli import models
+
+    loaded: list[str] = []
+    original = models.load_model
+
+    def load(source: str, **options: Any) -> Any:
+        loaded.append(Path(source).name)
+        return original(source, **options)
+
+    monkeypatch.setattr(models, "load_model", load)
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "BASE"))
+    arguments = ["--against", str(base), "--cache", str(tmp_path / "cache"), "--json"]
+    records = []
+    for _ in range(2):
+        assert run_tasks(tiny_folder, data, *arguments) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert loaded == ["BASE", "MODEL", "MODEL"]
+    assert records[0]["texts"][0]["divergence"] == records[1]["texts"][0]["divergence"]
+    assert [r["base"]["texts"] for r in records][0] == records[1]["base"]["texts"]
+    assert records[1]["notes"] == []
+    assert not (tmp_path / "default cache").exists()
+
+    loaded.clear()  # the windows of another text are missing; the base is loaded, and nothing is said to have changed
+    assert run_eval(tiny_folder, "pydoc:eval", "--max-tokens", "64", *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+    assert loaded == ["BASE", "MODEL"]
+
+    loaded.clear()
+    shutil.rmtree(base)
+    copy_with_noise(tiny_folder, base)
+    assert run_tasks(tiny_folder, data, *arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert loaded == ["BASE", "MODEL"]
+    assert record["notes"] == [f"{base} is not what it was when its results were kept: they are computed again"]
+    assert record["base"]["model"]["fingerprint"] != records[0]["base"]["model"]["fingerprint"]
+    assert record["texts"][0]["divergence"]["kl_mean"] > 0
+
+
+def test_a_kept_base_that_is_damaged_is_run_again(
+    tiny_folder: Path, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--against", str(tiny_folder), "--cache", str(tmp_path / "cache"), "--json"]
+    found = []
+    for damage in ("", "{", "{}", "[]"):
+        if damage:
+            (result,) = (tmp_path / "cache").glob("*/text-*/result.json")
+            result.write_text(damage)
+        assert run_eval(tiny_folder, text_file, *arguments) == 0
+        found.append(json.loads(capsys.readouterr().out)["texts"][0]["divergence"])
+    assert all(one == found[0] for one in found)
 
 
 def test_a_slice_of_the_text(tiny_folder: Path, text_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_eval(tiny_folder, f"{text_file}@0.5:1", "--json") == 0
-    half = json.loads(capsys.readouterr().out)["perplexity"]["segments"]
-    assert run_eval(tiny_folder, text_file, "--json") == 0
-    assert 0 < half < json.loads(capsys.readouterr().out)["perplexity"]["segments"]
+    def tokens(text: str) -> int:
+        assert run_eval(tiny_folder, text, "--json") == 0
+        count: int = json.loads(capsys.readouterr().out)["texts"][0]["tokens"]
+        return count
+
+    assert 0 < tokens(f"{text_file}@0.5:1") < tokens(text_file)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--text", "nowhere.txt"], 4, "there is no file 'nowhere.txt'"),
-        (["--text", "wikitex2"], 2, "Did you mean 'wikitext2'"),
-        (["--seqlen", "4096"], 4, "exceed the model's context of 2048"),
-        (["--max-tokens", "8"], 4, "one segment needs 32"),
-        (["--dtype", "float61"], 2, "unknown dtype 'float61'. Did you mean 'float16'"),
-        (["--device", "tpus"], 2, "unknown device"),
-        (["--against", "no/such/model"], 3, "there is no folder no/such/model"),
-        (["-o", "no/such/folder/record.json"], 6, "there is no folder"),
-        (["--seqlen", "1"], 2, "x>=2"),
-    ],
-)
-def test_errors(
-    tiny_folder: Path,
-    text_file: str,
-    arguments: list[str],
-    code: int,
-    words: str,
-    capsys: pytest.CaptureFixture[str],
+def test_several_texts_and_conventions(
+    tiny_folder: Path, text_file: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_eval(tiny_folder, text_file, *arguments) == code
-    assert words in capsys.readouterr().err
+    names = "segments, llamacpp,sliding,documents"
+    more = ["--text", str(data / "wikitext2.txt"), "--convention", names, "--stride", "8"]
+    assert run_eval(tiny_folder, text_file, *more, "--json") == 0
+    texts = json.loads(capsys.readouterr().out)["texts"]
+    assert [text["convention"] for text in texts] == ["segments", "llamacpp", "sliding", "documents"] * 2
+    assert run_eval(tiny_folder, text_file, "--convention", "documents") == 0
+    assert "per word, per byte" in capsys.readouterr().out
+
+
+def test_the_folder_of_data_comes_from_the_environment(
+    tiny_folder: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTQ_DATA", str(data))
+    assert main(["eval", str(tiny_folder), "--seqlen", "32", "--device", "cpu", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [text["name"] for text in record["texts"]] == ["wikitext2"]  # the default
+
+
+def test_harness_results_are_shown(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def run(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        asked.append((tasks, options))
+        results = {"gsm8k": {"exact_match,none": 0.25, "alias": "gsm8k"}}
+        return {"harness_version": "0.4.13", "results": results}
+
+    monkeypatch.setattr(importlib.import_module("evals.evaluate"), "run_harness", run)
+    assert main(["eval", str(tiny_folder), "--harness", "gsm8k, mmlu", "--limit", "3", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert asked == [(["gsm8k", "mmlu"], {"batch_size": 1, "limit": 3, "fewshot": None})]
+    assert "0.4.13" in shown
+    assert "exact_match,none 0.2500" in shown
+    assert "perplexity" not in shown  # nothing else was asked
+
+
+def test_a_model_scored_on_what_it_was_calibrated_on(
+    tiny_folder: Path, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--calib", text_file, "--calib-samples", "2", "--calib-seqlen", "16", "--device", "cpu"]
+    out = tmp_path / "OUT"
+    assert main(["quantize", str(tiny_folder), "-o", str(out), "--method", "gptq", "--bits", "4", *flags]) == 0
+    capsys.readouterr()
+    assert run_eval(out, text_file, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["notes"] == [f"the model was calibrated on this very text: {text_file}"]
+    model = record["model"]
+    assert (model["recipe"]["method"], model["recipe"]["scheme"]["bits"]) == ("gptq", 4)
+    assert model["recipe"]["model_fingerprint"]
+    assert model["calibration"]["source"] == text_file
+    assert 4 < model["bits_per_weight"] < 5
+    assert model["bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert run_eval(out, f"{text_file}@0.5:1") == 0
+    shown = capsys.readouterr().out
+    assert "calibrated on this very text" not in shown
+    assert "bits per quantized weight" in shown
+
+
+def test_the_record_is_written_whole_or_not_at_all(
+    tiny_folder: Path, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "record.json"
+    out.write_text("precious")
+    original = Path.write_text
+
+    def fail(self: Path, content: str, **options: Any) -> int:
+        if self.name.startswith("record.json"):
+            original(self, content[:20], **options)
+            raise OSError(28, "No space left on device")
+        return original(self, content, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    assert run_eval(tiny_folder, text_file, "-o", str(out)) == 6
+    assert out.read_text() == "precious"
+    assert list(tmp_path.glob("record.json*")) == [out]
+
+
+BAD = {
+    "no text": (["--text", "nowhere.txt"], 4, "there is no file 'nowhere.txt'"),
+    "near text": (["--text", "wikitex2"], 2, "Did you mean 'wikitext2'"),
+    "near task": (["--tasks", "arc_esy"], 2, "unknown task or text 'arc_esy'. Did you mean 'arc_easy'"),
+    "no rows": (["--tasks", "piqa"], 4, "has no rows for 'piqa'"),
+    "field": (["--tasks", "lacks"], 4, "lacks.jsonl, line 2 has no field 'gold'"),
+    "gold": (["--tasks", "wild"], 4, "wild.jsonl, line 1: the field 'gold' is"),
+    "choices": (["--tasks", "empty"], 4, "empty.jsonl, line 1: the field 'choices' is"),
+    "folder": (["--tasks", "arc_easy", "--data", "no/such"], 4, "there is no folder no/such"),
+    "context": (["--seqlen", "4096"], 4, "exceed the model's context of 2048"),
+    "too short": (["--max-tokens", "8"], 4, "one segment needs 32"),
+    "dtype": (["--dtype", "float61"], 2, "unknown dtype 'float61'. Did you mean 'float16'"),
+    "device": (["--device", "tpus"], 2, "unknown device"),
+    "base": (["--against", "no/such/model"], 3, "there is no folder no/such/model"),
+    "target": (["-o", "no/such/folder/record.json"], 6, "there is no folder"),
+    "seqlen": (["--seqlen", "1"], 2, "x>=2"),
+    "convention": (["--convention", "llama"], 2, "unknown perplexity convention 'llama'. Did you mean 'llamacpp'"),
+    "no convention": (["--convention", ","], 2, "convention"),
+    "stride": (["--stride", "8"], 2, "--stride belongs to --convention sliding"),
+    "long stride": (["--convention", "sliding", "--stride", "32"], 2, "the stride must be in 1 .. 31"),
+    "rule": (["--convention", "documents", "--documents", "page"], 2, "unknown rule for documents 'page'"),
+    "batch": (["--batch-size", "0"], 2, "the batch size must be a number of at least 1 or 'auto'"),
+    "batch word": (["--batch-size", "\u00b2"], 2, "the batch size must be a number"),
+    "top k": (["--base-top-k", "0"], 2, "--base-top-k must be a number of at least 1"),
+    "top k word": (["--base-top-k", "\u00b2"], 2, "--base-top-k must be a number"),
+    "limit": (["--limit", "0"], 2, "x>=1"),
+    "fewshot": (["--tasks", "arc_easy", "--fewshot", "9"], 2, "9 examples are asked for"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors(name: str, tiny_folder: Path, text_file: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"query": "q", "choices": ["a", "b"], "gold": 0}
+    lacking = {"query": "q", "choices": ["a", "b"]}
+    for rows, task in (
+        ([row, lacking], "lacks"),
+        ([row | {"gold": 2}], "wild"),
+        ([row | {"choices": []}], "empty"),
+    ):
+        (data / f"{task}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    arguments, code, words = BAD[name]
+    where = [] if "--data" in arguments else ["--data", str(data)]
+    assert run_eval(tiny_folder, text_file, *where, *arguments) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert run_eval(tiny_folder, text_file, *where, *arguments, "--json") == code
+    assert words in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_wrong_names_cost_no_loading(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cli.models.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["eval", str(tiny_folder), "--tasks", "arc_esy", "--data", str(data)]) == 2
+    assert main(["eval", str(tiny_folder), "--tasks", "piqa", "--data", str(data)]) == 4
+    assert main(["eval", str(tiny_folder), "--against", "no/such", "--data", str(data)]) == 3
+    assert main(["eval", str(tiny_folder), "-o", "no/such/file.json", "--data", str(data)]) == 6
+    assert "arc_easy" in capsys.readouterr().err
+
+
+def test_a_base_whose_tokens_do_not_match(
+    tiny_folder: Path, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "BASE"))
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-20]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run_eval(tiny_folder, text_file, "--against", str(base)) == 3
+    assert f"the base {base} has another tokenizer" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--tasks", "--text", "--data", "--limit", "--fewshot", "--convention", "--against", "--cache"):
+        assert option in shown
+    assert "[default: segments]" in " ".join(shown.split())
 
 
 def test_models_that_are_none(

@@ -1,0 +1,460 @@
+"""`evals.evaluate`: texts and tasks together, the base and its cache, and the figures by plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+import evals
+from calib.errors import DataError, ModelError, UsageError
+from calib.text import tokenize, tokenizer_hash
+from evals.evaluate import measure, measure_base, module_store
+from evals.items import item_hash
+from evals.logits import ModelLogits
+from evals.metrics import answers
+from evals.record import Record
+from evals.tasks import load_task
+from evals.workload import load_workload
+
+ROWS = {
+    "arc_easy": [
+        {"query": f"Question: what jumps over {thing}?", "choices": ["fox", "the lazy dog", thing, "a time"], "gold": i}
+        for i, thing in enumerate(("dog", "expression", "bits", "model"))
+    ],
+    "openbookqa": [{"query": "The fox is", "choices": ["quick", "lazy"], "gold": i % 2} for i in range(3)],
+    "winogrande": [
+        {"context_options": ["Once the fox", "Once the dog"], "continuation": "jumps over.", "gold": 0},
+        {"context_options": ["Fox", "Dog"], "continuation": "jumps over the other.", "gold": 1},  # nothing in common
+    ],
+    "lambada_openai": [{"context": "The quick brown fox jumps over the lazy", "continuation": "dog."}] * 2,
+    "mmlu": [
+        {"query": f"Why {i}?", "choices": ["a", "b", "c"], "gold": 0, "subject": ("law", "art")[i % 2]}
+        for i in range(4)
+    ],
+}
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def data(tmp_path: Path, text: str) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in ROWS.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "wikitext2.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PTQ_CACHE", str(tmp_path / "default cache"))
+
+
+def content(record: Record) -> Any:
+    """A record without what differs from run to run."""
+    found = json.loads(json.dumps(record.to_dict(), allow_nan=False))
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in ("date", "seconds", "environment")}
+        return [strip(part) for part in value] if isinstance(value, list) else value
+
+    return strip(found)
+
+
+def test_texts_and_tasks_in_one_record(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    model = make_model("llama")
+    names = ["arc_easy", "wikitext2", "openbook_qa", "winogrande", "lambada", "mmlu"]
+    record = evals.evaluate(model, tiny_tokenizer, names, data=data, seqlen=20)
+    assert [text.name for text in record.texts] == ["wikitext2"]
+    assert [task.name for task in record.tasks] == ["arc_easy", "openbookqa", "winogrande", "lambada_openai", "mmlu"]
+    assert [task.metric for task in record.tasks] == ["acc", "acc_norm", "acc", "acc", "acc"]
+    assert [task.chance for task in record.tasks] == [0.25, 0.25, 0.5, None, 0.25]
+    assert record.tokenizer_hash == tokenizer_hash(tiny_tokenizer)
+    assert (record.model.source, record.model.architecture) == ("LlamaForCausalLM", "LlamaForCausalLM")
+    assert record.model.parameters == sum(p.numel() for p in model.parameters())
+    assert record.base is record.harness is None
+    assert {"ptq", "python", "torch", "transformers", "device", "dtype", "threads", "batch_size"} == set(
+        record.environment
+    )
+    assert Record.from_dict(json.loads(json.dumps(record.to_dict(), allow_nan=False))).to_dict() == record.to_dict()
+    mmlu = record.tasks[-1]
+    assert mmlu.items["cluster"].tolist() == [0, 1, 0, 1]
+    assert [task.items.columns.get("greedy") is not None for task in record.tasks] == [0, 0, 0, 1, 0]
+
+
+def test_answers_are_those_of_a_plain_loop(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    model = make_model("gpt2")
+    record = evals.evaluate(model, tiny_tokenizer, list(ROWS), data=data)
+    for result in record.tasks:
+        questions = load_task(result.name, data=data).questions
+        expected = [_plain_ll(model, tiny_tokenizer, *pair) for question in questions for pair in question.pairs]
+        assert result.items["ll"] == pytest.approx(expected, abs=1e-3)
+        texts = [answer for question in questions for answer in question.answers]
+        assert result.items["characters"].tolist() == [len(text) for text in texts]
+        assert result.items["bytes"].tolist() == [len(text.encode()) for text in texts]
+        assert result.items["gold"].tolist() == [question.gold for question in questions]
+        ids = [item_hash([[list(pair) for pair in question.pairs], question.gold]) for question in questions]
+        assert result.items.ids.tolist() == ids
+
+
+@torch.no_grad()
+def _plain_ll(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    head, whole = (tokenizer(text)["input_ids"] for text in (context, context + continuation))
+    log_p = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), dim=-1)
+    return sum(float(log_p[i - 1, whole[i]]) for i in range(len(head), len(whole)))
+
+
+def test_perplexity_by_a_plain_loop(make_model: Make, tiny_tokenizer: Any, data: Path, text: str) -> None:
+    model = make_model("llama")
+    (found,) = evals.evaluate(model, tiny_tokenizer, ["wikitext2"], data=data, seqlen=24).texts
+    ids = torch.tensor(tiny_tokenizer(text)["input_ids"])
+    losses = []
+    with torch.no_grad():
+        for segment in ids[: len(ids) // 24 * 24].view(-1, 24):
+            losses.append(float(model(segment[None], labels=segment[None]).loss))
+    assert len(losses) > 5
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    alone = evals.perplexity(model, text, tiny_tokenizer, seqlen=24)
+    assert found.nll == pytest.approx(alone.nll, rel=1e-6)
+    assert (found.tokens, found.bytes) == (alone.tokens, alone.bytes)
+    assert found.standard_error == pytest.approx(alone.standard_error, rel=1e-5)
+    assert found.items["nll"] == pytest.approx(np.array(alone.segment_nll) * 23, rel=1e-5)
+
+
+def test_several_conventions(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    names = ["segments", "llamacpp", "sliding", "documents"]
+    record = evals.evaluate(
+        make_model("llama"), tiny_tokenizer, ["wikitext2"], data=data, convention=names, seqlen=16, stride=4
+    )
+    assert [text.convention for text in record.texts] == names
+    assert len({text.nll for text in record.texts}) == 4
+    segments, llamacpp, sliding, documents = record.texts
+    assert segments.tokens == 15 * len(segments.items)
+    assert llamacpp.tokens == 7 * len(llamacpp.items)
+    assert sliding.tokens == len(tokenize((data / "wikitext2.txt").read_text(), tiny_tokenizer)) - 1
+    assert documents.tokens == sliding.tokens + 1
+    assert documents.words is not None
+    assert sliding.settings["stride"] == 4
+
+
+def test_limits(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    record = evals.evaluate(
+        make_model("llama"), tiny_tokenizer, ["wikitext2", "arc_easy", "mmlu"], data=data, seqlen=16, limit=1
+    )
+    assert len(record.texts[0].items) == 1
+    assert [len(task.items) for task in record.tasks] == [1, 2]  # the first of each subject
+    (text,) = evals.evaluate(
+        make_model("llama"), tiny_tokenizer, ["wikitext2"], data=data, seqlen=16, max_tokens=50
+    ).texts
+    assert (len(text.items), text.settings["max_tokens"]) == (3, 50)
+
+
+def test_the_same_again(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    def once() -> Any:
+        record = evals.evaluate(
+            make_model("llama"), tiny_tokenizer, ["arc_easy", "wikitext2"], data=data, seqlen=16, fewshot=1, seed=5
+        )
+        return content(record)
+
+    assert once() == once()
+
+
+def test_prompts_longer_than_the_context_are_cut_and_counted(
+    make_model: Make, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"query": "word " * count, "choices": ["a b c", "d"], "gold": 0} for count in (3, 200, 300)]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = evals.evaluate(make_model("gpt2"), tiny_tokenizer, ["quiz"], data=tmp_path).tasks
+    assert "2 questions exceed the context of 128 tokens and were cut on the left" in task.notes
+    assert np.isfinite(task.items["ll"]).all()
+
+
+def test_progress_says_what_is_done(make_model: Make, tiny_tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    evals.evaluate(
+        make_model("llama"),
+        tiny_tokenizer,
+        ["arc_easy", "wikitext2"],
+        data=data,
+        seqlen=20,
+        convention=["segments", "llamacpp"],
+        against=make_model("llama", 1),
+        cache=tmp_path / "cache",
+        batch_size=2,
+        progress=lambda *call: calls.append(call),
+    )
+    names = ["wikitext2", "wikitext2 (llamacpp)", "arc_easy"]
+    assert list(dict.fromkeys(name for name, _, _ in calls)) == [f"base: {name}" for name in names] + names
+    for name in names:
+        done = [(count, total) for found, count, total in calls if found == name]
+        assert done[-1][0] == done[-1][1] > 0
+        assert [count for count, _ in done] == sorted({count for count, _ in done})
+    assert ("arc_easy", 2, 4) in calls
+
+
+# Against a base
+
+
+def against(model: Any, base: Any, tokenizer: Any, data: Path, **more: Any) -> Record:
+    arguments: dict[str, Any] = {"data": data, "seqlen": 20, "against": base, "cache": data.parent / "cache"}
+    return evals.evaluate(model, tokenizer, ["arc_easy", "wikitext2", "lambada_openai"], **arguments | more)
+
+
+@pytest.mark.parametrize("top_k", [None, 32])
+def test_a_model_against_itself(make_model: Make, tiny_tokenizer: Any, data: Path, top_k: int | None) -> None:
+    model = make_model("llama")
+    record = against(model, model, tiny_tokenizer, data, base_top_k=top_k)
+    found = record.texts[0].divergence
+    assert found is not None
+    assert record.base is not None
+    assert found.kl_mean == pytest.approx(0, abs=1e-7)
+    if top_k is None:
+        assert (found.kl_mean, found.kl_max, found.kl_low, found.kl_high, found.kl_draw_error) == (0, 0, 0, 0, 0)
+    assert (found.top1_agreement, found.dp_rms, found.log_ratio) == (1, 0, 0)
+    assert found.base == record.base.model.fingerprint == record.model.fingerprint
+    for own, other in zip(record.tasks, record.base.tasks, strict=True):
+        assert (answers(own.items, "acc") == answers(other.items, "acc")).all()
+        assert own.items["ll"].tolist() == other.items["ll"].tolist()
+        assert own.items.fingerprint == other.items.fingerprint
+    assert record.texts[0].nll == record.base.texts[0].nll
+    assert evals.compare([record]).differences[0].difference == 0
+
+
+@torch.no_grad()
+def _log_softmaxes(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(model(tokens).logits[:, :-1].double(), dim=-1)
+
+
+def test_the_base_s_record_is_its_own(make_model: Make, tiny_tokenizer: Any, data: Path, text: str) -> None:
+    model, base = make_model("llama", 1), make_model("llama", 0)
+    record = against(model, base, tiny_tokenizer, data, base_top_k=None)
+    alone = evals.evaluate(base, tiny_tokenizer, ["arc_easy", "wikitext2", "lambada_openai"], data=data, seqlen=20)
+    assert record.base is not None
+    assert record.base.texts[0].items["nll"] == pytest.approx(alone.texts[0].items["nll"], rel=1e-6)
+    assert record.base.tasks[0].items["ll"] == pytest.approx(alone.tasks[0].items["ll"], abs=1e-5)
+    assert record.base.model.fingerprint == alone.model.fingerprint != record.model.fingerprint
+    found = record.texts[0].divergence
+    assert found is not None
+    tokens = tokenize(text, tiny_tokenizer)
+    segments = tokens[: len(tokens) // 20 * 20].view(-1, 20)
+    q, p = _log_softmaxes(model, segments), _log_softmaxes(base, segments)
+    kl = (p.exp() * (p - q)).sum(-1)
+    true = segments[:, 1:, None]
+    change = (q.gather(2, true).exp() - p.gather(2, true).exp())[..., 0]
+    assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert found.kl_max == pytest.approx(float(kl.max()), rel=1e-4)
+    assert found.top1_agreement == pytest.approx(float((q.argmax(-1) == p.argmax(-1)).double().mean()))
+    assert found.dp_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
+    assert found.dp_mean == pytest.approx(float(change.mean()), rel=1e-3, abs=1e-7)
+    ratio = float((p.gather(2, true) - q.gather(2, true)).mean())
+    assert found.log_ratio == pytest.approx(ratio, rel=1e-4)
+    items = record.texts[0].items
+    assert items["kl"] == pytest.approx(kl.sum(-1).numpy(), rel=1e-4)
+    assert items["same_top"].tolist() == (q.argmax(-1) == p.argmax(-1)).sum(-1).tolist()
+    spread = float((kl.mean(1)).std() / math.sqrt(len(kl)))
+    assert found.kl_standard_error == pytest.approx(spread * math.sqrt(1 - 1 / len(kl)), rel=0.05)
+
+
+def test_the_base_is_run_once(
+    make_model: Make, tiny_tokenizer: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, runs = make_model("llama"), []
+    original = ModelLogits.run
+
+    def run(self: ModelLogits, ids: torch.Tensor, **inputs: Any) -> Any:
+        runs.append(self.model)
+        return original(self, ids, **inputs)
+
+    monkeypatch.setattr(ModelLogits, "run", run)
+    first = against(make_model("llama", 1), base, tiny_tokenizer, data)
+    assert any(model is base for model in runs)
+    runs.clear()
+    second = against(make_model("llama", 2), base, tiny_tokenizer, data)
+    assert runs
+    assert not any(model is base for model in runs)
+    assert first.base is not None
+    assert second.base is not None
+    assert content(second.base) == content(first.base)
+    runs.clear()
+    base.get_input_embeddings().weight.data[7] += 1  # another model now
+    third = against(make_model("llama", 2), base, tiny_tokenizer, data)
+    assert any(model is base for model in runs)
+    assert third.base is not None
+    assert third.base.model.fingerprint != first.base.model.fingerprint
+
+
+def test_rows_with_subjects_are_not_those_without(make_model: Make, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """The strings that are asked are the same, what counts as a draw is not: the kept result must not be taken."""
+    model = make_model("llama")
+
+    def run(rows: list[dict[str, Any]]) -> Record:
+        (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return evals.evaluate(model, tiny_tokenizer, ["quiz"], data=tmp_path, against=model, cache=tmp_path / "c")
+
+    run(ROWS["arc_easy"])
+    record = run([row | {"subject": "s"} for row in ROWS["arc_easy"]])
+    assert record.base is not None
+    assert record.base.tasks[0].clusters is not None
+
+
+def with_bos(tokenizer: Any) -> Any:
+    """The same vocabulary, cutting text otherwise."""
+    backend = tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_base_with_another_tokenizer_is_refused(
+    make_model: Make, tiny_tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    workload = load_workload(["wikitext2"], data=data, seqlen=20)
+    model = make_model("llama")
+    base = measure_base(module_store(model, with_bos(tiny_tokenizer), tmp_path), workload, lambda: (model, with_bos(tiny_tokenizer), None))
+    with pytest.raises(ModelError, match="the base LlamaForCausalLM has another tokenizer: its tokens are not"):
+        measure(model, tiny_tokenizer, workload, base=base)
+
+
+def test_another_tokenizer_for_both_is_another_question(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    model = make_model("llama")
+    against(model, model, tiny_tokenizer, data)
+    record = against(model, model, with_bos(tiny_tokenizer), data)
+    assert record.tokenizer_hash == tokenizer_hash(with_bos(tiny_tokenizer))
+    assert record.base is not None
+    assert record.base.tokenizer_hash == record.tokenizer_hash
+
+
+def test_a_base_with_another_vocabulary_is_refused(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    larger = make_model("llama")
+    larger.resize_token_embeddings(larger.config.vocab_size + 8, mean_resizing=False)
+    count = len(tiny_tokenizer)
+    with pytest.raises(ModelError, match=f"vocabularies of {count + 8} and {count} entries"):
+        against(larger, make_model("llama"), tiny_tokenizer, data)
+
+
+def test_a_base_with_another_context_is_refused_where_windows_follow_it(
+    make_model: Make, tiny_tokenizer: Any, data: Path
+) -> None:
+    shorter = make_model("llama")
+    shorter.config.max_position_embeddings = 32
+    with pytest.raises(ModelError, match=r"the base reads wikitext2 in other windows .*Say --seqlen"):
+        against(make_model("llama"), shorter, tiny_tokenizer, data, seqlen=None)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tasks": ["arc_esy"]}, UsageError, r"unknown task or text 'arc_esy'\. Did you mean 'arc_easy'"),
+        ({"tasks": ["piqa"]}, DataError, "has no rows for 'piqa'"),
+        ({"convention": "llama.cpp"}, UsageError, "Did you mean 'llamacpp'"),
+        ({"seqlen": 129}, DataError, "exceed the model's context of 128"),
+        ({"seqlen": 1}, UsageError, "at least 2 tokens"),
+        ({"max_tokens": 9, "seqlen": 16}, DataError, r"9 tokens \(with --max-tokens 9\), one segment needs 16"),
+        ({"convention": "sliding", "seqlen": 16, "stride": 16}, UsageError, "stride must be in 1 .. 15"),
+        ({"convention": "documents", "documents": "pages"}, UsageError, "unknown rule for documents 'pages'"),
+        ({"batch_size": "many"}, UsageError, "the batch size must be a number"),
+        ({"limit": 0}, UsageError, "limit must be at least 1"),
+        ({"base_top_k": 0, "against": "self"}, UsageError, "--base-top-k must be 1 or more"),
+        ({"tasks": ["arc_easy"], "fewshot": 9}, UsageError, "9 examples are asked for"),
+    ],
+)
+def test_what_is_refused(
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    make_model: Make,
+    tiny_tokenizer: Any,
+    data: Path,
+) -> None:
+    model = make_model("llama")
+    if "against" in arguments:
+        arguments = arguments | {"against": model}
+    with pytest.raises(error, match=message):
+        evals.evaluate(model, tiny_tokenizer, **{"tasks": ["wikitext2"], "data": data} | arguments)
+
+
+def test_one_name_is_a_list_of_one(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    record = evals.evaluate(make_model("llama"), tiny_tokenizer, "arc_easy", data=data)
+    assert [task.name for task in record.tasks] == ["arc_easy"]
+
+
+def test_a_text_alone_asks_for_nothing_else(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    record = evals.evaluate(make_model("llama"), tiny_tokenizer, texts=[str(data / "wikitext2.txt")], seqlen=20)
+    assert [text.name for text in record.texts] == [str(data / "wikitext2.txt")]
+
+
+# The harness
+
+
+def test_what_the_harness_is_asked(
+    make_model: Make, tiny_tokenizer: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def run(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        calls.append({"tasks": tasks} | options)
+        return {"results": {"gsm8k": {"exact_match": 0.5}}}
+
+    monkeypatch.setattr(sys.modules["evals.evaluate"], "run_harness", run)  # the package has a function of that name
+    model = make_model("llama")
+    record = evals.evaluate(model, tiny_tokenizer, [], harness=["gsm8k", "mmlu"], limit=3, batch_size=4)
+    evals.evaluate(model, tiny_tokenizer, [], harness=["gsm8k"], fewshot=2)
+    assert calls == [
+        {"tasks": ["gsm8k", "mmlu"], "batch_size": 4, "limit": 3, "fewshot": None},
+        {"tasks": ["gsm8k"], "batch_size": 1, "limit": None, "fewshot": 2},
+    ]
+    assert record.harness == {"results": {"gsm8k": {"exact_match": 0.5}}}
+    assert dataclasses.replace(record).to_dict()["harness"] == record.harness
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_the_harness_on_rows_of_ones_own(
+    make_model: Make, tiny_tokenizer: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's, at import
+        pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+        from lm_eval import evaluator
+        from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "foxes.yaml").write_text(
+        f"""
+task: foxes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data / "arc_easy.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}\\nAnswer:"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+    )
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path / "tasks"))
+    monkeypatch.setattr("evals.harness._task_manager", lambda include_path: manager)
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # asks pip, which takes seconds
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    record = evals.evaluate(make_model("llama"), tiny_tokenizer, ["arc_easy"], data=data, harness=["foxes"])
+    assert record.harness is not None
+    theirs, ours = record.harness["results"]["foxes"], record.tasks[0].metrics
+    assert theirs["acc,none"] == pytest.approx(ours["acc"]["value"])
+    assert theirs["acc_norm,none"] == pytest.approx(ours["acc_norm"]["value"])
+    json.dumps(record.to_dict(), allow_nan=False)

@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "quantize": Entry("cli.quantize", "Quantize a model and write a checkpoint that transformers loads."),
-    "eval": Entry("cli.eval", "Perplexity and bits per byte of a model, packed or plain."),
+    "eval": Entry("cli.eval", "Perplexity, tasks and divergence of a model, packed or plain."),
     "compare": Entry("cli.compare", "Paired differences of evaluations, and what they establish."),
     "report": Entry("cli.report", "One HTML page about a quantized model and its evaluations."),
     "inspect": Entry("cli.inspect", "What is in a quantized checkpoint, layer by layer."),

@@ -66,7 +66,8 @@ class BaseStore:
         self.fingerprint = fingerprint
         self.notes: tuple[str, ...] = ()
         found = _read_json(self.folder / _CARD)
-        if found is not None and found.get("fingerprint") != fingerprint:
+        unknown = found is None and any(self.folder.glob("t*-*"))  # texts and tasks, but of which weights?
+        if unknown or (found is not None and found.get("fingerprint") != fingerprint):
             self.notes = (f"{source} is not what it was when its results were kept: they are computed again",)
             with os_errors(self.folder, "empty"):
                 shutil.rmtree(self.folder)
@@ -154,7 +155,8 @@ class TextStore(ResultFile):
 
     def write_window(self, index: int, kept: Kept) -> None:
         """Keep a window's predictions."""
-        tensors = {name: value for name, value in dataclasses.asdict(kept).items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         for name in ("ids", "drawn"):
             if name in tensors:
                 tensors[name] = _small(tensors[name], kept.vocab)

@@ -10,7 +10,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from calib.errors import UsageError
 
-__all__ = ["BatchSize", "run_batches"]
+__all__ = ["BatchSize", "is_out_of_memory", "run_batches"]
 
 # Tokens of a batch by itself, and the padding it may hold before it is closed, as a part of them. More tokens do not
 # make a CPU faster, and padding costs it as much as tokens; an accelerator waits for the number of batches.
@@ -100,13 +100,17 @@ def run_batches(
             progress(done)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on whatever device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
+
+
 def _fits(work: Callable[[list[int]], None], batch: list[int]) -> bool:
     """Whether the batch could be computed; a single sequence that does not fit is an error."""
     try:
         work(batch)
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
-        if not out_of_memory or len(batch) == 1:
+        if not is_out_of_memory(error) or len(batch) == 1:
             raise
     else:
         return True

@@ -35,7 +35,7 @@ BASE_TOP_K = 256
 def evaluate(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str] = DEFAULT_TASKS,
+    tasks: Sequence[str] | None = None,
     *,
     texts: Sequence[str] = (),
     data: str | Path | None = None,
@@ -59,7 +59,8 @@ def evaluate(
     Args:
         model: a Hugging Face causal language model; for texts alone any torch module from ids to logits.
         tokenizer: its tokenizer.
-        tasks: names of tasks and texts (docs/tasks.md, docs/evaluation.md), or paths of texts.
+        tasks: names of tasks and texts (docs/tasks.md, docs/evaluation.md), or paths of texts; ``None`` is
+            ``wikitext2`` where neither ``texts`` nor ``harness`` ask for anything.
         texts: more texts, by name or path.
         data: folder with the files of tasks and texts; without it they come from the hub.
         against: the base in full precision; adds divergence and what its answers are compared with.
@@ -82,8 +83,10 @@ def evaluate(
         OutputError: the cache cannot be written.
     """
     conventions = (convention,) if isinstance(convention, str) else tuple(convention)
+    if tasks is None:
+        tasks = () if texts or harness else DEFAULT_TASKS
     workload = load_workload(
-        tasks,
+        (tasks,) if isinstance(tasks, str) else tasks,
         texts=texts,
         data=None if data is None else Path(data),
         conventions=conventions,
@@ -98,7 +101,7 @@ def evaluate(
     base = None
     if against is not None:
         base = measure_base(
-            module_store(against, cache),
+            module_store(against, tokenizer, cache),
             workload,
             lambda: (against, tokenizer, None),
             top_k=base_top_k,
@@ -226,11 +229,12 @@ def measure_base(
     return Base(store, record, top_k)
 
 
-def module_store(base: Any, cache: str | Path | None = None) -> BaseStore:
-    """The store of a base in memory."""
+def module_store(base: Any, tokenizer: Any, cache: str | Path | None = None) -> BaseStore:
+    """The store of a base in memory, as it reads what this tokenizer cuts."""
     fingerprint = model_fingerprint(base)
     loaded = {"dtype": str(getattr(base, "dtype", None)), "device": model_device(base).type}
     root = default_cache() if cache is None else Path(cache)
+    loaded["tokenizer"] = tokenizer_hash(tokenizer)
     return BaseStore(root, f"{type(base).__name__}-{fingerprint[:16]}", loaded, fingerprint)
 
 
@@ -275,7 +279,8 @@ def _kept_text(store: BaseStore, job: TextJob, worker: Callable[[], Worker], top
 
 def _kept_task(store: BaseStore, task: LoadedTask, worker: Callable[[], Worker]) -> TaskResult:
     asked = [[list(map(list, question.pairs)), question.gold] for question in task.questions]
-    place = store.task({"task": task.task.name, "questions": item_hash(asked)})
+    decides = [asked, [question.cluster for question in task.questions], task.task.metric, task.task.chance]
+    place = store.task({"task": task.task.name, "questions": item_hash(decides), "clusters": len(task.clusters)})
     kept = place.read()
     result = None if kept is None else read_task_result(kept)
     if result is None:

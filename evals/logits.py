@@ -112,10 +112,10 @@ class ModelLogits:
         self, ids: Tensor, rows: int | None = None, *, scored: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """See `LogitSource.chunks`."""
-        batch, seqlen = ids.shape
-        places = torch.arange(batch * seqlen).view(batch, seqlen)[:, :-1]
+        shown = ids[:, :-1]  # the last token is only predicted; a model of learned positions may have none for it
+        places = torch.arange(shown.numel()).view(shown.shape)
         places = (places.flatten() if scored is None else places[scored]).to(self.device)
-        run = self.run(ids)
+        run = self.run(shown)
         step = rows or self.rows
         for start in range(0, len(places), step):
             part = slice(start, min(start + step, len(places)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from calib.errors import NumericalError
-from evals.batching import BatchSize, run_batches
+from evals.batching import BatchSize, is_out_of_memory, run_batches
 from evals.logits import ModelLogits, Run
 from evals.requests import Request, shared_prefix
 
@@ -65,19 +65,23 @@ def score_requests(
     Raises:
         NumericalError: a score is NaN or infinite.
     """
-    if source.two_steps is None:  # asked once for a model
-        source.two_steps = _can_share(source, questions)
+    two_steps = source.two_steps
+    if two_steps is None:
+        two_steps, settled = _can_share(source, questions)
+        source.two_steps = two_steps if settled else None
     found: dict[int, list[Answer]] = {}
-    families = _families(questions) if source.two_steps else [(0, list(range(len(questions))))]
+    families = _families(questions) if two_steps else [(0, list(range(len(questions))))]
     for common, members in families:
         start = _run_start(source, questions[members[0]][0].shown[:common]) if common else None
 
         def work(batch: list[int], start: _Start | None = start, members: list[int] = members) -> None:
             chosen = [questions[members[place]] for place in batch]
-            answers = _shared(source, chosen, start) if source.two_steps else _whole(source, chosen)
+            answers = _shared(source, chosen, start) if two_steps else _whole(source, chosen)
             for place, scores in zip(batch, answers, strict=True):
                 _require_finite(scores, members[place])
-                found[members[place]] = scores
+                question = questions[members[place]]
+                first = [question.index(request) for request in question]  # equal answers: no rounding between them
+                found[members[place]] = [scores[number] for number in first]
 
         before = len(found)
         step = None if progress is None else functools.partial(_report, progress, before)
@@ -97,24 +101,54 @@ def _cost(question: Sequence[Request]) -> int:
     return prefix + sum(len(request.shown) - prefix for request in question)
 
 
-def _can_share(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> bool:
-    """Whether running in two steps gives what running whole gives, tried on questions of different lengths."""
-    several = [question for question in questions if len(question) > 1]
-    if not several:
-        several = list(questions)
-    chosen = sorted(several, key=_cost)[:: max(1, len(several) // _PROBED)][:_PROBED]
-    whole = _whole(source, chosen)
+def _can_share(source: ModelLogits, questions: Sequence[Sequence[Request]]) -> tuple[bool, bool]:
+    """Whether running in two steps gives what running whole gives, and whether that is so for all questions to come.
+
+    It is, if the trial read from a cache behind padding. Where memory runs out, the longest question is left out.
+    """
+    chosen = _telling(questions)
+    while True:
+        try:
+            reason = _trial(source, chosen)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(chosen) == 1:
+                raise
+            chosen = chosen[:-1]
+    if reason is None:
+        return True, all(map(_reads_cache, chosen)) and len(set(map(_prefix, chosen))) > 1
+    note = f"{type(source.model).__name__}: every answer is run whole, prompts are not shared ({reason})"
+    source.notes = (*source.notes, note) if note not in source.notes else source.notes
+    return False, True
+
+
+def _telling(questions: Sequence[Sequence[Request]]) -> list[Sequence[Request]]:
+    """A few questions whose second pass reads what the first has kept; with the shortest and the longest prompt."""
+    useful = [question for question in questions if _reads_cache(question)] or list(questions)
+    order = sorted(useful, key=_prefix)
+    steps = range(_PROBED)
+    return [order[i] for i in sorted({round(step * (len(order) - 1) / (_PROBED - 1)) for step in steps})]
+
+
+def _trial(source: ModelLogits, chosen: Sequence[Sequence[Request]]) -> str | None:
+    """Why the two ways do not agree on these questions, or ``None``."""
+    whole = [answers for question in chosen for answers in _whole(source, [question])]
     try:
         shared = _shared(source, chosen)
-        reason = _disagreement(chosen, whole, shared, _NEAR.get(source.dtype, _NEAR_IN_HALF))
     except (AttributeError, TypeError, RuntimeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
-        reason = type(error).__name__
-    if reason is not None:
-        note = f"{type(source.model).__name__}: every answer is run whole, prompts are not shared ({reason})"
-        source.notes = (*source.notes, note) if note not in source.notes else source.notes
-    return reason is None
+        return type(error).__name__
+    return _disagreement(chosen, whole, shared, _NEAR.get(source.dtype, _NEAR_IN_HALF))
+
+
+def _prefix(question: Sequence[Request]) -> int:
+    """Tokens that all answers of a question begin with."""
+    return shared_prefix([request.shown for request in question])
+
+
+def _reads_cache(question: Sequence[Request]) -> bool:
+    return 0 < _prefix(question) < max(len(request.shown) for request in question)
 
 
 def _disagreement(
@@ -213,6 +247,8 @@ def _two_steps(source: ModelLogits, questions: Sequence[Sequence[Request]], star
     prefixes = [shared_prefix([request.shown for request in question]) for question in questions]
     flat = [(row, request) for row, question in enumerate(questions) for request in question]
     width = max(prefixes) - done
+    if width == 0:  # no question's answers have a token in common
+        return _whole(source, questions)
     wanted = _Wanted()
     for index, (row, request) in enumerate(flat):
         left = row * width + width - prefixes[row]  # of the flattened batch, less the tokens before it

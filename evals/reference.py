@@ -109,7 +109,8 @@ def keep(logits: Tensor, targets: Tensor, top_k: int | None, generator: torch.Ge
     others = log_p.exp().scatter_(1, ids, 0.0)
     entropy = torch.where(others > 0, others * log_p, 0.0).sum(dim=-1)
     rest = others.sum(dim=-1)
-    drawn = torch.multinomial(others.clamp_(min=_SMALLEST), DRAWS, replacement=True, generator=generator)
+    others.nan_to_num_(0.0).clamp_(min=_SMALLEST)  # NaN, which the scores will show, would end an accelerator's process
+    drawn = torch.multinomial(others, DRAWS, replacement=True, generator=generator)
     return Kept(likeliest, ids, rest, entropy, drawn, log_p.gather(1, drawn), nll, top, vocab)
 
 

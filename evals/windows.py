@@ -262,8 +262,9 @@ def _checked_seqlen(convention: str, seqlen: int | None, model: Any) -> int:
     if seqlen is None:
         usual = _SEQLEN.get(convention) or context or 2048
         return usual if context is None else min(usual, context)
-    if seqlen < 2:
-        raise UsageError(f"a segment needs at least 2 tokens (the first is context only), got seqlen {seqlen}.")
+    least, why = (3, "the second half is scored") if convention == "llamacpp" else (2, "the first is context only")
+    if seqlen < least:
+        raise UsageError(f"a segment needs at least {least} tokens ({why}), got seqlen {seqlen}.")
     if context is not None and seqlen > context:
         raise DataError(f"segments of {seqlen} tokens exceed the model's context of {context}; use --seqlen {context}.")
     return seqlen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -197,8 +198,8 @@ class Worker:
             kl_p99=p99,
             kl_p999=p999,
             kl_max=top,
-            kl_low=float(_joined(scores, "kl_low").mean()),
-            kl_high=float(_joined(scores, "kl_high").mean()),
+            kl_low=_finite_mean(scores, "kl_low"),
+            kl_high=_finite_mean(scores, "kl_high"),
             kl_draw_error=float(np.sqrt(_joined(scores, "kl_variance").sum()) / len(kl)),
             top1_agreement=float(same.mean()),
             top1_standard_error=error("same_top"),
@@ -220,6 +221,12 @@ def _joined(scores: Sequence[Scores], name: str) -> np.ndarray[Any, Any]:
     """A column of all windows, float64 ``[tokens]``."""
     found: np.ndarray[Any, Any] = torch.cat([getattr(part, name) for part in scores]).numpy()
     return found
+
+
+def _finite_mean(scores: Sequence[Scores], name: str) -> float | None:
+    """``None`` where a model rules tokens out: then there is no bound."""
+    mean = float(_joined(scores, name).mean())
+    return mean if math.isfinite(mean) else None
 
 
 def _by_item(plan: Plan, scores: Sequence[Scores], name: str, *, count: bool = False) -> np.ndarray[Any, Any]:

@@ -103,9 +103,7 @@ def test_the_json_record(
     assert record["model"]["recipe"] is None
 
 
-def test_a_table_for_people(
-    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_for_people(tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy_with_noise(tiny_folder, tmp_path / "OTHER")
     assert run_tasks(model, data, "--against", str(tiny_folder), "--dtype", "float32", "--limit", "4") == 0
     shown = capsys.readouterr()
@@ -130,6 +128,19 @@ def test_a_table_for_people(
     assert "float32" in shown.out
     assert "None" not in shown.out
     assert "nan" not in shown.out
+
+
+def test_lost_and_won(capsys: pytest.CaptureFixture[str]) -> None:
+    from made_records import made_record, made_task
+
+    from cli.eval_tables import show
+    from cli.progress import console
+
+    base = made_record("full", [made_task([1, 1, 1, 0, 0])])
+    show(made_record("OUT", [made_task([1, 0, -1, 1, -1])], base=base), console())  # the last: wrong in another way
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("quiz"))
+    assert "2 / 1" in line
+    assert "80.0%" in line
 
 
 def test_a_model_against_itself(tiny_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +181,7 @@ def test_the_base_is_loaded_once(
         records.append(json.loads(capsys.readouterr().out))
     assert loaded == ["BASE", "MODEL", "MODEL"]
     assert records[0]["texts"][0]["divergence"] == records[1]["texts"][0]["divergence"]
-    assert [r["base"]["texts"] for r in records][0] == records[1]["base"]["texts"]
+    assert records[0]["base"]["texts"] == records[1]["base"]["texts"]
     assert records[1]["notes"] == []
     assert not (tmp_path / "default cache").exists()
 

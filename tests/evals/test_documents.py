@@ -15,7 +15,29 @@ from calib.errors import UsageError
 from evals.documents import RULES, detokenize_wikitext, split_documents
 from evals.windows import make_plan
 
-WORDS = ("a", "the", "@-@", "@,@", ",", ".", ";", ":", "(", ")", '"', "'", "'s", "N", "°", "5", "[", "]", "é", "東京", "=")
+WORDS = (
+    "a",
+    "the",
+    "@-@",
+    "@,@",
+    ",",
+    ".",
+    ";",
+    ":",
+    "(",
+    ")",
+    '"',
+    "'",
+    "'s",
+    "N",
+    "°",
+    "5",
+    "[",
+    "]",
+    "é",
+    "東京",
+    "=",
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +156,11 @@ def test_the_detokenizer_is_that_of_the_harness(harness: ModuleType, text: str) 
         ("a : b ; c . d ! e ? f , g", "a: b; c. d! e? f, g"),
         ("f ( x ) [ y ] { z } ' w '", "f (x) [y] {z} 'w'"),
         ('say " hi there " now', 'say "hi there" now'),
-        ("the boys ' dog 's bone", "the boys' dog's bone"),
+        ("the boys ' dog", "the boys' dog"),
+        ("the dog 's bone", "the dog's bone"),
         (" = = Early life = = \n", " == Early life ==\n"),
         (" = = = Deep = = = \n", " === Deep ===\n"),
-        ("20 ° C , N = 5 , N .", "20°C, N = 5, N."),
+        ("20 ° C , N = 5 , N .", "20°C, 1 = 5, 1 ."),
         ("with N of them \n next", "with 1 of them\nnext"),
         ("Dickens ' novel", "Dickens' novel"),
     ],

@@ -22,7 +22,6 @@ from calib.errors import DataError, ModelError, UsageError
 from calib.text import tokenize, tokenizer_hash
 from evals.evaluate import measure, measure_base, module_store
 from evals.items import item_hash
-from evals.logits import ModelLogits
 from evals.metrics import answers
 from evals.record import Record
 from evals.tasks import load_task
@@ -30,7 +29,11 @@ from evals.workload import load_workload
 
 ROWS = {
     "arc_easy": [
-        {"query": f"Question: what jumps over {thing}?", "choices": ["fox", "the lazy dog", thing, "a time"], "gold": i}
+        {
+            "query": f"Question: what jumps over {thing}?",
+            "choices": ["fox", "the lazy café", thing, "a time"],
+            "gold": i,
+        }
         for i, thing in enumerate(("dog", "expression", "bits", "model"))
     ],
     "openbookqa": [{"query": "The fox is", "choices": ["quick", "lazy"], "gold": i % 2} for i in range(3)],
@@ -262,37 +265,31 @@ def test_the_base_s_record_is_its_own(make_model: Make, tiny_tokenizer: Any, dat
     assert found.dp_mean == pytest.approx(float(change.mean()), rel=1e-3, abs=1e-7)
     ratio = float((p.gather(2, true) - q.gather(2, true)).mean())
     assert found.log_ratio == pytest.approx(ratio, rel=1e-4)
+    shrink = math.sqrt(1 - 1 / len(kl))  # the bootstrap divides by n
+    paired = (p.gather(2, true) - q.gather(2, true))[..., 0].mean(1).std() / math.sqrt(len(kl))
+    assert found.log_ratio_standard_error == pytest.approx(float(paired) * shrink, rel=0.05)
     items = record.texts[0].items
     assert items["kl"] == pytest.approx(kl.sum(-1).numpy(), rel=1e-4)
     assert items["same_top"].tolist() == (q.argmax(-1) == p.argmax(-1)).sum(-1).tolist()
     spread = float((kl.mean(1)).std() / math.sqrt(len(kl)))
-    assert found.kl_standard_error == pytest.approx(spread * math.sqrt(1 - 1 / len(kl)), rel=0.05)
+    assert found.kl_standard_error == pytest.approx(spread * shrink, rel=0.05)
 
 
-def test_the_base_is_run_once(
-    make_model: Make, tiny_tokenizer: Any, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, runs = make_model("llama"), []
-    original = ModelLogits.run
-
-    def run(self: ModelLogits, ids: torch.Tensor, **inputs: Any) -> Any:
-        runs.append(self.model)
-        return original(self, ids, **inputs)
-
-    monkeypatch.setattr(ModelLogits, "run", run)
+def test_the_base_is_run_once(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:
+    base = make_model("llama")
+    runs: list[Any] = []
+    base.base_model.register_forward_hook(lambda *_: runs.append(1))
     first = against(make_model("llama", 1), base, tiny_tokenizer, data)
-    assert any(model is base for model in runs)
+    assert runs
     runs.clear()
     second = against(make_model("llama", 2), base, tiny_tokenizer, data)
-    assert runs
-    assert not any(model is base for model in runs)
+    assert not runs
     assert first.base is not None
     assert second.base is not None
     assert content(second.base) == content(first.base)
-    runs.clear()
     base.get_input_embeddings().weight.data[7] += 1  # another model now
     third = against(make_model("llama", 2), base, tiny_tokenizer, data)
-    assert any(model is base for model in runs)
+    assert runs
     assert third.base is not None
     assert third.base.model.fingerprint != first.base.model.fingerprint
 
@@ -323,7 +320,11 @@ def test_a_base_with_another_tokenizer_is_refused(
 ) -> None:
     workload = load_workload(["wikitext2"], data=data, seqlen=20)
     model = make_model("llama")
-    base = measure_base(module_store(model, with_bos(tiny_tokenizer), tmp_path), workload, lambda: (model, with_bos(tiny_tokenizer), None))
+    base = measure_base(
+        module_store(model, with_bos(tiny_tokenizer), tmp_path),
+        workload,
+        lambda: (model, with_bos(tiny_tokenizer), None),
+    )
     with pytest.raises(ModelError, match="the base LlamaForCausalLM has another tokenizer: its tokens are not"):
         measure(model, tiny_tokenizer, workload, base=base)
 

@@ -124,10 +124,11 @@ def test_every_truncation_and_every_changed_byte_is_found() -> None:
         changed = raw[:place] + bytes([raw[place] ^ 0x10]) + raw[place + 1 :]
         column = {"type": "<f8", "length": 5, "data": base64.b64encode(changed).decode()}
         try:
-            assert Items.from_dict(record(column, ids))["nll"].tolist() == [0, 1, 2, 3, 4]  # a bit that says nothing
-        except DataError as error:
-            assert "damaged" in str(error)
+            values = Items.from_dict(record(column, ids))["nll"].tolist()
+        except DataError:
             found += 1
+        else:
+            assert values == [0, 1, 2, 3, 4]  # a bit that says nothing
     assert found >= len(raw) - 4
 
 

@@ -155,6 +155,28 @@ def test_answers_with_no_token_in_common(family: str, size: int) -> None:
     assert source.notes == ()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_answers_of_very_different_lengths(family: str) -> None:
+    """Too much padding for one second pass: several, each on the same prompts."""
+    model = tiny_model(family)
+    questions = [choices(tokens(i, 9 + i), [tokens(i + 9, n) for n in (120, 2, 60, 3)]) for i in range(3)]
+    source = source_of(model, Counting)
+    assert isinstance(source, Counting)
+    assert near(score_requests(source, questions, auto()), slow(model, questions))
+    assert len([shape for shape in source.shapes if shape[0] > 1 and shape[1] < 120]) > 2
+    assert source.notes == ()
+
+
+def test_equal_answers_have_equal_scores() -> None:
+    """To the last bit, or rounding would decide which of them comes first."""
+    model = tiny_model("llama")
+    same, other = tokens(2, 8), tokens(3, 60)
+    questions = [choices(tokens(i, 17), [same, other, tokens(i + 30, 8), same]) for i in range(8)]
+    for size in (1, 3, 8):
+        for first, _, _, last in score_requests(source_of(model), questions, BatchSize(size, CPU)):
+            assert first == last
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_any_questions(data: st.DataObject) -> None:
@@ -305,7 +327,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(family: str, size: s
     model = tiny_model(family)
     source = source_of(model, Tight)
     assert isinstance(source, Tight)
-    source.most = 75  # two of the long questions do not fit, each one does
+    source.most = 40  # three prompts do not fit, nor do two whole questions; two prompts do
     questions = [choices(tokens(i, 16), [tokens(i + 20, 2), tokens(i + 40, 3)]) for i in range(9)]
     batch = BatchSize(size, CPU)
     done: list[int] = []

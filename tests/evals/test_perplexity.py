@@ -186,5 +186,5 @@ def test_nan_names_segment_and_token(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
     tokens = torch.arange(48)
     model.get_input_embeddings().weight.data[37] = float("nan")  # in segment 2; attention spreads it to all of it
-    with pytest.raises(NumericalError, match="the score of token 1 in segment 2 is nan"):
+    with pytest.raises(NumericalError, match="score of scored token 0 in window 2 is nan"):
         perplexity(model, tokens, seqlen=16, batch_size=2)

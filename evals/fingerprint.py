@@ -16,7 +16,7 @@ _SAMPLES = 1024  # bytes of each tensor that go into the hash as they are
 def model_fingerprint(model: Any) -> str:
     """sha256 over names, types, shapes, samples and an exact checksum of every tensor of a model's state.
 
-    The checksum adds the bits of all values as whole numbers (modulo 2^64), so that a changed value shows wherever it is.
+    The checksum adds the bits of all values as whole numbers (modulo 2^64): a changed value shows wherever it is.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

@@ -103,8 +103,8 @@ def keep(logits: Tensor, targets: Tensor, top_k: int | None, generator: torch.Ge
     nll = -log_p.gather(1, targets[:, None])[:, 0]
     top = log_p.argmax(dim=-1)
     if top_k is None or top_k >= vocab:
-        zero = torch.zeros(rows, device=logits.device)
-        return Kept(log_p, None, zero, zero, None, None, nll, top, vocab)
+        nothing = torch.zeros(2, rows, device=logits.device)
+        return Kept(log_p, None, nothing[0].clone(), nothing[1].clone(), None, None, nll, top, vocab)
     likeliest, ids = log_p.topk(top_k, dim=-1)
     others = log_p.exp().scatter_(1, ids, 0.0)
     entropy = torch.where(others > 0, others * log_p, 0.0).sum(dim=-1)

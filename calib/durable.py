@@ -17,15 +17,16 @@ from calib.errors import OutputError
 __all__ = ["file_sha256", "os_errors", "sync", "sync_tree", "write_file", "write_json"]
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, rename it, and sync the folder.
 
-    After a crash at any moment ``path`` is either as it was before or complete.
+    After a crash at any moment ``path`` is either as it was before or complete. Several processes may write it at the
+    same time if ``shared``: each has a temporary file of its own, which a crash leaves behind.
 
     Raises:
         OutputError: the disk is full or the file cannot be written; nothing is left of it then.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else path.name + ".tmp")
     with os_errors(path):
         try:
             temporary.touch()
@@ -41,10 +42,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         sync(path.parent)
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any], *, shared: bool = False) -> None:
     """`write_file` of indented JSON, keys in the order of ``data``."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), shared=shared)
 
 
 def sync(path: Path) -> None:

@@ -102,12 +102,12 @@ def command(**options: Any) -> None:
     _check_target(options["out"])
     record = _evaluate(options)
     line = json.dumps(record.to_dict(), allow_nan=False)
-    if options["out"] is not None:
-        _write(Path(options["out"]), line + "\n")
-    if options["as_json"]:
+    if options["as_json"]:  # shown first: a file that cannot be written must not cost the result
         click.echo(line)
     else:
         show(record, console())
+    if options["out"] is not None:
+        _write(Path(options["out"]), line + "\n")
 
 
 def _evaluate(options: dict[str, Any]) -> Record:

@@ -29,6 +29,15 @@ from ptq.report import REPORT_NAME, Report
 
 __all__ = ["DTYPES", "LoadedModel", "describe", "files_fingerprint", "load_model", "locate", "resolved_dtype"]
 
+_DECISIVE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.py",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -95,10 +104,11 @@ def describe(loaded: LoadedModel) -> ModelInfo:
 
 
 def files_fingerprint(source: str) -> str:
-    """sha256 over a model's files: weights, config, tokenizer."""
+    """sha256 over a model's files: weights, config, tokenizer, code; not over what else lies beside them."""
     weights = _weight_files(source)
     folder = weights[0].parent
-    beside = [] if Path(source).suffix == ".gguf" else sorted(folder.glob("*.json"))
+    plain = Path(source).suffix == ".gguf"
+    beside = [] if plain else sorted(file for pattern in _DECISIVE for file in folder.glob(pattern))
     digest = hashlib.sha256()
     for file in (*beside, *weights):
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())

@@ -66,6 +66,8 @@ class BaseStore:
         self.fingerprint = fingerprint
         self.notes: tuple[str, ...] = ()
         found = _read_json(self.folder / _CARD)
+        if found is not None and not {"model", "tokenizer_hash", "environment"} <= set(found):
+            found = None  # damaged
         unknown = found is None and any(self.folder.glob("t*-*"))  # texts and tasks, but of which weights?
         if unknown or (found is not None and found.get("fingerprint") != fingerprint):
             self.notes = (f"{source} is not what it was when its results were kept: they are computed again",)
@@ -79,7 +81,7 @@ class BaseStore:
         with os_errors(self.folder, "create"):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.card = dict(card) | {"fingerprint": self.fingerprint}
-        write_json(self.folder / _CARD, self.card)
+        write_json(self.folder / _CARD, self.card, shared=True)
 
     def text(self, question: Mapping[str, Any]) -> TextStore:
         """Where a text's windows are; ``question`` is everything that decides them."""
@@ -104,7 +106,7 @@ class ResultFile:
         """Keep a result."""
         with os_errors(self.path.parent, "create"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, result)
+        write_json(self.path, result, shared=True)
 
 
 class TextStore(ResultFile):
@@ -119,7 +121,7 @@ class TextStore(ResultFile):
         """Say how many windows there will be."""
         with os_errors(self.folder, "create"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._count, {"windows": windows})
+        write_json(self._count, {"windows": windows}, shared=True)
 
     def missing(self) -> list[int]:
         """Windows that are not there yet."""
@@ -163,7 +165,7 @@ class TextStore(ResultFile):
         tensors["top"] = kept.top.to(torch.int32)
         metadata = {"vocab": str(kept.vocab)}
         path = self._file(index)
-        write_file(path, lambda temporary: save_file(_contiguous(tensors), temporary, metadata))
+        write_file(path, lambda temporary: save_file(_contiguous(tensors), temporary, metadata), shared=True)
 
     def window(self, index: int) -> Kept:
         """What `write_window` kept.

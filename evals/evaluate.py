@@ -83,6 +83,7 @@ def evaluate(
         OutputError: the cache cannot be written.
     """
     conventions = (convention,) if isinstance(convention, str) else tuple(convention)
+    harness = (harness,) if isinstance(harness, str) else tuple(harness)
     if tasks is None:
         tasks = () if texts or harness else DEFAULT_TASKS
     workload = load_workload(

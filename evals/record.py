@@ -18,7 +18,7 @@ import numpy as np
 from calib.errors import DataError, OutputError
 from evals.items import Items
 from evals.metrics import METRICS, per_item
-from evals.statistics import mean_and_error
+from evals.statistics import mean_and_error, neighbours
 
 __all__ = [
     "RECORD_VERSION",
@@ -142,7 +142,12 @@ class TextResult:
     @property
     def standard_error(self) -> float | None:
         """Of `mean_nll`, from the items' means weighted by their tokens; ``None`` for one item."""
-        return mean_and_error(self.items["nll"], self.items["tokens"])[1]
+        return mean_and_error(self.items["nll"], self.items["tokens"], clusters=self.clusters)[1]
+
+    @property
+    def clusters(self) -> np.ndarray[Any, Any] | None:
+        """Group of each item, where neighbours are no independent draws; documents are."""
+        return None if self.convention == "documents" else neighbours(len(self.items))
 
     @property
     def perplexity(self) -> float | None:
@@ -303,7 +308,7 @@ def read_record(path: str | Path) -> Record:
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise DataError(f"{path} has {file.stat().st_size:,} bytes: that is no record of ptq eval.")
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite)
     except OSError as error:
         raise OutputError(f"cannot read the record {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -338,7 +343,7 @@ def _record(data: Mapping[str, Any]) -> Record:
         tokenizer_hash=str(data["tokenizer_hash"]),
         texts=tuple(_text(text) for text in data["texts"]),
         tasks=tuple(_task(task) for task in data["tasks"]),
-        harness=data.get("harness"),
+        harness=None if data.get("harness") is None else dict(data["harness"]),
         environment=dict(data["environment"]),
         seconds=float(data["seconds"]),
         notes=tuple(data.get("notes", ())),
@@ -353,12 +358,19 @@ def _text(data: Mapping[str, Any]) -> TextResult:
     _require_columns(text.name, text.items, _TEXT_COLUMNS)
     if not bool((text.items["tokens"] > 0).all()) or text.tokens < 1:
         raise DataError(f"{text.name}: an item without scored tokens; the record is damaged. Evaluate again.")
+    nll, tokens = float(text.items["nll"].sum()), int(text.items["tokens"].sum())
+    if not math.isfinite(nll) or tokens != text.tokens or not math.isclose(nll, text.nll, rel_tol=1e-6):
+        raise DataError(
+            f"{text.name}: the items do not add up to nll and tokens; the record is damaged. Evaluate again."
+        )
     return text
 
 
 def _task(data: Mapping[str, Any]) -> TaskResult:
     task: TaskResult = _result(TaskResult, data)
     _require_columns(task.name, task.items, _TASK_COLUMNS)
+    if task.metric not in METRICS:
+        raise DataError(f"{task.name}: unknown metric {task.metric!r}; the record is damaged. Evaluate again.")
     counts, gold = task.items["counts"], task.items["gold"]
     answers = int(counts.sum())
     whole = all(len(task.items[name]) == answers for name in ("ll", "characters", "bytes"))
@@ -382,9 +394,30 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "None": type(None)} | {
+    "dict[str, Any]": Mapping
+}
+
+
 def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in data.items() if name in names}
+    """The fields of a dataclass in JSON data; those of plain types are checked."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in data:
+            continue
+        value, names = data[field.name], str(field.type).split(" | ")
+        plain = [_KINDS[name] for name in names if name in _KINDS]
+        if len(plain) == len(names) and not any(isinstance(value, one) for one in plain):
+            raise TypeError(f"field {field.name!r} is {type(value).__name__}, not {field.type}")
+        found[field.name] = value
+    return found
 
 
 def _plain(result: TextResult | TaskResult) -> dict[str, Any]:

@@ -70,12 +70,13 @@ def _of_texts(target: Target, results: Sequence[TextResult]) -> list[Sample]:
     if tokens is None:
         raise DataError(f"{name} has no column of tokens; the record is damaged. Evaluate again.")
     nll = tuple(_column(target, results, place, "nll") for place in range(len(results)))
-    found = [Sample(name, "ln ppl", True, False, nll, tokens)]
+    clusters = None if results[0].clusters is None else results[0].clusters[target.rows[0]]
+    found = [Sample(name, "ln ppl", True, False, nll, tokens, clusters)]
     against = tuple("" if r.divergence is None else f"{r.divergence.base} {r.divergence.top_k}" for r in results)
     for measure, column, headline, higher in (("kl", "kl", True, False), ("top1", "same_top", False, True)):
         sums = tuple(_column(target, results, place, column) for place in range(len(results)))
         if any(values is not None for values in sums):
-            found.append(Sample(name, measure, headline, higher, sums, tokens, against=against))
+            found.append(Sample(name, measure, headline, higher, sums, tokens, clusters, against=against))
     sizes = _column(target, results, 0, "bytes")
     if results[0].convention == "documents" and sizes is not None and sizes.sum() > 0:
         bits = tuple(None if values is None else values / math.log(2) for values in nll)

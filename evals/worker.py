@@ -23,7 +23,7 @@ from evals.record import Divergence, Record, TaskResult, TextResult
 from evals.reference import Scores
 from evals.requests import Request, encode_pairs
 from evals.segments import context_length
-from evals.statistics import block_bootstrap
+from evals.statistics import block_bootstrap, neighbours
 from evals.text_scores import keep_base, score_windows
 from evals.windows import Plan, make_plan
 from evals.workload import TextJob
@@ -69,6 +69,7 @@ class Worker:
         progress: Progress | None,
         label: str = "",
     ) -> None:
+        model.eval()  # dropout would be noise
         self.model, self.tokenizer = model, tokenizer
         self.size = BatchSize(batch_size, model_device(model))
         self._seed, self._progress, self._label = seed, progress, label
@@ -184,12 +185,15 @@ class Worker:
         change = np.exp(-nll) - np.exp(-base_nll)
         median, p99, p999, top = (float(q) for q in np.quantile(kl, [0.5, 0.99, 0.999, 1.0]))
         counts = _by_item(plan, scores, "nll", count=True)
+        clusters = None if plan.convention == "documents" else neighbours(len(counts))
 
         def error(*names: str) -> float | None:
             sums = _by_item(plan, scores, names[0])
             if len(names) == 2:
                 sums = sums - _by_item(plan, scores, names[1])
-            return None if len(sums) < 2 else float(block_bootstrap(sums, counts, seed=self._seed).std(ddof=1))
+            if len(sums) < 2:
+                return None
+            return float(block_bootstrap(sums, counts, seed=self._seed, clusters=clusters).std(ddof=1))
 
         return Divergence(
             kl_mean=float(kl.mean()),

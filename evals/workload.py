@@ -70,6 +70,8 @@ def load_workload(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, got {limit}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max-tokens must be at least 1, got {max_tokens}.")
     if not conventions:
         raise UsageError(f"no perplexity convention is named; known: {', '.join(CONVENTIONS)}.")
     for convention in conventions:

@@ -118,14 +118,15 @@ def test_a_changed_base_is_forgotten_and_that_is_said(tmp_path: Path) -> None:
         return BaseStore(tmp_path, source, LOADED, print_)
 
     other = open_store("old", "dir/OTHER")
-    other.describe({"model": {}})
+    card = {"model": {"source": "x"}, "tokenizer_hash": "t", "environment": {}}
+    other.describe(card)
     store = open_store("old")
-    store.describe({"model": {"source": "x"}})
+    store.describe(card)
     store.task({"task": "arc"}).write({"value": 1})
     store.text({"text": "x"}).begin(4)
     again = open_store("old")
     assert again.notes == ()
-    assert again.card == {"model": {"source": "x"}, "fingerprint": "old"}
+    assert again.card == card | {"fingerprint": "old"}
     assert again.task({"task": "arc"}).read() == {"value": 1}
     changed = open_store("new")
     assert changed.notes == ("dir/MODEL is not what it was when its results were kept: they are computed again",)

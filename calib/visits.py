@@ -1,0 +1,387 @@
+"""What a walk hands out: a block with its weights, and its input groups one after another; see `calib.walk`.
+
+A `BlockVisit` runs its block for either stream: with the checkpoint's own tensors for the full-precision one, with what
+was put in their place for the quantized one, which may also quantize what its linears are given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from calib.block_calls import BlockCall
+from calib.groups import BlockMap, InputGroup
+from calib.lockstep import BlockPasses
+from calib.model_map import find_linears, linear_weight, set_linear_weight
+from calib.passes import check_finite, check_weight, place, three_dims
+from calib.routed import RoutedRows
+from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
+from calib.streams import Stream
+from calib.timing import Timing
+from calib.workers import Workers
+
+__all__ = ["BlockVisit", "GroupVisit", "Host"]
+
+
+class Host(Protocol):
+    """What a visit asks of its walk."""
+
+    device: torch.device
+    dtype: torch.dtype
+    timing: Timing
+    flops: Timing
+    workers: Workers
+
+    @property
+    def has_tokens(self) -> bool: ...
+
+    @property
+    def two_streams(self) -> bool: ...
+
+    @property
+    def batches(self) -> range: ...
+
+    def first_sequence(self, batch: int) -> int: ...
+
+    def stream(self, *, full: bool) -> Stream: ...
+
+    def hidden(self, batch: int, *, full: bool) -> Tensor: ...
+
+    def call(self, batch: int, block: int, *, full: bool) -> BlockCall: ...
+
+    def map_of(self, visit: BlockVisit) -> BlockMap: ...
+
+    def fits_lockstep(self, groups: Sequence[InputGroup], tokens: int) -> bool: ...
+
+    def count_pass(self, flops: float, batch: int) -> None: ...
+
+
+class BlockVisit:
+    """One block, loaded; see the head of this file.
+
+    Args:
+        index: its number; name: its name in the model; block: the module with its checkpoint weights.
+    """
+
+    def __init__(self, walk: Host, index: int, name: str, block: nn.Module) -> None:
+        self.walk, self.index, self.name, self.block = walk, index, name, block
+        self.linears: Mapping[str, nn.Module] = find_linears(block)
+        self._originals = {name: linear_weight(module).detach() for name, module in self.linears.items()}
+        place(block, walk.device, walk.dtype)
+        self._full = {name: linear_weight(module).detach() for name, module in self.linears.items()}
+        self._replaced: dict[str, Tensor] = {}
+        self._changed: dict[str, tuple[Tensor, Tensor]] = {}  # other parameters: the checkpoint's value, the new one
+        self._full_in_use = False
+        self._quantizes = False  # whether the linears' inputs are being quantized
+        self._on_stream: Callable[[bool], object] | None = None
+        self._handles: list[Any] = []
+        self._passes: dict[bool, BlockPasses] = {}  # by whether they are the full-precision stream's
+        self._rows: RoutedRows | None = None
+        self._closed = False
+
+    def groups(self, needs: frozenset[Stat], only: frozenset[str]) -> Iterator[GroupVisit]:
+        """Input groups in the order of execution.
+
+        Args:
+            needs: the statistics that will be asked for.
+            only: linears that will be quantized; groups without any are skipped.
+        """
+        with self.walk.timing.part("passes", self.walk.device):
+            wanted = [group for group in self.walk.map_of(self).groups if only.intersection(group.linears)]
+            self._start(wanted)
+        for group in wanted:
+            if self._rows is not None and self._rows.name != group.experts:
+                self._rows = None
+            yield GroupVisit(self, group, tuple(name for name in group.linears if name in only), needs)
+        self._rows = None
+
+    def _start(self, groups: list[InputGroup]) -> None:
+        """Get the passes of both streams ready."""
+        if not self.walk.has_tokens:
+            return
+        points = list(dict.fromkeys(group.point for group in groups))
+        lockstep = self.walk.fits_lockstep(groups, self.walk.stream(full=False).tokens)
+        kinds = (False, True) if self.walk.two_streams else (False,)
+        for full in kinds:
+            self._passes[full] = BlockPasses(
+                self.block,
+                lambda batch, full=full: self.walk.call(batch, self.index, full=full),  # type: ignore[misc]
+                lambda batch, full=full: self.walk.hidden(batch, full=full),  # type: ignore[misc]
+                len(self.walk.batches),
+                points,
+                lockstep=lockstep,
+                use_weights=lambda full=full: self._use_weights(full=full),  # type: ignore[misc]
+            )
+
+    def _use_weights(self, *, full: bool) -> None:
+        """Put the weights of one stream into the block."""
+        full = full and self.walk.two_streams  # one stream alone is the quantized one
+        if full == self._full_in_use:
+            return
+        weights = self._full if full else self._replaced
+        for name in self._replaced:
+            set_linear_weight(self.linears[name], weights[name])
+        for name, values in self._changed.items():
+            self._set_parameter(name, values[0 if full else 1])
+        self._full_in_use = full
+        self._switch(quantize=not full)
+
+    def _set_parameter(self, name: str, value: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        self.block.get_submodule(module)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    # -- what the quantized stream's linears are given ---------------------------------------------------------------
+
+    def quantize_inputs(
+        self, inputs: Mapping[str, Callable[[Tensor], Tensor]], on_stream: Callable[[bool], object] | None = None
+    ) -> None:
+        """From now on these linears, by name in the block, get ``inputs[name](x)`` in the place of ``x`` whenever the
+        block runs for the quantized stream. Statistics are of what they get.
+
+        Args:
+            inputs: keep the shape and dtype of ``x``.
+            on_stream: called with ``True`` when the block begins to run for the quantized stream, and with ``False``
+                when it stops: for what else differs between the streams (keys and values).
+        """
+        for name, change in inputs.items():
+            self._handles.append(self._change_input(self.linears[name], change))
+        self._on_stream = on_stream
+        self._switch(quantize=not self._full_in_use)
+
+    def _change_input(self, linear: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self._quantizes:
+                return None
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            first = next(iter(kwargs))
+            return args, {**kwargs, first: change(kwargs[first])}
+
+        return linear.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _switch(self, *, quantize: bool) -> None:
+        self._quantizes = quantize
+        if self._on_stream is not None:
+            self._on_stream(quantize)
+
+    @contextlib.contextmanager
+    def plain_inputs(self) -> Iterator[None]:
+        """Nothing that linears are given is quantized inside."""
+        before = self._quantizes
+        self._switch(quantize=False)
+        try:
+            yield
+        finally:
+            self._switch(quantize=before)
+
+    # -- used by GroupVisit ------------------------------------------------------------------------------------------
+
+    def original(self, name: str) -> Tensor:
+        """The checkpoint's weight of a linear ``[out, in]``, as stored."""
+        return self._originals[name]
+
+    def full(self, name: str) -> Tensor:
+        """The full-precision weight ``[out, in]`` in the dtype and on the device of the passes."""
+        return self._full[name]
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """From now on the quantized stream runs with ``weight`` ``[out, in]`` in this linear."""
+        if not self.walk.has_tokens:
+            return  # nothing will be run any more
+        self._replaced[name] = weight.to(self._full[name])
+        if not self._full_in_use:
+            set_linear_weight(self.linears[name], self._replaced[name])
+
+    def replace_parameter(self, name: str, value: Tensor) -> None:
+        """From now on the quantized stream runs with ``value`` in the place of a parameter that is no quantized weight,
+        by its name in the block (the gain of a norm, a bias); in the parameter's own shape and dtype."""
+        module, _, leaf = name.rpartition(".")
+        known = self._changed.get(name)
+        full = known[0] if known else self.block.get_submodule(module)._parameters[leaf]
+        assert full is not None
+        self._changed[name] = (full.detach(), value.detach().to(full))
+        if not self._full_in_use:
+            self._set_parameter(name, self._changed[name][1])
+
+    @property
+    def full_weights(self) -> Mapping[str, Tensor]:
+        """Full-precision weights ``[out, in]`` of all linears, by name in the block, as `full` has them."""
+        return self._full
+
+    def run(self, batch: int, hidden: Tensor, *, full: bool) -> Tensor:
+        """The block's output for ``hidden`` with the weights of one stream; where the streams stand does not matter."""
+        self.use(full=full)
+        output = self.walk.call(batch, self.index, full=full)(self.block, hidden)
+        self.walk.count_pass(self.walk.map_of(self).flops, batch)
+        return output
+
+    def use(self, *, full: bool) -> None:
+        """Put the weights of one stream into the block, for a caller who runs it himself."""
+        self._use_weights(full=full)
+
+    def arguments(self, group: InputGroup, batch: int, *, full: bool) -> list[tuple[Any, ...]]:
+        """What the module at the group's point is called with in one batch of a stream, a call an entry."""
+        passes = self._passes[full and self.walk.two_streams]
+        found = passes.at(group.point, batch, group.calls)
+        if not passes.lockstep:
+            self.walk.count_pass(group.flops, batch)
+        return found
+
+    def inputs(self, group: InputGroup, batch: int, *, full: bool) -> Tensor | None:
+        """The group's input in a stream for one batch, ``[sequences, tokens, n]``; ``None`` if no token comes here."""
+        found = [arguments[0] for arguments in self.arguments(group, batch, full=full)]
+        if not found:
+            return None
+        if len(found) == 1:
+            return three_dims(found[0], self.walk.stream(full=full).shapes[batch])
+        return torch.cat([part.reshape(1, -1, part.shape[-1]) for part in found], dim=1)
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether passes are suspended at groups, and not repeated."""
+        return all(passes.lockstep for passes in self._passes.values())
+
+    def rows(self, group: InputGroup) -> RoutedRows:
+        """The rows that reach the experts of a mixture, gathered once for all of them."""
+        if self._rows is None:
+            full, own = (
+                [self.arguments(group, batch, full=kind)[0] for batch in self.walk.batches] for kind in (True, False)
+            )
+            count = sum(1 for _ in self.block.get_submodule(group.experts).children())
+            self._rows = RoutedRows(group.experts, count, own, full, self.walk.workers)
+        return self._rows
+
+    def run_expert(self, group: InputGroup, rows: Tensor, *, full: bool) -> Tensor:
+        """The input ``[rows, 1, n]`` that an expert's linears get for ``rows`` ``[rows, width]`` of a stream."""
+        expert, prefix = self.block.get_submodule(group.expert), f"{group.expert}."
+        with self._own_weights(prefix, full=full):
+            return RoutedRows.through(expert, group.linears[0].removeprefix(prefix), rows)
+
+    @contextlib.contextmanager
+    def _own_weights(self, prefix: str, *, full: bool) -> Iterator[None]:
+        """One stream's weights in the linears under ``prefix`` alone; those of the whole block stay as they are."""
+        names = [name for name in self._replaced if name.startswith(prefix)] if full != self._full_in_use else []
+        for name in names:
+            set_linear_weight(self.linears[name], (self._full if full else self._replaced)[name])
+        before, self._quantizes = self._quantizes, not full
+        try:
+            yield
+        finally:
+            self._quantizes = before
+            for name in names:
+                set_linear_weight(self.linears[name], (self._replaced if full else self._full)[name])
+
+    def close(self) -> None:
+        """Move the streams through the block; again, nothing."""
+        if not self.walk.has_tokens or self._closed:
+            return
+        self._closed = True
+        if not self._passes:
+            self._start([])
+        with self.walk.timing.part("passes", self.walk.device):
+            flops = self.walk.map_of(self).flops
+            for full, passes in self._passes.items():
+                stream = self.walk.stream(full=full)
+                for batch in self.walk.batches:
+                    output = passes.finish(batch)
+                    self.walk.count_pass(flops, batch)
+                    if not full:
+                        check_finite(output, self.name)
+                    stream[batch] = output
+
+    def abandon(self) -> None:
+        """Drop what is suspended, and every reference to weights."""
+        for passes in self._passes.values():
+            passes.close()
+        for handle in self._handles:
+            handle.remove()
+        self._switch(quantize=False)
+        self._passes, self._rows, self._handles, self._on_stream = {}, None, [], None
+        self._originals, self._full, self._replaced, self._changed = {}, {}, {}, {}
+
+
+class GroupVisit:
+    """One input group of a block.
+
+    Args:
+        names: the group's linears that will be quantized, by name in the block.
+    """
+
+    def __init__(self, block: BlockVisit, group: InputGroup, names: tuple[str, ...], needs: frozenset[Stat]) -> None:
+        self.block, self.group, self.names = block, group, names
+        self._needs = needs
+        self.notes: tuple[str, ...] = ()
+
+    def full_name(self, name: str) -> str:
+        """A linear's name in the model."""
+        return f"{self.block.name}.{name}"
+
+    def weight(self, name: str) -> Tensor:
+        """A linear's original weight, float32 ``[out, in]`` on the walk's device.
+
+        Raises:
+            NumericalError: it holds NaN or Inf.
+        """
+        weight = self.block.original(name).to(self.block.walk.device, torch.float32)
+        check_weight(weight, self.full_name(name))
+        return weight
+
+    def statistics(self) -> GroupStatistics | None:
+        """The statistics asked for, over all batches of all processes; ``None`` if none was asked for or there are no
+        tokens. What a reader must know of them is in ``notes`` afterwards."""
+        walk = self.block.walk
+        if not self._needs or not walk.has_tokens:
+            return None
+        weights = {name: self.block.full(name) for name in self.names}
+        accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
+        with walk.timing.part("passes", walk.device):
+            self._prepare()
+        for batch in walk.batches:
+            with walk.timing.part("passes", walk.device):
+                own, full = self._inputs(batch)
+            with walk.timing.part("statistics", walk.device):
+                if own is not None and own.numel():
+                    accumulator.add(own, full, walk.first_sequence(batch))
+        with walk.timing.part("statistics", walk.device):
+            if walk.workers.size > 1:
+                accumulator.reduce_(walk.workers.sum_)
+            walk.flops["statistics"] = walk.flops.get("statistics", 0.0) + accumulator.flops
+            return accumulator.finish()
+
+    def _prepare(self) -> None:
+        """Bring all passes of one stream to this group before those of the other: weights change hands once."""
+        walk, group = self.block.walk, self.group
+        if group.experts:
+            self.notes = self.block.rows(group).notes(group.expert)
+            if self._needs & {Stat.FOLDS, Stat.EFFECTIVE_TOKENS}:
+                self.notes += ("its tokens count as independent of each other, although they come in sequences",)
+        elif group.routed:
+            stream = "full-precision" if walk.two_streams else "quantized"
+            self.notes = (f"calibrated on the {stream} model's inputs: the block routes tokens by itself",)
+        elif self._needs & TWO_STREAMS and walk.two_streams and self.block.in_lockstep:
+            for full in (True, False):
+                for batch in walk.batches:
+                    self.block.arguments(group, batch, full=full)
+
+    def _inputs(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """Inputs of both streams for one batch; of the full-precision one only if a statistic needs it."""
+        group, two = self.group, bool(self._needs & TWO_STREAMS)
+        if group.experts:
+            own, full = self.block.rows(group).of(group.expert, batch)
+            return self.block.run_expert(group, own, full=False), (
+                self.block.run_expert(group, full, full=True) if two else None
+            )
+        if group.routed:  # which tokens come here is the stream's own affair: only one stream can be used
+            inputs = self.block.inputs(group, batch, full=True)
+            return inputs, inputs if two else None
+        return self.block.inputs(group, batch, full=False), (
+            self.block.inputs(group, batch, full=True) if two else None
+        )
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """From here on the quantized model has ``weight`` ``[out, in]`` in this linear."""
+        self.block.replace(name, weight)

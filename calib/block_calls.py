@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calib.errors import ModelError
 from calib.model_map import foreign_code
 
-__all__ = ["BlockCall", "capture_calls", "own_state"]
+__all__ = ["BlockCall", "capture_calls", "first_tensor", "own_state"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,14 @@ class BlockCall:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden state for ``hidden`` ``[sequences, tokens, width]``."""
+        args, kwargs = self.arguments(hidden)
+        return first_tensor(block(*args, **kwargs))
+
+    def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All positional and keyword arguments of a call with ``hidden``."""
         if self.hidden_key is None:
-            return first_tensor(block(hidden, *self.args, **self.kwargs))
-        return first_tensor(block(*self.args, **self.kwargs, **{self.hidden_key: hidden}))
+            return (hidden, *self.args), dict(self.kwargs)
+        return self.args, {**self.kwargs, self.hidden_key: hidden}
 
 
 class _Done(Exception):

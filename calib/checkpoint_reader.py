@@ -64,6 +64,11 @@ class ModelSource(Protocol):
         """The folder of the checkpoint; ``None`` for a model in memory."""
         ...
 
+    @property
+    def config_changes(self) -> Mapping[str, Any]:
+        """What the config of a model of these tensors says otherwise than the stored one (after a transform)."""
+        ...
+
     def tensor_names(self) -> frozenset[str]:
         """Full names of the parameters and buffers that the checkpoint has, without second names of tied ones."""
         ...
@@ -153,6 +158,7 @@ class FolderSource:
         self, folder: Path, name: str, config: Any, trust_remote_code: bool, stored: Mapping[str, StoredTensor]
     ) -> None:
         self.folder: Path = folder
+        self.config_changes: Mapping[str, Any] = {}
         self.name = name
         self._stored = stored
         self._where = {key: tensor.file for key, tensor in stored.items()}
@@ -304,6 +310,7 @@ class ModuleSource:
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{name} is quantized already; give the full-precision model.")
         self._model: Any = model
+        self.config_changes: Mapping[str, Any] = {}
         self.name = name
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         with init_empty_weights(include_buffers=False):

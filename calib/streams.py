@@ -113,13 +113,16 @@ class Stream:
         self._items[index] = self._put(index, hidden)
 
     def __getitem__(self, index: int) -> Tensor:
-        """The batch on the device."""
+        """The batch on the device; the next one is fetched meanwhile."""
+        return self.fetch(index, (index + 1) % len(self))
+
+    def fetch(self, index: int, following: int) -> Tensor:
+        """The batch on the device; ``following`` is fetched meanwhile."""
         if self._reader is None:
             item: Tensor = self._items[index]
             return item
         hidden, event = self._take(index)
-        if len(self) > 1:
-            following = (index + 1) % len(self)
+        if following != index:
             self._coming = (following, self._reader.submit(self._fetch, following))
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)

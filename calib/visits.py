@@ -24,7 +24,20 @@ from calib.streams import Stream
 from calib.timing import Timing
 from calib.workers import Workers
 
-__all__ = ["BlockVisit", "GroupVisit", "Host"]
+__all__ = ["BlockVisit", "GroupVisit", "Host", "Treatment"]
+
+
+class Treatment(Protocol):
+    """What happens to a linear's input in the quantized model: it is quantized, or rotated, or both."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the linear gets in the place of ``x``, in its shape and dtype."""
+
+    def full(self, x: Tensor) -> Tensor:
+        """The same without loss: the full-precision counterpart of what it gets."""
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """The weight ``[out, in]`` with which ``full(x)`` gives what the original gives with ``x``."""
 
 
 class Host(Protocol):
@@ -78,6 +91,7 @@ class BlockVisit:
         self._full_in_use = False
         self._quantizes = False  # whether the linears' inputs are being quantized
         self._on_stream: Callable[[bool], object] | None = None
+        self._treatments: dict[str, Treatment] = {}
         self._handles: list[Any] = []
         self._passes: dict[bool, BlockPasses] = {}  # by whether they are the full-precision stream's
         self._rows: RoutedRows | None = None
@@ -136,23 +150,23 @@ class BlockVisit:
 
     # -- what the quantized stream's linears are given ---------------------------------------------------------------
 
-    def quantize_inputs(
-        self, inputs: Mapping[str, Callable[[Tensor], Tensor]], on_stream: Callable[[bool], object] | None = None
+    def treat_inputs(
+        self, treatments: Mapping[str, Treatment], on_stream: Callable[[bool], object] | None = None
     ) -> None:
-        """From now on these linears, by name in the block, get ``inputs[name](x)`` in the place of ``x`` whenever the
-        block runs for the quantized stream. Statistics are of what they get.
+        """From now on these linears, by name in the block, get ``treatments[name](x)`` in the place of ``x`` whenever
+        the block runs for the quantized stream. Statistics are of what they get, and weights those for it.
 
         Args:
-            inputs: keep the shape and dtype of ``x``.
+            treatments: linears that read the same tensor have equal ones.
             on_stream: called with ``True`` when the block begins to run for the quantized stream, and with ``False``
                 when it stops: for what else differs between the streams (keys and values).
         """
-        for name, change in inputs.items():
-            self._handles.append(self._change_input(self.linears[name], change))
-        self._on_stream = on_stream
+        for name, treatment in treatments.items():
+            self._handles.append(self._change_input(self.linears[name], treatment))
+        self._treatments, self._on_stream = dict(treatments), on_stream
         self._switch(quantize=not self._full_in_use)
 
-    def _change_input(self, linear: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    def _change_input(self, linear: nn.Module, change: Treatment) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not self._quantizes:
                 return None
@@ -185,8 +199,17 @@ class BlockVisit:
         return self._originals[name]
 
     def full(self, name: str) -> Tensor:
-        """The full-precision weight ``[out, in]`` in the dtype and on the device of the passes."""
-        return self._full[name]
+        """The full-precision weight ``[out, in]`` for what the linear gets in the quantized stream, in the dtype and on
+        the device of the passes."""
+        return self.for_treated(name, self._full[name])
+
+    def for_treated(self, name: str, weight: Tensor) -> Tensor:
+        """A linear's weight for inputs that are treated (`treat_inputs`)."""
+        return self._treatments[name].on_weight(weight) if name in self._treatments else weight
+
+    def as_treated(self, name: str, inputs: Tensor) -> Tensor:
+        """The full-precision stream's inputs of a linear, to be compared with what it gets in the quantized one."""
+        return self._treatments[name].full(inputs) if name in self._treatments else inputs
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From now on the quantized stream runs with ``weight`` ``[out, in]`` in this linear."""
@@ -206,11 +229,6 @@ class BlockVisit:
         self._changed[name] = (full.detach(), value.detach().to(full))
         if not self._full_in_use:
             self._set_parameter(name, self._changed[name][1])
-
-    @property
-    def full_weights(self) -> Mapping[str, Tensor]:
-        """Full-precision weights ``[out, in]`` of all linears, by name in the block, as `full` has them."""
-        return self._full
 
     def run(self, batch: int, hidden: Tensor, *, full: bool) -> Tensor:
         """The block's output for ``hidden`` with the weights of one stream; where the streams stand does not matter."""
@@ -301,7 +319,7 @@ class BlockVisit:
             handle.remove()
         self._switch(quantize=False)
         self._passes, self._rows, self._handles, self._on_stream = {}, None, [], None
-        self._originals, self._full, self._replaced, self._changed = {}, {}, {}, {}
+        self._originals, self._full, self._replaced, self._changed, self._treatments = {}, {}, {}, {}, {}
 
 
 class GroupVisit:
@@ -321,14 +339,14 @@ class GroupVisit:
         return f"{self.block.name}.{name}"
 
     def weight(self, name: str) -> Tensor:
-        """A linear's original weight, float32 ``[out, in]`` on the walk's device.
+        """A linear's original weight, float32 ``[out, in]`` on the walk's device, for what it gets (`treat_inputs`).
 
         Raises:
             NumericalError: it holds NaN or Inf.
         """
         weight = self.block.original(name).to(self.block.walk.device, torch.float32)
         check_weight(weight, self.full_name(name))
-        return weight
+        return self.block.for_treated(name, weight)
 
     def statistics(self) -> GroupStatistics | None:
         """The statistics asked for, over all batches of all processes; ``None`` if none was asked for or there are no
@@ -343,6 +361,7 @@ class GroupVisit:
         for batch in walk.batches:
             with walk.timing.part("passes", walk.device):
                 own, full = self._inputs(batch)
+                full = None if full is None else self.block.as_treated(self.names[0], full)
             with walk.timing.part("statistics", walk.device):
                 if own is not None and own.numel():
                     accumulator.add(own, full, walk.first_sequence(batch))

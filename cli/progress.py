@@ -44,6 +44,7 @@ class ProgressListener:
         self._screen = screen
         self._clock = clock
         self._started = clock()
+        self._unit = "blocks"
         self._skipped = 0  # blocks that were done before this run began
         self._bar = _bar(screen) if screen.is_terminal else None
         self._task = None if self._bar is None else self._bar.add_task("reading the model", total=None, layer="")
@@ -74,11 +75,11 @@ class ProgressListener:
             self._advance(event)
 
     def _begin(self, event: Event) -> None:
-        self._started, self._skipped = self._clock(), event.done
+        self._started, self._skipped, self._unit = self._clock(), event.done, event.text or "blocks"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description="blocks", total=event.total, completed=event.done)
+            self._bar.update(self._task, description=self._unit, total=event.total, completed=event.done)
         else:
-            self.say(f"{event.total} blocks")
+            self.say(f"{event.total} {self._unit}")
 
     def _advance(self, event: Event) -> None:
         if self._bar is not None and self._task is not None:
@@ -86,7 +87,9 @@ class ProgressListener:
             return
         elapsed = self._clock() - self._started
         left = elapsed / max(event.done - self._skipped, 1) * (event.total - event.done)
-        self.say(f"block {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left")
+        self.say(
+            f"{self._unit.removesuffix('s')} {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left"
+        )
 
 
 def _bar(screen: Console) -> Progress:

@@ -23,7 +23,7 @@ from ptq.events import Event, Listener
 from ptq.forecasting import Forecast
 from ptq.forecasting import forecast as make_forecast
 from ptq.formats.writer import check_output_folder
-from ptq.methods import find_method, make_config
+from ptq.methods import WindowMethod, find_method, make_config
 from ptq.pipeline import Run
 from ptq.plan import make_plan
 from ptq.recipe import CalibrationSpec, Recipe
@@ -156,7 +156,7 @@ def _prepare(
     )
     plan = make_plan(source.skeleton, recipe, source.dtype)
     listener = listener if workers.leads else _ignore
-    needs_data = bool(method.needs(config))
+    needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if not needs_data:
         calibration = None

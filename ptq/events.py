@@ -16,10 +16,9 @@ class Event:
     """One step of a run.
 
     Args:
-        kind: ``"message"`` (a sentence for the log), ``"blocks"`` (work starts, ``total`` blocks), ``"layer"`` (a
-        linear
-            is about to be done, named in ``name``), ``"layer_done"`` (``record`` is set), ``"block_done"`` (``done`` of
-            ``total`` blocks are written).
+        kind: ``"message"`` (a sentence for the log), ``"blocks"`` (work starts: ``total`` of what ``text`` names,
+            blocks or, for learned methods, visits of blocks), ``"layer"`` (what is being done, in ``name``: a linear, or a
+            step of a window), ``"layer_done"`` (``record`` is set), ``"block_done"`` (``done`` of ``total`` are over).
     """
 
     kind: Literal["message", "blocks", "layer", "layer_done", "block_done"]

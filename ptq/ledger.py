@@ -25,6 +25,8 @@ class PartRecord:
         warnings: sentences for the user.
         timing: seconds, and flops: floating-point operations, by kind of work; seconds: of the whole part.
         format, format_reason: in which it was written; a resumed run goes on in the same.
+        windows: what was learned in windows that its blocks were in, a record a stage (`ptq.learning.training`).
+        changed: tensors that are not quantized but no longer the checkpoint's: parameter -> key in the shard.
     """
 
     layers: list[LayerRecord] = dataclasses.field(default_factory=list)
@@ -36,6 +38,8 @@ class PartRecord:
     seconds: float = 0.0
     format: str = ""
     format_reason: str = ""
+    windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    changed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def keep(self, name: str, reason: str, numbers: int, size: int) -> None:
         """Note a tensor that stays as it is; tensors under one name are added up."""
@@ -66,6 +70,8 @@ def merge(parts: Iterable[PartRecord]) -> PartRecord:
         total.warnings += part.warnings
         total.kept_parameters += part.kept_parameters
         total.seconds += part.seconds
+        total.windows += [row for row in part.windows if row not in total.windows]
+        total.changed |= part.changed
         for name, tensor in part.kept.items():
             before = total.kept[name].bytes if name in total.kept else 0
             total.kept[name] = dataclasses.replace(tensor, bytes=before + tensor.bytes)

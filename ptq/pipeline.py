@@ -12,9 +12,11 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,22 +32,27 @@ from calib.streams import Offload, Place
 from calib.text import Calibration
 from calib.walk import BlockVisit, Timing, Walk
 from calib.workers import ALONE, Workers
-from ptq.errors import UsageError
+from ptq.errors import ModelError, UsageError
 from ptq.events import Event, Listener
 from ptq.formats import compressed_tensors, native
 from ptq.formats.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.formats.layout import layer_weight
 from ptq.formats.select import select_format
 from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
+from ptq.learning import LearnedConfig
 from ptq.ledger import PartRecord, merge
-from ptq.methods import LayerMethod
+from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
 from ptq.plan import Plan, chooses_experts
 from ptq.preflight import check_disk, clashing_schemes, cpu_name, peak_memory, stream_bytes, stream_place
+from ptq.quantized import QuantizedWeight
 from ptq.recipe import Recipe
 from ptq.report import Report
-from ptq.scheme import Scheme
+from ptq.runtime.key_values import supports_key_values
+from ptq.scheme import KeyValueScheme, Scheme
 from ptq.sizes import FUSED_EXPERTS, Sizes, dense_experts, model_tensor, plan_sizes
 from ptq.solving import solve_group
+from ptq.treated_inputs import treat_block
+from ptq.window_run import WindowRun
 
 __all__ = ["Run"]
 
@@ -75,7 +82,7 @@ class Run:
         source: ModelSource,
         plan: Plan,
         recipe: Recipe,
-        method: LayerMethod,
+        method: LayerMethod | WindowMethod,
         config: Any,
         calibration: Calibration | None,
         out: Path,
@@ -90,15 +97,21 @@ class Run:
         self.source, self.plan, self.recipe, self.method, self.config = source, plan, recipe, method, config
         self.calibration, self.device, self.dtype, self.tell = calibration, device, dtype, listener
         self.out, self.restart, self.workers = out, restart, workers
-        self.needs = method.needs(config)
-        self.two_streams = bool(self.needs & TWO_STREAMS)
+        self.layer_method, self.layer_config = _layer_method(method, config)
+        self.needs = self.layer_method.needs(self.layer_config) if self.layer_method else frozenset()
+        self.two_streams = isinstance(method, WindowMethod) or bool(self.needs & TWO_STREAMS)
+        bits = recipe.kv_bits
+        self.key_values = None if bits is None else KeyValueScheme(bits, recipe.kv_symmetric)
         self.timing, self.flops = Timing(), Timing()
+        self._kinds_checked: set[object] = set()
         self._kernels_checked: frozenset[tuple[str, ...]] = frozenset()
         self._started, self._earlier, self._noted = 0.0, PartRecord(), PartRecord()
         blocks = tuple(f"{block}." for block in plan.blocks)
         self._experts = frozenset(name for name in fused_experts(source.skeleton) if name.startswith(blocks))
         self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
-        self.format, self.format_reason = select_format(recipe.format, plan.schemes, self.linears, source.skeleton)
+        self.format, self.format_reason = select_format(
+            recipe.format, plan.schemes, self.linears, source.skeleton, recipe.kv_bits
+        )
         tokens = None if calibration is None else calibration.tokens
         self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size)
 
@@ -191,7 +204,8 @@ class Run:
         if done:
             how = "activations pass through them again" if walk.has_tokens and done < total else "they are kept"
             self.tell(Event("message", f"going on after {done} of {total} blocks that are finished: {how}"))
-        self.tell(Event("blocks", total=total, done=done))
+        if not isinstance(self.method, WindowMethod):
+            self.tell(Event("blocks", "blocks", total=total, done=done))
         parts = {name: PartRecord.from_payload(part.payload) for name, part in finished.items()}
         self._earlier = merge(parts.values())
         for part in parts.values():
@@ -199,7 +213,9 @@ class Run:
             self._kernels_checked = frozenset({()})  # too late for another format
         self.tell(Event("message", f"format {self.format}: {self.format_reason}"))
         rest = walk.tensors_outside_blocks()
-        if done < total:
+        if done < total and isinstance(self.config, LearnedConfig):
+            WindowRun(self, self.config, finished, parts, writer).execute()
+        elif done < total:
             self._visit(walk, finished, parts, writer)
         del walk  # the streams' memory
         self._sum_flops()  # all processes are through: nobody reads activations any more
@@ -228,7 +244,7 @@ class Run:
         """Quantize block after block, into ``parts``; finished ones are only passed through."""
         for visit in walk:
             if visit.name in finished:
-                self._replay(visit, finished[visit.name])
+                self.replay(visit, finished[visit.name])
                 continue
             parts[visit.name] = self._do_block(visit, walk, writer)
             self.tell(Event("block_done", name=visit.name, done=visit.index + 1, total=len(walk.block_names)))
@@ -238,12 +254,46 @@ class Run:
         tensors = self.quantize_block(visit, part, packed=writer is not None)
         visit.close()  # before the part is noted as finished: its outputs are checked here, and belong to its time
         if writer is not None:
-            with self.timing.part("write", self.device):
-                done = {f"{record.name}.weight" for record in part.layers}
-                tensors.update(self._passing(walk.tensors_of_block(visit.name) - done, part))
-                self._note_cost(part)
-                writer.write_part(visit.name, tensors, part.payload())
+            self._write_block(visit, tensors, {}, part, writer)
         return part
+
+    def write_block(
+        self,
+        visit: BlockVisit,
+        weights: Mapping[str, QuantizedWeight],
+        changed: Mapping[str, Tensor],
+        part: PartRecord,
+        writer: CheckpointWriter | None,
+    ) -> None:
+        """Write a block whose linears are in ``part.layers``.
+
+        Args:
+            weights: by name in the block; changed: other parameters that are no longer the checkpoint's, likewise.
+            part: its record; writer: on the process that writes.
+        """
+        if writer is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        with self.timing.part("write", self.device):
+            for name, weight in weights.items():
+                tensors.update(self._format.layer_tensors(f"{visit.name}.{name}", weight))
+        self._write_block(visit, tensors, changed, part, writer)
+
+    def _write_block(
+        self,
+        visit: BlockVisit,
+        tensors: dict[str, Tensor],
+        changed: Mapping[str, Tensor],
+        part: PartRecord,
+        writer: CheckpointWriter,
+    ) -> None:
+        with self.timing.part("write", self.device):
+            done = {f"{record.name}.weight" for record in part.layers}
+            full = {f"{visit.name}.{name}": value for name, value in changed.items()}
+            names = frozenset(name for name in self.source.tensor_names() if name.startswith(f"{visit.name}."))
+            tensors.update(self._passing(names - done, part, full))
+            self._note_cost(part)
+            writer.write_part(visit.name, tensors, part.payload())
 
     def _note_cost(self, part: PartRecord) -> None:
         """What was spent since the last part was noted: what lies between two parts belongs to the later one."""
@@ -256,34 +306,78 @@ class Run:
 
     def quantize_block(self, visit: BlockVisit, part: PartRecord, *, packed: bool) -> dict[str, Tensor]:
         """Quantize the block's linears; returns their tensors as stored, if ``packed``."""
-        schemes = self.plan.in_block(visit.name)
-        self._check_kernels(visit)
         tensors: dict[str, Tensor] = {}
-        done = set()
+
+        def take(name: str, weight: QuantizedWeight) -> None:
+            if packed:
+                with self.timing.part("write", self.device):
+                    tensors.update(self._format.layer_tensors(f"{visit.name}.{name}", weight))
+
+        self.solve_block(visit, part, take)
+        return tensors
+
+    def solve_block(self, visit: BlockVisit, part: PartRecord, take: Callable[[str, QuantizedWeight], object]) -> None:
+        """Let the layer-wise method quantize a block's linears, group after group.
+
+        Args:
+            part: gets their records; take: gets every linear's name in the block and its result.
+        """
+        schemes = self.plan.in_block(visit.name)
+        self.check_kernels(visit)
+        self.treat(visit)
+        assert self.layer_method is not None
         for group in visit.groups(self.needs, frozenset(schemes)):
             self.tell(Event("layer", name=group.full_name(group.names[0])))
             stats = group.statistics()
             solved = solve_group(
-                group, schemes, stats, self.method, self.config, workers=self.workers, timing=self.timing
+                group, schemes, stats, self.layer_method, self.layer_config, workers=self.workers, timing=self.timing
             )
             for name, result in solved.items():
                 group.replace(name, result.weight.dequantize(self.dtype))
-                done.add(name)
                 part.layers.append(result.record)
                 self.flops["solve"] = self.flops.get("solve", 0.0) + result.flops
-                self._warn(part, *(f"{result.record.name}: {note}" for note in result.record.notes))
+                self.warn(part, *(f"{result.record.name}: {note}" for note in result.record.notes))
                 self.tell(Event("layer_done", name=result.record.name, record=result.record))
-                if packed:
-                    with self.timing.part("write", self.device):
-                        tensors.update(self._format.layer_tensors(result.record.name, result.weight))
+                take(name, result.weight)
             del stats, solved  # before the sums of the next group are there
-        for name in sorted(schemes.keys() - done):
+        self.reached(visit, part)
+
+    def reached(self, visit: BlockVisit, part: PartRecord) -> dict[str, Scheme]:
+        """Schemes of those of the block's linears that are called, by name; the others are named in ``part``."""
+        schemes = self.plan.in_block(visit.name)
+        called = {name for group in visit.walk.map_of(visit).groups for name in group.linears}
+        for name in sorted(schemes.keys() - called):
             full = f"{visit.name}.{name}"
             self.plan.reasons[full] = "never called: no token reached it, or the model reads its weight directly"
-            self._warn(part, f"{full} stays in full precision, {self.plan.reasons[full]}")
-        return tensors
+            self.warn(part, f"{full} stays in full precision, {self.plan.reasons[full]}")
+        return {name: scheme for name, scheme in schemes.items() if name in called}
 
-    def _check_kernels(self, visit: BlockVisit) -> None:
+    def treat(self, visit: BlockVisit, share: Callable[[], float] = lambda: 1.0) -> None:
+        """From now on the block's inputs are treated in the quantized stream as at run time (`treat_block`).
+
+        Raises:
+            ModelError: keys and values are to be rounded, and the block's attention cannot be reached.
+        """
+        if visit.walk.has_tokens:
+            if self.key_values is not None:
+                self._check_key_values(visit)
+            treat_block(visit, self.plan.in_block(visit.name), self.key_values, share)
+
+    def _check_key_values(self, visit: BlockVisit) -> None:
+        """Once a kind of block: rounding keys and values has an effect."""
+        kind = (type(visit.block), tuple(visit.linears))
+        if kind in self._kinds_checked:
+            return
+        hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
+        visit.use(full=True)
+        if not supports_key_values(visit.block, lambda: call(visit.block, hidden)):
+            raise ModelError(
+                f"{visit.name}: the attention of {type(visit.block).__name__} does not go through transformers' "
+                f"attention interface, so its keys and values cannot be rounded. Leave out --kv-bits."
+            )
+        self._kinds_checked.add(kind)
+
+    def check_kernels(self, visit: BlockVisit) -> None:
         """Once a kind of block: linears that runtimes fuse into one kernel must share a scheme, in the format that they
         read. At the first block the format can still be another one."""
         groups = visit.walk.map_of(visit).groups
@@ -298,34 +392,47 @@ class Run:
         elif clashes:
             raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --format native.")
 
-    def _replay(self, visit: BlockVisit, part: FinishedPart) -> None:
+    def replay(self, visit: BlockVisit, part: FinishedPart) -> None:
         """Give a finished block its weights, for the streams to pass through."""
         visit.walk.map_of(visit)  # later blocks may need what this one leaves for them when they are traced
         if not visit.walk.has_tokens:
             return
+        self.treat(visit)
         tensors = read_shard(self.out / STAGING / part.file)
         for row in part.payload["layers"]:
             weight = layer_weight(row["name"], tensors, Scheme(**row["scheme"])).to(self.device)
             visit.replace(row["name"].removeprefix(f"{visit.name}."), weight.dequantize(self.dtype))
+        for name, key in part.payload.get("changed", {}).items():
+            visit.replace_parameter(name.removeprefix(f"{visit.name}."), tensors[key])
 
     @property
     def _format(self) -> Any:
         return _FORMATS[self.format]
 
-    def _warn(self, part: PartRecord, *texts: str) -> None:
+    def warn(self, part: PartRecord, *texts: str) -> None:
         for text in texts:
             part.warnings.append(text)
             self.tell(Event("message", text))
 
     # -- what passes through -----------------------------------------------------------------------------------------
 
-    def _passing(self, names: frozenset[str], part: PartRecord) -> dict[str, Tensor]:
-        """Tensors that are not quantized, unchanged, and noted as kept."""
+    def _passing(
+        self, names: frozenset[str], part: PartRecord, changed: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """Tensors that are not quantized, and noted as kept: the checkpoint's, or what a method ``changed`` them to."""
         tensors = {}
         for key, parameter, tensor in self.source.raw_tensors(names):
+            if parameter in changed:
+                tensor = _in_place_of(tensor, changed[parameter], key)
+                part.changed[parameter] = key
             check_weight(tensor, parameter)
             tensors[key] = tensor
             part.keep(*self.label(parameter, tensor.ndim), tensor.numel(), tensor.nbytes)
+        lost = changed.keys() - part.changed.keys()
+        if lost:
+            raise ModelError(
+                f"{min(lost)} was changed, but is stored in another form than in the model: -O scaling=off avoids it."
+            )
         return tensors
 
     def label(self, parameter: str, dimensions: int) -> tuple[str, str]:
@@ -395,15 +502,20 @@ class Run:
         unused = self.source.unused()
         if unused:
             shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-            self._warn(total, f"{len(unused)} tensors of the checkpoint are no part of the model, left out: {shown}")
+            self.warn(total, f"{len(unused)} tensors of the checkpoint are no part of the model, left out: {shown}")
         now = PartRecord(timing=self.timing, flops=self.flops, seconds=time.perf_counter() - self._started)
         cost = merge([self._earlier, now])  # the parts' own sums lack what lies between them
         total.timing, total.flops, total.seconds = cost.timing, cost.flops, cost.seconds
-        self._warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
+        self.warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
         report = self._report(writer, total)
         schemes: dict[str, Scheme | None] = {r.name: self.plan.schemes[r.name] for r in total.layers}
-        writer.finish(self._model_config(), self._format.quantization_config(schemes, self.linears), report)
+        writer.finish(self._model_config(), self._quantization_config(schemes), report)
         return report
+
+    def _quantization_config(self, schemes: dict[str, Scheme | None]) -> dict[str, Any]:
+        if self.format == "native":
+            return native.quantization_config(schemes, self.linears, self.key_values)
+        return compressed_tensors.quantization_config(schemes, self.linears)
 
     def _model_config(self) -> dict[str, Any]:
         model = self.source.skeleton
@@ -449,6 +561,7 @@ class Run:
             self._environment() | {"flops": total.flops, "offload": self.offload} | self._peaks(),
             tuple(total.warnings),
             writer.files(),
+            tuple(total.windows),
         )
 
     def _peaks(self) -> dict[str, int]:
@@ -471,3 +584,23 @@ class Run:
             "pass_dtype": str(self.dtype).removeprefix("torch."),
             "method_config": {k: getattr(self.config, k) for k in type(self.config).__dataclass_fields__},
         }
+
+
+def _layer_method(method: LayerMethod | WindowMethod, config: Any) -> tuple[LayerMethod | None, Any]:
+    """The method that quantizes linear by linear: the method itself, or what a learned one starts from."""
+    if isinstance(method, LayerMethod):
+        return method, config
+    if config.init == "none":
+        return None, None
+    start = find_method(config.init)
+    assert isinstance(start, LayerMethod)
+    return start, make_config(start, {})
+
+
+def _in_place_of(tensor: Tensor, changed: Tensor, key: str) -> Tensor:
+    if tensor.shape != changed.shape:
+        raise ModelError(
+            f"{key} is stored as {list(tensor.shape)} and was changed as {list(changed.shape)}: -O scaling=off avoids "
+            f"it."
+        )
+    return changed.detach().to("cpu", tensor.dtype)

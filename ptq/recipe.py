@@ -12,13 +12,14 @@ import yaml
 
 from ptq.errors import UsageError, unknown_name
 from ptq.safe_yaml import read_yaml
-from ptq.scheme import Scheme
+from ptq.scheme import Scheme, check_dynamic
 
-__all__ = ["COMPUTE_DTYPES", "FORMATS", "CalibrationSpec", "Recipe"]
+__all__ = ["COMPUTE_DTYPES", "FORMATS", "ROTATIONS", "CalibrationSpec", "Recipe"]
 
 T = TypeVar("T")
 FORMATS = ("auto", "compressed-tensors", "native")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROTATIONS = ("residual", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,14 @@ class Recipe:
         compute_dtype: dtype of the passes through the model's blocks. ``auto`` is the checkpoint's half-precision dtype
             where the device multiplies it natively, float32 otherwise. Statistics and solves are float32 in any case.
         format: ``auto`` writes compressed-tensors where that format can carry the result, the native format otherwise.
+        kv_bits: width, 2 to 8, to which keys (after rotary) and values are rounded at run time, each token and head
+            with a range of its own; ``None`` leaves them as they are.
+        kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
+        rotate: ``residual`` rotates the hidden state between blocks (into the weights, free at run time), ``down``
+            rotates at run time the input of the linears that end a block's MLP.
+
+    Raises:
+        UsageError: a value that no field takes.
     """
 
     method: str = "coreq"
@@ -73,6 +82,9 @@ class Recipe:
     calibration: CalibrationSpec = CalibrationSpec()
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     format: Literal["auto", "compressed-tensors", "native"] = "auto"
+    kv_bits: int | None = None
+    kv_symmetric: bool = False
+    rotate: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("method", "compute_dtype", "format"):
@@ -84,6 +96,8 @@ class Recipe:
             raise unknown_name("format", self.format, FORMATS)
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_dynamic("kv", "keys and values", self.kv_bits, self.kv_symmetric)
+        object.__setattr__(self, "rotate", _rotations(self.rotate))
 
     def scheme_for(self, linear: str) -> Scheme | None:
         """The scheme of a linear by its full name, or ``None`` if it stays in full precision."""
@@ -95,7 +109,11 @@ class Recipe:
         return self.scheme
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as written to YAML and to the report."""
+        """Plain data, as written to YAML and to the report.
+
+        What came later than the first release is there only where it is set: a recipe without it reads as it always
+        did, and a run that an earlier release began can go on.
+        """
         return {
             "method": self.method,
             "options": dict(self.options),
@@ -105,6 +123,8 @@ class Recipe:
             "calibration": dataclasses.asdict(self.calibration),
             "compute_dtype": self.compute_dtype,
             "format": self.format,
+            **({} if self.kv_bits is None else {"kv_bits": self.kv_bits, "kv_symmetric": self.kv_symmetric}),
+            **({"rotate": list(self.rotate)} if self.rotate else {}),
         }
 
     @classmethod
@@ -121,6 +141,8 @@ class Recipe:
             fields["calibration"] = _record(CalibrationSpec, fields["calibration"], f"{where}.calibration")
         if "ignore" in fields:
             fields["ignore"] = tuple(str(pattern) for pattern in _list(fields["ignore"], f"{where}.ignore"))
+        if "rotate" in fields:
+            fields["rotate"] = tuple(_list(fields["rotate"], f"{where}.rotate"))
         if "options" in fields and not isinstance(fields["options"], Mapping):
             raise UsageError(f"{where}.options must be a mapping, got {type(fields['options']).__name__}.")
         if "overrides" in fields:
@@ -142,6 +164,16 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _rotations(names: object) -> tuple[str, ...]:
+    """Rotations in the table's order, each once, so that equal recipes are equal data."""
+    if not isinstance(names, tuple | list):
+        raise UsageError(f"rotate must be a list of rotations ({', '.join(ROTATIONS)}), got {names!r}.")
+    for name in names:
+        if name not in ROTATIONS:
+            raise unknown_name("rotation", str(name), ROTATIONS)
+    return tuple(name for name in ROTATIONS if name in names)
 
 
 def _known(kind: type, data: Any, where: str) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Report:
         environment: versions, device, dtype of the passes, threads, seed.
         warnings: every fallback and anything the user should know.
         files: ``{"bytes", "sha256"}`` of every weight file by its name; empty in reports of earlier releases.
+        windows: of learned methods, one row a stage of a window: ``sweep``, ``window``, ``start``, ``stop``, ``share``,
+            ``loss_before``, ``loss_after``, ``steps``, ``seconds``, ``captured``, ``notes``.
     """
 
     model: dict[str, Any]
@@ -59,6 +61,7 @@ class Report:
     environment: dict[str, Any]
     warnings: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    windows: tuple[dict[str, Any], ...] = ()
     version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class Report:
         data["layers"] = [layer.to_dict() for layer in self.layers]
         data["kept"] = [dataclasses.asdict(tensor) for tensor in self.kept]
         data["warnings"] = list(self.warnings)
+        data["windows"] = list(self.windows)
         return data | {"sha256": _checksum(data)}
 
     def to_json(self) -> str:
@@ -82,6 +86,7 @@ class Report:
             for name, row in data.get("files", {}).items()
         }
         changed = {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"]), "files": files}
+        changed["windows"] = tuple(data.get("windows", ()))
         return cls(**(fields | changed))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the user asks of one linear's weight: the grid, the bits, the groups, the dtype of the scales."""
+"""What the user asks of one linear: how its weight is stored, and what happens to its input before the product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptq.errors import UsageError
 
-__all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "Scheme"]
+__all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "KeyValueScheme", "Scheme", "check_dynamic"]
 
 MIN_BITS, MAX_BITS = 2, 8
 SCALE_DTYPES: dict[str, torch.dtype] = {"auto": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -19,7 +19,7 @@ SCALE_DTYPES: dict[str, torch.dtype] = {"auto": torch.float16, "float16": torch.
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """The storage of one linear's weight ``[out_features, in_features]``.
+    """The storage of one linear's weight ``[out_features, in_features]``, and the treatment of its input.
 
     Args:
         bits: width of one code, 2 to 8.
@@ -28,8 +28,13 @@ class Scheme:
         group_size: consecutive input channels that share a scale, e.g. 64 gives ``ceil(in_features / 64)`` scales a
             row (the last group may be shorter); ``None`` is one scale a row (per channel).
         scale_dtype: dtype in which scales are stored, ``"float16"`` or ``"bfloat16"``; ``"auto"`` becomes bfloat16
-        for a
-            bfloat16 model (stock loaders would round other scales to that) and float16 for any other (`resolved`).
+            for a bfloat16 model (stock loaders would round other scales to that) and float16 for any other
+            (`resolved`).
+        act_bits: width, 2 to 8, to which every input vector is rounded at run time, with a range of its own
+            (`ptq.runtime.activations.quantize_tokens`); ``None`` leaves inputs as they are.
+        act_symmetric: the inputs' grid has its zero in the middle; otherwise an integer zero point a vector.
+        input_rotation: seed of the randomised Hadamard rotation of the input; the weight is stored rotated, so that
+            the product is the same. ``None`` is no rotation.
 
     Raises:
         UsageError: a value outside the limits above.
@@ -39,12 +44,21 @@ class Scheme:
     symmetric: bool = True
     group_size: int | None = 64
     scale_dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    act_bits: int | None = None
+    act_symmetric: bool = False
+    input_rotation: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.symmetric, bool):
             raise UsageError(f"symmetric must be true or false, got {self.symmetric!r}.")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {self.bits!r}.")
+        check_dynamic("act", "the inputs of linears", self.act_bits, self.act_symmetric)
+        seed = self.input_rotation
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+            raise UsageError(
+                f"input_rotation must be a seed from 0 to 2^63 - 1, or None for no rotation; got {seed!r}."
+            )
         size = self.group_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise UsageError(
@@ -70,9 +84,75 @@ class Scheme:
         return torch.arange(in_features, device=device) // size
 
     def describe(self) -> str:
-        """Short name for tables and logs, e.g. ``"int3 sym g64"``."""
+        """Short name for tables and logs, e.g. ``"int3 sym g64"`` or ``"int4 sym per channel a4 rotated"``."""
         group = "per channel" if self.group_size is None else f"g{self.group_size}"
-        return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {group}"
+        text = f"int{self.bits} {'sym' if self.symmetric else 'asym'} {group}"
+        if self.act_bits is not None:
+            text += f" a{self.act_bits}{' sym' if self.act_symmetric else ''}"
+        return text if self.input_rotation is None else f"{text} rotated"
+
+    @property
+    def treats_input(self) -> bool:
+        """Whether the runtime must do anything to the linear's input: quantize it or rotate it."""
+        return self.act_bits is not None or self.input_rotation is not None
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data; what is said of inputs only where it is set, so that other schemes read as they always did."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in _INPUT or value != _INPUT[name]}
+
+
+_INPUT = {"act_bits": None, "act_symmetric": False, "input_rotation": None}  # the defaults
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValueScheme:
+    """How keys (after rotary) and values are rounded: every token and head with a range of its own.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: a grid with its zero in the middle; otherwise an integer zero point a token and head.
+        share: the share of a head's channels that are rounded (`ptq.runtime.activations.quantize_tokens`); below 1
+            only while a method learns, and not part of a checkpoint.
+
+    Raises:
+        UsageError: a value outside these limits.
+    """
+
+    bits: int
+    symmetric: bool = False
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_dynamic("kv", "keys and values", self.bits, self.symmetric)
+        if self.bits is None:
+            raise UsageError(f"kv_bits is missing: give a whole number from {MIN_BITS} to {MAX_BITS}.")
+        if not 0 <= self.share <= 1:
+            raise UsageError(
+                f"the share of a head's channels that are rounded must be from 0 to 1, got {self.share!r}."
+            )
+
+    def describe(self) -> str:
+        """Short name for tables and logs, e.g. ``"kv4"`` or ``"kv8 sym"``."""
+        return f"kv{self.bits}{' sym' if self.symmetric else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint says (see `ptq.formats.native`)."""
+        return {"bits": self.bits, "symmetric": self.symmetric}
+
+
+def check_dynamic(prefix: str, what: str, bits: object, symmetric: object) -> None:
+    """Check a pair of fields ``<prefix>_bits`` and ``<prefix>_symmetric`` of quantization at run time.
+
+    Raises:
+        UsageError: bits that are neither ``None`` nor 2 to 8, or a sign that is not a truth value or has no bits.
+    """
+    if bits is not None and (not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS):
+        raise UsageError(
+            f"{prefix}_bits must be a whole number from {MIN_BITS} to {MAX_BITS}, or None to leave {what} as they are; "
+            f"got {bits!r}."
+        )
+    if not isinstance(symmetric, bool):
+        raise UsageError(f"{prefix}_symmetric must be true or false, got {symmetric!r}.")
+    if symmetric and bits is None:
+        raise UsageError(f"{prefix}_symmetric says how to quantize {what}, and {prefix}_bits is not set: give both.")

@@ -32,6 +32,10 @@ def why_not(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Modul
     for name, scheme in schemes.items():
         if scheme is None:
             continue
+        if scheme.act_bits is not None:
+            return f"the input of {name} is rounded to {scheme.act_bits} bits at run time, which only ptq does"
+        if scheme.input_rotation is not None:
+            return f"the input of {name} is rotated at run time, which only ptq does"
         linear = linears[name]
         if not scheme.symmetric:
             return f"{name} is asymmetric, and transformers cannot load packed zero points"

@@ -11,6 +11,7 @@ from typing import Any
 from calib.durable import file_sha256, os_errors, sync
 from ptq.errors import OutputError
 from ptq.formats.journal import JOURNAL_NAME, FinishedPart, Journal, changed_conditions
+from ptq.formats.workspace import WORK
 from ptq.report import STAGING
 
 __all__ = ["open_journal", "shard_name"]
@@ -74,7 +75,7 @@ def _recover(out: Path, journal: Journal) -> list[str]:
     if reason or journal.names is not None:
         sync(journal.path.parent)  # what was moved back has to be there before the journal forgets that it had moved
         journal.keep_parts(good)
-    _clean(journal.path.parent, {part.file for part in journal.parts} | {JOURNAL_NAME})
+    _clean(journal.path.parent, {part.file for part in journal.parts} | {JOURNAL_NAME, WORK})
     return notes
 
 

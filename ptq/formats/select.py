@@ -17,23 +17,37 @@ __all__ = ["select_format"]
 
 
 def select_format(
-    requested: str, schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module], model: nn.Module
+    requested: str,
+    schemes: Mapping[str, Scheme | None],
+    linears: Mapping[str, nn.Module],
+    model: nn.Module,
+    kv_bits: int | None = None,
 ) -> tuple[str, str]:
     """``("compressed-tensors" or "native", reason)`` for a recipe's ``format`` (``auto`` or one of the two).
 
-    ``schemes`` and ``linears`` are by full name, as in `compressed_tensors.why_not`; ``model`` is the skeleton.
+    ``schemes`` and ``linears`` are by full name, as in `compressed_tensors.why_not`; ``model`` is the skeleton;
+    ``kv_bits`` is the recipe's.
 
     Raises:
         UsageError: compressed-tensors was asked for and cannot carry the result.
     """
     if requested == "native":
         return "native", "asked for"
-    problem = _fused_experts(model) or compressed_tensors.why_not(schemes, linears) or _split_experts(schemes, model)
+    problem = (
+        _key_values(kv_bits)
+        or _fused_experts(model)
+        or compressed_tensors.why_not(schemes, linears)
+        or _split_experts(schemes, model)
+    )
     if problem is None:
         return "compressed-tensors", "stock transformers and vLLM can load it"
     if requested == "auto":
         return "native", problem
     raise UsageError(f"the compressed-tensors format cannot carry this: {problem}. Use format 'native' or 'auto'.")
+
+
+def _key_values(bits: int | None) -> str | None:
+    return None if bits is None else f"keys and values are rounded to {bits} bits at run time, which only ptq does"
 
 
 def _fused_experts(model: nn.Module) -> str | None:

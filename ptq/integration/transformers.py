@@ -21,7 +21,8 @@ from ptq.formats.verify import verify_checkpoint
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
-from ptq.scheme import Scheme
+from ptq.runtime.key_values import set_key_values
+from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["PtqConfig", "PtqQuantizer", "register"]
 
@@ -45,21 +46,29 @@ class PtqConfig(QuantizationConfigMixin):
         version: int | None = None,
         schemes: Mapping[str, Any] | None = None,
         layers: Mapping[str, str] | None = None,
+        key_values: Mapping[str, Any] | None = None,
         quant_method: str = native.QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes names of its enum or others
         self.version = version
         self.schemes = dict(schemes or {})
         self.layers = dict(layers or {})
+        self.key_values = key_values
         self.layer_schemes()
+        self.key_value_scheme()
 
     def layer_schemes(self) -> dict[str, Scheme]:
         """Scheme of every packed linear by its full name in the causal language model."""
         return native.read_schemes(self.to_dict())
 
+    def key_value_scheme(self) -> KeyValueScheme | None:
+        """How keys and values are rounded; ``None`` where they are not."""
+        return native.read_key_values(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         keys = ("quant_method", "version", "schemes", "layers")
-        return {key: getattr(self, key) for key in keys}
+        own = {key: getattr(self, key) for key in keys}
+        return own if self.key_values is None else own | {"key_values": self.key_values}
 
 
 class PtqQuantizer(HfQuantizer):
@@ -84,6 +93,9 @@ class PtqQuantizer(HfQuantizer):
         split_named_experts(model, schemes)
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=True)
+        key_values = self.quantization_config.key_value_scheme()
+        if key_values is not None:
+            set_key_values(model, key_values)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         return leave_split_experts(weight_conversions, model)

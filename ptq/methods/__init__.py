@@ -1,6 +1,7 @@
 """The table of methods. Adding one: a file here, a line in ``_BUILT_IN``, a line in the test matrix, a docs page.
 
-Packages outside join through the entry-point group ``ptq.methods``; each entry point names a `LayerMethod`.
+Packages outside join through the entry-point group ``ptq.methods``; each entry point names a `LayerMethod` or a
+`WindowMethod`.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from ptq.errors import UsageError, unknown_name
-from ptq.methods.base import LayerMethod, LayerResult, make_config, parse_options
+from ptq.methods.autoround import AUTOROUND
+from ptq.methods.base import LayerMethod, LayerResult, WindowMethod, make_config, parse_options
 from ptq.methods.coreq import COREQ
 from ptq.methods.gptaq import GPTAQ
 from ptq.methods.gptq import GPTQ
+from ptq.methods.omniquant import OMNIQUANT
 from ptq.methods.rtn import RTN
+from ptq.methods.sliderquant import SLIDERQUANT
 
-__all__ = ["METHODS", "LayerMethod", "LayerResult", "find_method", "make_config", "parse_options"]
+__all__ = ["METHODS", "LayerMethod", "LayerResult", "WindowMethod", "find_method", "make_config", "parse_options"]
 
-_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ)
+_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ, SLIDERQUANT, OMNIQUANT, AUTOROUND)
 
 
-def _collect() -> dict[str, LayerMethod]:
-    table = {method.name: method for method in _BUILT_IN}
+def _collect() -> dict[str, LayerMethod | WindowMethod]:
+    table: dict[str, LayerMethod | WindowMethod] = {method.name: method for method in _BUILT_IN}
     for point in entry_points(group="ptq.methods"):
         method = point.load()
-        if not isinstance(method, LayerMethod) or method.name in table:
-            raise UsageError(f"the entry point {point.value} of group ptq.methods is no new LayerMethod.")
+        if not isinstance(method, LayerMethod | WindowMethod) or method.name in table:
+            raise UsageError(
+                f"the entry point {point.value} of group ptq.methods is no new LayerMethod or WindowMethod."
+            )
         table[method.name] = method
     return table
 
@@ -33,7 +39,7 @@ def _collect() -> dict[str, LayerMethod]:
 METHODS = MappingProxyType(_collect())
 
 
-def find_method(name: str) -> LayerMethod:
+def find_method(name: str) -> LayerMethod | WindowMethod:
     """The method of that name.
 
     Raises:

@@ -1,7 +1,10 @@
-"""The seam of layer-wise methods: a frozen config, the statistics it needs, and a function on tensors.
+"""The seams. Of layer-wise methods: a frozen config, the statistics it needs, and a function on tensors.
 
 A `LayerMethod` knows a weight, its statistics and a scheme. It does not know the model, the walk, the other layers, the
 format the result is stored in, or who chose the scheme.
+
+Of learned methods: a config alone. A `WindowMethod` says as data in which windows what is learned and how, and the
+engine in `ptq.learning` does it.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from torch import Tensor
 from calib.stats import LinearStatistics, Stat
 from ptq.errors import UsageError, unknown_name
 from ptq.grids import BoundGrid
+from ptq.learning import LearnedConfig
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["LayerMethod", "LayerResult", "finish", "make_config", "parse_options"]
+__all__ = ["LayerMethod", "LayerResult", "WindowMethod", "finish", "make_config", "parse_options"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,22 @@ class LayerMethod:
     quantize: Callable[[Tensor, LinearStatistics | None, Scheme, Any], LayerResult]
 
 
-def make_config(method: LayerMethod, options: Mapping[str, Any]) -> Any:
+@dataclasses.dataclass(frozen=True)
+class WindowMethod:
+    """A learned method of the table: one set of defaults for the engine in `ptq.learning`.
+
+    Args:
+        name: what users type.
+        summary: one line for ``ptq methods``.
+        config: a subclass of `LearnedConfig` with the method's defaults.
+    """
+
+    name: str
+    summary: str
+    config: type[LearnedConfig]
+
+
+def make_config(method: LayerMethod | WindowMethod, options: Mapping[str, Any]) -> Any:
     """The method's config from plain options.
 
     Raises:
@@ -81,7 +100,7 @@ def _check_type(where: str, value: Any, default: Any) -> None:
         raise UsageError(f"{where} is a {type(default).__name__}, got {value!r}.")
 
 
-def parse_options(method: LayerMethod, texts: Mapping[str, str]) -> dict[str, Any]:
+def parse_options(method: LayerMethod | WindowMethod, texts: Mapping[str, str]) -> dict[str, Any]:
     """Option values from text (``--option key=value``), each read as the type of the option's default.
 
     Raises:

@@ -13,7 +13,9 @@ from ptq.errors import OutputError
 from ptq.formats.layout import layer_tensors, layer_weight, tensor_specs, unpack_zeros
 from ptq.packing import unpack_rows
 from ptq.quantized import QuantizedWeight
+from ptq.runtime.activations import quantize_tokens
 from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.transforms.hadamard import InputRotation
 
 __all__ = ["TILE_WEIGHTS", "QuantLinear"]
 
@@ -28,12 +30,14 @@ class QuantLinear(nn.Module):
 
     The buffers are those of `ptq.formats.layout`. The forward unpacks a tile of output rows, dequantizes it in float32,
     casts it to the dtype of ``x`` and multiplies: every weight has exactly the value of
-    ``quantized().dequantize(x.dtype)``.
+    ``quantized().dequantize(x.dtype)``. Where the scheme asks for it, ``x`` is first rotated (the stored weight is that
+    for rotated inputs), then rounded token by token.
 
     Args:
         in_features: length of an input vector.
         out_features: length of an output vector.
-        scheme: how the weight is stored. A checkpoint may carry scales of another dtype; the buffer's dtype counts.
+        scheme: how the weight is stored, and what happens to inputs. A checkpoint may carry scales of another dtype;
+            the buffer's dtype counts.
         bias: ``[out_features]`` or ``None``.
         guard: also keep the empty tensor ``weight`` that the native format stores (see `ptq.formats.native`).
         device: where to allocate the (uninitialised) buffers.
@@ -61,6 +65,12 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self._activations = dtype or torch.get_default_dtype()
         self.bits, self.symmetric, self.group_size = scheme.bits, scheme.symmetric, scheme.group_size
+        self.act_bits, self.act_symmetric, self.input_rotation = (
+            scheme.act_bits,
+            scheme.act_symmetric,
+            scheme.input_rotation,
+        )
+        self._rotation: InputRotation | None = None  # made at the first forward: here may be a skeleton on meta
         for key, (shape, stored) in tensor_specs(out_features, in_features, scheme).items():
             self.register_buffer(key, torch.empty(shape, dtype=stored, device=device))
         if scheme.symmetric:
@@ -90,14 +100,22 @@ class QuantLinear(nn.Module):
 
     @property
     def scheme(self) -> Scheme:
-        """How the weight is stored.
+        """How the weight is stored and the input treated.
 
         Raises:
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
         """
         for name, dtype in SCALE_DTYPES.items():
             if name != "auto" and dtype == self.weight_scale.dtype:
-                return Scheme(self.bits, self.symmetric, self.group_size, name)  # type: ignore[arg-type]
+                return Scheme(
+                    self.bits,
+                    self.symmetric,
+                    self.group_size,
+                    name,  # type: ignore[arg-type]
+                    self.act_bits,
+                    self.act_symmetric,
+                    self.input_rotation,
+                )
         raise OutputError(f"scales of {self.weight_scale.dtype} have no scheme: float16 or bfloat16 would have one.")
 
     def quantized(self) -> QuantizedWeight:
@@ -109,16 +127,26 @@ class QuantLinear(nn.Module):
         return layer_weight("", dict(self.named_buffers(recurse=False)), self.scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``[out_features, in_features]``, computed in float32, then cast to ``dtype``."""
+        """The stored weight ``[out_features, in_features]`` (for rotated inputs, where they are rotated), computed in
+        float32, then cast to ``dtype``."""
         return torch.cat([tile for _, tile in self._tiles(dtype)])
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+        x = self.treat_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         parts = [
             functional.linear(x, tile, None if bias is None else bias[rows]) for rows, tile in self._tiles(x.dtype)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def treat_input(self, x: Tensor) -> Tensor:
+        """The input ``[..., in_features]`` as the product sees it: rotated, then rounded, as the scheme says."""
+        if self.input_rotation is not None:
+            if self._rotation is None:
+                self._rotation = InputRotation(self.in_features, self.input_rotation)
+            x = self._rotation(x)
+        return x if self.act_bits is None else quantize_tokens(x, self.act_bits, self.act_symmetric)
 
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Ranges of output rows with their weights ``[rows, in_features]``."""
@@ -151,10 +179,13 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         group = "per channel" if self.group_size is None else f"group_size={self.group_size}"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return (
+        text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, {kind}, {group}, "
             f"bias={self.bias is not None}"
         )
+        if self.act_bits is not None:
+            text += f", act_bits={self.act_bits}, {'symmetric' if self.act_symmetric else 'asymmetric'} inputs"
+        return text if self.input_rotation is None else f"{text}, input_rotation={self.input_rotation}"
 
 
 def _dequantize_(codes: Tensor, scale: Tensor, zero: Tensor | float, group_size: int | None) -> None:

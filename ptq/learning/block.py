@@ -1,0 +1,193 @@
+"""`BlockLearner`: everything that is learned in one block, and the block run with it.
+
+The block's own module runs, with other tensors in the place of its parameters (`torch.func.functional_call`): rounded
+weights, and where channels are scaled the gains and biases that take the scales up. Nothing of this costs anything at
+run time: it all folds into codes, scales and the block's other parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from calib.block_calls import BlockCall, first_tensor
+from calib.visits import BlockVisit
+from ptq.learning.config import LearnedConfig
+from ptq.learning.linear import KINDS, LinearLearner
+from ptq.quantized import QuantizedWeight
+from ptq.scheme import Scheme
+
+if TYPE_CHECKING:
+    from ptq.transforms.scaling import ScaleUse, Scaling
+
+__all__ = ["BlockLearner"]
+
+_SMALLEST_SCALE = 1e-2
+
+
+class BlockLearner:
+    """The learnables of one block.
+
+    Args:
+        visit: the block.
+        schemes: of the linears that are quantized, by name in the block.
+        config: what is learned.
+        scalings: channel scalings that leave the block's output as it is (`ptq.transforms.scaling`).
+        seed: of everything that is drawn, together with the linear's name.
+        anchors: starting points by linear.
+
+    Attributes:
+        share: of the input channels that are quantized at the moment; linears' inputs follow it, too.
+    """
+
+    def __init__(
+        self,
+        visit: BlockVisit,
+        schemes: Mapping[str, Scheme],
+        config: LearnedConfig,
+        *,
+        scalings: Sequence[Scaling] = (),
+        seed: int = 0,
+        anchors: Mapping[str, QuantizedWeight] | None = None,
+    ) -> None:
+        self.visit, self.config, self.share = visit, config, 1.0
+        anchors = anchors or {}
+        self.linears = {
+            name: LinearLearner(
+                visit.full(name), scheme, config, _generator(seed, f"{visit.name}.{name}"), anchors.get(name)
+            )
+            for name, scheme in schemes.items()
+        }
+        self.scalings = tuple(scalings)
+        device = next(iter(self.linears.values())).base.device
+        self.scales = {s.name: torch.ones(s.size, device=device).requires_grad_() for s in self.scalings}
+        self._uses: dict[str, list[tuple[str, ScaleUse]]] = {}
+        for scaling in self.scalings:
+            for use in scaling.uses:
+                self._uses.setdefault(use.parameter, []).append((scaling.name, use))
+        weights = {f"{name}.weight": name for name in visit.linears}
+        self._dense = {name: self._logical(name, weights) for name in self._uses if weights.get(name) not in schemes}
+
+    def _logical(self, parameter: str, weights: Mapping[str, str]) -> Tensor:
+        """The full-precision value of a parameter; weights as ``[out, in]``."""
+        if parameter in weights:
+            return self.visit.full(weights[parameter])
+        return self.visit.block.get_parameter(parameter).detach()
+
+    # -- what is learned ---------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All learnable tensors by a name of their own: ``linear:tensor``, or ``:scaling``."""
+        found = {f"{name}:{key}": value for name, one in self.linears.items() for key, value in one.parameters.items()}
+        return found | {f":{name}": scale for name, scale in self.scales.items()}
+
+    def rate_of(self, parameter: str, steps: int) -> float:
+        """Learning rate of one of `parameters`, for so many steps."""
+        linear, _, key = parameter.rpartition(":")
+        scheme = self.linears[linear].scheme if linear else next(iter(self.linears.values())).scheme
+        return float(getattr(self.config.rates(scheme, steps), KINDS[key] if linear else "scale"))
+
+    @torch.no_grad()
+    def keep_inside(self) -> None:
+        """After a step: everything that is bounded back into its bounds."""
+        for one in self.linears.values():
+            one.keep_inside()
+        for scale in self.scales.values():
+            scale.clamp_(min=_SMALLEST_SCALE)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of `parameters` on the CPU, to be stored."""
+        return {name: value.detach().cpu().clone() for name, value in self.parameters().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        for name, value in self.parameters().items():
+            value.copy_(state[name])
+
+    def regularizer(self, power: float) -> Tensor | None:
+        """The sum of the linears' (`LinearLearner.regularizer`)."""
+        terms = [term for one in self.linears.values() if (term := one.regularizer(power)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    # -- the block with it -------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What stands in the place of the block's parameters, by name, as the block stores them, in its dtype."""
+        found = {}
+        for name, one in self.linears.items():
+            weight = one.weight(self._scaled(f"{name}.weight"), self.share)
+            found[f"{name}.weight"] = self._as_stored(name, weight.to(self.visit.full(name).dtype))
+        for name, value in self._dense.items():
+            found[name] = self._changed(name, value)
+        return found
+
+    def _changed(self, name: str, value: Tensor) -> Tensor:
+        scaled = self._scaled(name)
+        assert scaled is not None
+        changed = scaled(value.float()).to(value.dtype)
+        linear = name.removesuffix(".weight")
+        return (
+            self._as_stored(linear, changed) if linear in self.visit.linears and name.endswith(".weight") else changed
+        )
+
+    def _as_stored(self, linear: str, weight: Tensor) -> Tensor:
+        return weight.T if isinstance(self.visit.linears[linear], Conv1D) else weight
+
+    def _scaled(self, parameter: str) -> Callable[[Tensor], Tensor] | None:
+        """How channel scales change a parameter; ``None`` if they do not."""
+        uses = self._uses.get(parameter)
+        if not uses:
+            return None
+
+        from ptq.transforms.scaling import apply_scaling
+
+        def change(value: Tensor) -> Tensor:
+            for scaling, use in uses:
+                value = apply_scaling(value, use, self.scales[scaling])
+            return value
+
+        return change
+
+    def forward(self, call: BlockCall, hidden: Tensor) -> Tensor:
+        """The block's output for ``hidden`` ``[sequences, tokens, width]`` with what is learned, with gradients."""
+        return self.run(call, hidden, self.tensors())
+
+    def run(self, call: BlockCall, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The same with `tensors` made before, for several batches."""
+        args, kwargs = call.arguments(hidden)
+        return first_tensor(functional_call(self.visit.block, dict(tensors), args, kwargs))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the rounded weights at the present share into the visit, for the quantized stream to pass through."""
+        for name, one in self.linears.items():
+            self.visit.replace(name, one.weight(self._scaled(f"{name}.weight"), self.share))
+        for name, value in self.changed().items():
+            self.visit.replace_parameter(name, value)
+
+    @torch.no_grad()
+    def fold(self) -> dict[str, QuantizedWeight]:
+        """The result by linear."""
+        return {name: one.fold(self._scaled(f"{name}.weight")) for name, one in self.linears.items()}
+
+    @torch.no_grad()
+    def changed(self) -> dict[str, Tensor]:
+        """Other parameters of the block that have taken up channel scales, as the block stores them."""
+        return {name: self._changed(name, value) for name, value in self._dense.items()}
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every linear, so that draws do not depend on the order of work."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

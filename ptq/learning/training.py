@@ -1,0 +1,197 @@
+"""The loop: one window of blocks, trained so that its output is the full-precision model's.
+
+The student is fed with the quantized stream, the teacher with the full-precision stream; targets are computed once a
+window. The order of batches is drawn from the seed, the sweep and the window, so a resumed run learns the same. What
+is learned is kept only if it lowered the loss over all calibration data; a loss that is not finite puts everything
+back and is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from calib.streams import Stream
+from calib.walk import WindowVisit
+from ptq.learning.block import BlockLearner
+from ptq.learning.config import LearnedConfig
+from ptq.learning.losses import output_loss
+from ptq.learning.optimizer import Optimizer, decayed
+from ptq.learning.stepper import make_stepper
+
+__all__ = ["WindowRecord", "train_window"]
+
+_CHECK_EVERY = 64  # steps between looks at the loss: on a GPU each waits for it
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowRecord:
+    """What one stage of one window did.
+
+    Args:
+        sweep, window: numbers; start, stop: blocks ``start .. stop - 1``; share: of the input channels quantized.
+        loss_before, loss_after: over all calibration data, before and after; what was kept is the smaller one's.
+        steps: of the optimizer; seconds: of the whole stage; captured: steps ran as one CUDA graph.
+        notes: what a reader must know (put back, not lowered).
+    """
+
+    sweep: int
+    window: int
+    start: int
+    stop: int
+    share: float
+    loss_before: float
+    loss_after: float
+    steps: int
+    seconds: float
+    captured: bool = False
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> WindowRecord:
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        return cls(**(row | {"notes": tuple(row["notes"])}))
+
+
+def train_window(
+    visit: WindowVisit,
+    blocks: Sequence[BlockLearner],
+    config: LearnedConfig,
+    *,
+    sweep: int,
+    shares: Sequence[float],
+    steps: int,
+    seed: int,
+    tell: Callable[[int, int], object] = lambda done, steps: None,
+) -> list[WindowRecord]:
+    """Train what ``blocks`` hold, in place; a record a stage.
+
+    Args:
+        visit: the window; blocks: a learner a block.
+        sweep: its number; shares: of the input channels that are quantized, a stage each.
+        steps: of the optimizer a stage; seed: of the order of batches.
+        tell: called now and then with the steps done and to do, over all stages.
+    """
+    walk = visit.walk
+    targets = walk.new_stream(f"targets-{sweep}-{visit.number}")
+    try:
+        with walk.timing.part("passes", walk.device):
+            for batch in walk.batches:
+                targets.append(visit.run(batch, full=True), walk.stream(full=True).shapes[batch])
+        for one in blocks:
+            one.visit.use(full=False)
+        stage = _Stage(visit, blocks, config, targets, sweep, seed)
+        return [
+            stage.train(share, number, steps, lambda done, n=number: tell(n * steps + done, len(shares) * steps))  # type: ignore[misc]
+            for number, share in enumerate(shares)
+        ]
+    finally:
+        targets.close()
+
+
+class _Stage:
+    """One window's training at one share after the other."""
+
+    def __init__(
+        self,
+        visit: WindowVisit,
+        blocks: Sequence[BlockLearner],
+        config: LearnedConfig,
+        targets: Stream,
+        sweep: int,
+        seed: int,
+    ) -> None:
+        self.visit, self.blocks, self.config, self.targets = visit, blocks, config, targets
+        self.sweep, self.seed = sweep, seed
+
+    def train(self, share: float, number: int, steps: int, tell: Callable[[int], object]) -> WindowRecord:
+        start, walk = time.perf_counter(), self.visit.walk
+        for one in self.blocks:
+            one.share = share
+        with walk.timing.part("learning", walk.device):
+            before, saved = self._loss(), [one.state() for one in self.blocks]
+            done, finite, captured = self._steps(number, steps, tell)
+            after = self._loss() if finite else math.inf
+            notes: tuple[str, ...] = ()
+            if not math.isfinite(after):
+                notes = (f"the loss was not finite after {done} steps: put back to where it was",)
+            elif after > before:
+                notes = ("the loss over all calibration data was not lowered: put back to where it was",)
+            if notes:
+                for one, state in zip(self.blocks, saved, strict=True):
+                    one.load(state)
+        window = self.visit.window
+        seconds = time.perf_counter() - start
+        return WindowRecord(
+            self.sweep,
+            self.visit.number,
+            window.start,
+            window.stop,
+            share,
+            before,
+            after if math.isfinite(after) else before,
+            done,
+            seconds,
+            captured,
+            notes,
+        )
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        """Over all calibration data of all processes."""
+        walk = self.visit.walk
+        total = torch.zeros(2, dtype=torch.float64, device=walk.workers.device)
+        tensors = [one.tensors() for one in self.blocks]
+        for batch in walk.batches:
+            hidden = walk.hidden(batch, full=False)
+            for one, given in zip(self.blocks, tensors, strict=True):
+                hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, given)
+            sequences = walk.stream(full=False).shapes[batch][0]
+            total[0] += output_loss(hidden, self.targets[batch], self.config.loss).double() * sequences
+            total[1] += sequences
+        walk.workers.sum_(total)
+        return float(total[0] / total[1])
+
+    def _steps(self, number: int, steps: int, tell: Callable[[int], object]) -> tuple[int, bool, bool]:
+        """Steps done, whether the loss stayed finite, whether they ran as a graph."""
+        walk = self.visit.walk
+        rates = {
+            f"{i}:{name}": (value, one.rate_of(name, steps))
+            for i, one in enumerate(self.blocks)
+            for name, value in one.parameters().items()
+        }
+        optimizer = Optimizer(rates, self.config)
+        stepper = make_stepper(self.visit, self.blocks, self.config, optimizer, [t for t, _ in rates.values()])
+        order = _order(len(walk.batches), steps * self.config.grad_accum, self._generator(number))
+        for step in range(steps):
+            optimizer.set_decay(decayed(self.config, step, steps))
+            chosen = order[step * self.config.grad_accum : (step + 1) * self.config.grad_accum]
+            following = order[(step + 1) * self.config.grad_accum % len(order)]
+            progress = step / max(1, steps - 1)
+            stepper.step(chosen, following, self.targets, progress)
+            for one in self.blocks:
+                one.keep_inside()
+            if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
+                if not stepper.finite():
+                    return step + 1, False, stepper.captured
+                tell(step + 1)
+        return steps, True, stepper.captured
+
+    def _generator(self, number: int) -> torch.Generator:
+        mixed = (self.seed * 1009 + self.sweep) * 1009 + self.visit.number
+        return torch.Generator().manual_seed((mixed * 1009 + number) % 2**63)
+
+
+def _order(batches: int, count: int, generator: torch.Generator) -> list[int]:
+    """``count`` numbers of batches: every batch once an epoch, in an order of its own."""
+    epochs = -(-count // batches)
+    drawn = torch.cat([torch.randperm(batches, generator=generator) for _ in range(epochs)])
+    return [int(number) for number in drawn[:count]]

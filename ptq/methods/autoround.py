@@ -1,0 +1,36 @@
+"""AutoRound (SignRound, arXiv 2309.05516): every weight's rounding moved by at most half a level, by signed gradients.
+
+Offsets and the two ends of every group's range are learned together, block after block; learning rates start at
+``1 / iters`` and fall to zero, so an offset cannot go further than half a level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from calib.windows import ScheduleName
+from ptq.learning import LearnedConfig
+from ptq.methods.base import WindowMethod
+
+__all__ = ["AUTOROUND", "AutoroundConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoroundConfig(LearnedConfig):
+    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 200 signed steps a block."""
+
+    schedule: ScheduleName = "single"
+    intra: Literal["sweep", "window", "off"] = "off"
+    iters: int = 200
+    batch: int = 8
+    lora_rank: int = 0
+    clip: Literal["sigmoid", "bounded", "off"] = "bounded"
+    rounding: Literal["nearest", "offset", "soft"] = "offset"
+    optimizer: Literal["adamw", "sign"] = "sign"
+    grad_clip: float = 0.0
+
+
+AUTOROUND = WindowMethod(
+    "autoround", "learned offsets to rounding, by signed gradients, block after block", AutoroundConfig
+)

@@ -1,0 +1,185 @@
+"""Random rotations that cost `n log n`: Walsh-Hadamard transforms of signed blocks.
+
+A rotation spreads the outliers of a vector over all its entries, which makes it easier to quantize; a linear computes
+the same when its input and its weight are rotated alike. Every transform here acts on the last dimension:
+
+    InputRotation      R x = H (s * x): random signs s, then blocks of a power of two; for the input of one linear
+    ResidualRotation   Q x of any width: signs, Hadamard of the power-of-two factor x random orthogonal odd factor;
+                       on request it fixes the all-ones vector, which layer norms that subtract the mean need
+
+Sources: QuaRot (arXiv 2404.00456), sections 3 and 4; QuIP# (arXiv 2402.04396), section 3, for the random signs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib.errors import UsageError
+
+__all__ = ["InputRotation", "ResidualRotation", "hadamard", "hadamard_blocks", "random_orthogonal"]
+
+_EQUAL_BLOCKS_FROM = 64  # smaller equal blocks would mix too few channels
+
+
+def hadamard_blocks(width: int, block: int | None = None) -> tuple[int, ...]:
+    """The sizes of consecutive blocks, powers of two, that make up ``width``.
+
+    A width whose largest power-of-two divisor is 64 or more has equal blocks of that divisor (4096: one block; 14336:
+    seven of 2048). Any other width is cut greedily from the largest power of two (300: 256 + 32 + 8 + 4).
+
+    Args:
+        width: of the vectors; block: equal blocks of this size instead.
+
+    Raises:
+        UsageError: a width below one; a block that is no power of two or does not divide the width.
+    """
+    if width < 1:
+        raise UsageError(f"a Hadamard transform of width {width}: the width must be at least 1.")
+    divisor = width & -width
+    if block is not None:
+        if block < 1 or block & (block - 1) or width % block:
+            raise UsageError(
+                f"Hadamard blocks of {block} in a width of {width}: the block must be a power of two that divides the "
+                f"width, at most {divisor} here."
+            )
+        return (block,) * (width // block)
+    if divisor >= _EQUAL_BLOCKS_FROM:
+        return (divisor,) * (width // divisor)
+    return tuple(1 << bit for bit in reversed(range(width.bit_length())) if width >> bit & 1)
+
+
+def hadamard(x: Tensor, block: int | None = None) -> Tensor:
+    """The normalised Walsh-Hadamard transform of every block of the last dimension (`hadamard_blocks`).
+
+    It is symmetric and its own inverse. Half precision is computed in float32; gradients flow.
+
+    Args:
+        x: ``[..., n]``; block: as in `hadamard_blocks`.
+
+    Returns:
+        ``[..., n]`` in the dtype of ``x``.
+
+    Raises:
+        UsageError: a block that does not fit.
+    """
+    sizes = hadamard_blocks(x.shape[-1], block)
+    work = x if x.dtype == torch.float64 else x.float()
+    if len(set(sizes)) == 1:
+        done = _butterflies(work.reshape(*x.shape[:-1], -1, sizes[0])).flatten(-2)
+    else:
+        done = torch.cat([_butterflies(part) for part in torch.split(work, list(sizes), -1)], -1)
+    return done.to(x.dtype)
+
+
+def _butterflies(x: Tensor) -> Tensor:
+    """Transform of the last dimension, a power of two: each step adds and subtracts the halves and interleaves them, so
+    that after all steps every bit of the index had its turn and is back in its place."""
+    n = x.shape[-1]
+    for _ in range(n.bit_length() - 1):
+        low, high = x.chunk(2, -1)
+        x = torch.stack((low + high, low - high), -1).flatten(-2)
+    scaled: Tensor = x * float(n) ** -0.5
+    return scaled
+
+
+def _signs(width: int, generator: torch.Generator) -> Tensor:
+    """Random signs, int8 ``[width]`` on the CPU, the same wherever they are used."""
+    return torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+class InputRotation:
+    """The orthogonal map ``R x = H (s * x)`` for a linear's input.
+
+        rotation(x) @ rotation.on_weight(w).T == x @ w.T
+
+    Args:
+        width: of the input; seed: of the signs; block: size of the Hadamard blocks, `hadamard_blocks` by default.
+
+    Raises:
+        UsageError: a width or block that does not fit.
+    """
+
+    def __init__(self, width: int, seed: int, block: int | None = None) -> None:
+        hadamard_blocks(width, block)
+        self.width, self.seed, self.block = width, seed, block
+        self.signs = _signs(width, torch.Generator().manual_seed(seed))  # [width] int8
+        self._placed: dict[torch.device, Tensor] = {self.signs.device: self.signs}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``R x`` of vectors ``[..., width]``, in their dtype."""
+        return hadamard(self._wide(x) * self._signs_for(x), self.block).to(x.dtype)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """``R^T x`` of vectors ``[..., width]``, in their dtype."""
+        return (hadamard(self._wide(x), self.block) * self._signs_for(x)).to(x.dtype)
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """The weight ``[out, width]`` for rotated inputs, ``W R^T``."""
+        return self(weight)
+
+    def on_hessian(self, hessian: Tensor) -> Tensor:
+        """The second moments ``[width, width]`` of rotated inputs, ``R H R^T``."""
+        return self(self(hessian).mT).mT
+
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    def _signs_for(self, x: Tensor) -> Tensor:
+        """The signs on the device of ``x``: copied there once."""
+        if x.shape[-1] != self.width:
+            raise UsageError(f"a rotation of width {self.width} was given vectors of width {x.shape[-1]}.")
+        if x.device not in self._placed:
+            self._placed[x.device] = self.signs.to(x.device)
+        return self._placed[x.device]
+
+
+class ResidualRotation:
+    """A random orthogonal map ``Q`` of the residual stream, of any width, applied without its matrix.
+
+    Args:
+        width: of the stream; seed: of signs and odd factor.
+        keep_ones: ``Q 1 = 1``, so that the mean of a vector does not change. (A reflection moves ``Q 1`` back.)
+    """
+
+    def __init__(self, width: int, seed: int, *, keep_ones: bool = False) -> None:
+        self.width, self.seed = width, seed
+        generator = torch.Generator().manual_seed(seed)
+        self._power = width & -width
+        self._sign = _signs(width, generator)
+        odd = width // self._power
+        self._odd = _orthogonal(odd, generator)  # [odd, odd]
+        self._mirror: Tensor | None = None
+        if keep_ones:
+            ones = torch.full((width,), width**-0.5, dtype=torch.float64)
+            apart = self(ones) - ones
+            if apart.norm() > 1e-9:
+                self._mirror = apart / apart.norm()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``Q x`` of vectors ``[..., width]``, computed and returned in float64 on their device."""
+        work = (x.double() * self._sign.to(x.device)).reshape(*x.shape[:-1], self._power, -1)  # [..., power, odd]
+        work = work @ self._odd.to(x.device).T
+        work = hadamard(work.mT).mT.flatten(-2)
+        if self._mirror is None:
+            return work
+        mirror = self._mirror.to(x.device)
+        return work - 2.0 * (work @ mirror)[..., None] * mirror
+
+    def matrix(self) -> Tensor:
+        """``Q``, float64 ``[width, width]``."""
+        return self(torch.eye(self.width, dtype=torch.float64)).T.contiguous()
+
+
+def random_orthogonal(width: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, float64 ``[width, width]``: the Kronecker product of the Hadamard matrix of the
+    largest power-of-two factor and a random orthogonal odd factor, its columns with random signs."""
+    return ResidualRotation(width, seed).matrix()
+
+
+def _orthogonal(width: int, generator: torch.Generator) -> Tensor:
+    """Haar distributed: QR of a Gaussian matrix, with the signs of R's diagonal moved into Q."""
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    signed: Tensor = q * r.diagonal().sign()
+    return signed

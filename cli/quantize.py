@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from cli.method_flags import method_flags
+
 __all__ = ["command"]
 
 
@@ -28,14 +30,33 @@ __all__ = ["command"]
 @click.option("--calib-samples", type=int, metavar="N", help="Sequences.  [default: 128]")
 @click.option("--calib-seqlen", type=int, metavar="T", help="Tokens in each sequence.  [default: 2048]")
 @click.option("--seed", type=int, help="Seed of the draw of sequences.  [default: 0]")
-@click.option("--beam", type=int, metavar="K", help="Candidates a row in coreq; 1 is greedy, the same as -O beam=K.")
+@click.option(
+    "--act-bits",
+    type=int,
+    metavar="N",
+    help="Round inputs of linears at run time, token by token; 0: not.  [default: 0]",
+)
+@click.option("--act-sym/--act-asym", "act_symmetric", default=None, help="The grid of inputs.  [default: act-asym]")
+@click.option(
+    "--kv-bits", type=int, metavar="N", help="Round keys and values, token by token and head; 0: not.  [default: 0]"
+)
+@click.option("--kv-sym/--kv-asym", "kv_symmetric", default=None, help="The grid of both.  [default: kv-asym]")
+@click.option(
+    "--rotate",
+    multiple=True,
+    metavar="residual[,down]",
+    help="Spread outliers by rotations: of the hidden state between blocks, into the weights (free at run time), and "
+    "of the input of the linears that end a block's MLP, at run time; none to undo a recipe's.",
+)
+@method_flags
 @click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeat.")
 @click.option(
     "--override",
     "overrides",
     multiple=True,
-    metavar="PATTERN=bits[,gN][,asym]",
-    help="Another scheme for the linears that match, e.g. '*.down_proj=4,g32'; repeat, the first match wins.",
+    metavar="PATTERN=bits[,gN][,asym][,aN]",
+    help="Another scheme for the linears that match, e.g. '*.down_proj=4,g32,a8' (a8: inputs of 8 bits, a0: inputs as "
+    "they are); repeat, the first match wins.",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
 @click.option("--recipe", "recipe_file", metavar="FILE.yaml", help="The base that the options above change.")
@@ -71,6 +92,7 @@ def command(
       ptq quantize --method coreq --bits 3 MODEL -o OUT
       ptq quantize --bits 4 --asym --group-size 32 MODEL
       ptq quantize --bits 2 --beam 4 --calib my_text.txt --calib-samples 64 MODEL
+      ptq quantize --bits 4 --act-bits 8 --kv-bits 8 --override '*.down_proj=8,a0' MODEL
       ptq quantize --override '*.down_proj=4' --ignore '*.layers.0.*' MODEL
       ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
       ptq quantize --dry-run MODEL

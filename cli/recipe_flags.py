@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cli.method_flags import METHOD_FLAGS
 from ptq.api import make_recipe
 from ptq.errors import UsageError
-from ptq.methods import LayerMethod, find_method, make_config, parse_options
+from ptq.methods import METHODS, LayerMethod, WindowMethod, find_method, make_config, parse_options
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -24,8 +25,9 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
 
     Args:
         flags: ``method``, ``bits``, ``group_size`` (0 is per channel), ``symmetric``, ``scale_dtype``, ``calib``,
-            ``calib_samples``, ``calib_seqlen``, ``seed``, ``beam``, ``options`` (``KEY=VALUE`` strings),
-            ``overrides`` (``PATTERN=bits[,gN][,asym]`` strings), ``ignore``, ``dtype``, ``format``.
+            ``calib_samples``, ``calib_seqlen``, ``seed``, the names of `METHOD_FLAGS`, ``options`` (``KEY=VALUE``
+            strings), ``overrides`` (see `parse_override`), ``ignore``, ``dtype``, ``format``, ``act_bits`` and
+            ``kv_bits`` (0 is none), ``act_symmetric``, ``kv_symmetric``, ``rotate`` (names, or several with commas).
 
     Raises:
         UsageError: an unknown method, option or format, or a value that a field refuses.
@@ -38,7 +40,7 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
         fields["group_size"] = given["group_size"] or None
     if "dtype" in given:
         fields["compute_dtype"] = given["dtype"]
-    recipe = make_recipe(fields, base)
+    recipe = make_recipe(fields | _dynamic(given), base)
     make_config(method, recipe.options)  # refuses here what would otherwise be refused after the model is opened
     overrides = tuple(parse_override(text, recipe.scheme) for text in given.get("overrides", ()))
     return dataclasses.replace(
@@ -47,7 +49,9 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
 
 
 def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
-    """``PATTERN=bits[,gN][,asym|sym]`` as a pattern and ``base`` with these fields changed; ``g0`` is per channel.
+    """``PATTERN=bits[,gN][,asym|sym][,aN]`` as a pattern and ``base`` with these fields changed.
+
+    ``g0`` is per channel; ``a8`` rounds inputs to 8 bits, ``a0`` leaves them as they are.
 
     Raises:
         UsageError: the text has another form, or the scheme refuses a value.
@@ -57,26 +61,57 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
         raise _bad_override(text)
     fields: dict[str, Any] = {}
     for part in parts.split(","):
-        match = re.fullmatch(r"(?P<bits>\d+)|g(?P<group>\d+)|(?P<sign>a?sym)", part.strip())
+        match = re.fullmatch(r"(?P<bits>\d+)|g(?P<group>\d+)|a(?P<act>\d+)|(?P<sign>a?sym)", part.strip())
         if match is None:
             raise _bad_override(text)
         if match["bits"]:
             fields["bits"] = int(match["bits"])
         elif match["group"]:
             fields["group_size"] = int(match["group"]) or None
+        elif match["act"]:
+            fields |= _width("act", int(match["act"]))
         else:
             fields["symmetric"] = match["sign"] == "sym"
     return pattern, dataclasses.replace(base, **fields)
 
 
 def _bad_override(text: str) -> UsageError:
-    return UsageError(f"--override needs PATTERN=bits[,gN][,asym], e.g. '*.down_proj=4,g32,asym'; got {text!r}.")
+    return UsageError(f"--override needs PATTERN=bits[,gN][,asym][,aN], e.g. '*.down_proj=4,g32,asym'; got {text!r}.")
 
 
-def _options(method: LayerMethod, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the method: ``--beam``, then every ``--option``."""
-    texts = {"beam": str(given["beam"])} if "beam" in given else {}
+def _dynamic(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is rounded or rotated at run time, as fields of scheme and recipe."""
+    fields: dict[str, Any] = {}
+    for kind in ("act", "kv"):
+        fields |= _width(kind, given[f"{kind}_bits"]) if f"{kind}_bits" in given else {}
+        fields |= {key: given[key] for key in (f"{kind}_symmetric",) if key in given}
+    if "rotate" in given:
+        names = [name.strip() for text in given["rotate"] for name in text.split(",")]
+        fields["rotate"] = () if names == ["none"] else tuple(names)
+    return fields
+
+
+def _width(kind: str, bits: int) -> dict[str, Any]:
+    """``0`` takes the base's sign along: a sign without bits would be refused."""
+    return {f"{kind}_bits": bits} if bits else {f"{kind}_bits": None, f"{kind}_symmetric": False}
+
+
+def _options(method: LayerMethod | WindowMethod, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the method: flags of their own, then every ``--option``."""
+    own = {field.name for field in dataclasses.fields(method.config)}
+    for name in METHOD_FLAGS:
+        if name in given and name not in own:
+            raise _no_such_option(method, name)
+    texts = {name: str(given[name]) for name in METHOD_FLAGS if name in given}
     return parse_options(method, texts | dict(_key_value(text) for text in given.get("options", ())))
+
+
+def _no_such_option(method: LayerMethod | WindowMethod, name: str) -> UsageError:
+    having = [other.name for other in METHODS.values() if name in {f.name for f in dataclasses.fields(other.config)}]
+    return UsageError(
+        f"{METHOD_FLAGS[name].flag} sets the option {name!r}, which method {method.name!r} does not have. "
+        f"Methods that have it: {', '.join(having) or 'none'}; ptq methods lists the options of each."
+    )
 
 
 def _key_value(text: str) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -101,11 +102,23 @@ def _totals(report: Report) -> list[tuple[str, str]]:
     return [
         ("model", f"{report.model['source']} ({report.model['architecture']})"),
         ("method", f"{recipe['method']}, {scheme}"),
+        *_at_run_time(report.recipe),
         ("format", f"{report.format}: {report.format_reason}"),
         ("bits per weight", f"{totals['bits_per_weight']:.3f} in {len(report.layers)} quantized linears"),
         ("weights", f"{before} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
         ("time", f"{duration(totals['seconds'])} ({parts})" if parts else duration(totals["seconds"])),
     ]
+
+
+def _at_run_time(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the checkpoint does with activations, where it does anything; inputs are in the scheme of every layer."""
+    rows = []
+    if recipe.get("kv_bits") is not None:
+        sign = "symmetric" if recipe.get("kv_symmetric") else "asymmetric"
+        rows.append(("keys and values", f"{recipe['kv_bits']} bits, {sign}, each token and head by itself"))
+    if recipe.get("rotate"):
+        rows.append(("rotated", ", ".join(recipe["rotate"])))
+    return rows
 
 
 def _weight_bytes(report: Report) -> int:

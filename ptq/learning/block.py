@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from calib.block_calls import BlockCall, first_tensor
 from calib.visits import BlockVisit
 from ptq.learning.config import LearnedConfig
-from ptq.learning.linear import KINDS, LinearLearner
+from ptq.learning.linear import KINDS, LinearLearner, round_together
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 
 if TYPE_CHECKING:
     from ptq.transforms.scaling import ScaleUse, Scaling
 
-__all__ = ["BlockLearner"]
+__all__ = ["BlockLearner", "window_tensors"]
 
 _SMALLEST_SCALE = 1e-2
 
@@ -64,6 +64,7 @@ class BlockLearner:
             )
             for name, scheme in schemes.items()
         }
+        self._dtypes = {name: visit.full(name).dtype for name in schemes}
         self.scalings = tuple(scalings)
         device = next(iter(self.linears.values())).base.device
         self.scales = {s.name: torch.ones(s.size, device=device).requires_grad_() for s in self.scalings}
@@ -124,13 +125,19 @@ class BlockLearner:
 
     def tensors(self) -> dict[str, Tensor]:
         """What stands in the place of the block's parameters, by name, as the block stores them, in its dtype."""
-        found = {}
-        for name, one in self.linears.items():
-            weight = one.weight(self._scaled(f"{name}.weight"), self.share)
-            found[f"{name}.weight"] = self._as_stored(name, weight.to(self.visit.full(name).dtype))
-        for name, value in self._dense.items():
-            found[name] = self._changed(name, value)
-        return found
+        return window_tensors([self])[0]
+
+    def targets(self) -> list[Tensor]:
+        """The linears' weights before rounding, float32 ``[out, in]``."""
+        return [one.target(self._scaled(f"{name}.weight")) for name, one in self.linears.items()]
+
+    def in_place(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        """See `tensors`; ``weights`` are the linears' rounded ones."""
+        found = {
+            f"{name}.weight": self._as_stored(name, weight.to(self._dtypes[name]))
+            for name, weight in zip(self.linears, weights, strict=True)
+        }
+        return found | {name: self._changed(name, value) for name, value in self._dense.items()}
 
     def _changed(self, name: str, value: Tensor) -> Tensor:
         scaled = self._scaled(name)
@@ -159,20 +166,17 @@ class BlockLearner:
 
         return change
 
-    def forward(self, call: BlockCall, hidden: Tensor) -> Tensor:
-        """The block's output for ``hidden`` ``[sequences, tokens, width]`` with what is learned, with gradients."""
-        return self.run(call, hidden, self.tensors())
-
     def run(self, call: BlockCall, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The same with `tensors` made before, for several batches."""
+        """The block's output for ``hidden`` ``[sequences, tokens, width]`` with these `tensors`, with gradients."""
         args, kwargs = call.arguments(hidden)
         return first_tensor(functional_call(self.visit.block, dict(tensors), args, kwargs))
 
     @torch.no_grad()
     def settle(self) -> None:
         """Put the rounded weights at the present share into the visit, for the quantized stream to pass through."""
-        for name, one in self.linears.items():
-            self.visit.replace(name, one.weight(self._scaled(f"{name}.weight"), self.share))
+        rounded = round_together(list(self.linears.values()), self.targets(), self.share)
+        for name, weight in zip(self.linears, rounded, strict=True):
+            self.visit.replace(name, weight)
         for name, value in self.changed().items():
             self.visit.replace_parameter(name, value)
 
@@ -185,6 +189,18 @@ class BlockLearner:
     def changed(self) -> dict[str, Tensor]:
         """Other parameters of the block that have taken up channel scales, as the block stores them."""
         return {name: self._changed(name, value) for name, value in self._dense.items()}
+
+
+def window_tensors(blocks: Sequence[BlockLearner]) -> list[dict[str, Tensor]]:
+    """`BlockLearner.tensors` of several blocks, rounded together; all have the same share."""
+    linears = [one for block in blocks for one in block.linears.values()]
+    rounded = round_together(linears, [target for block in blocks for target in block.targets()], blocks[0].share)
+    found, start = [], 0
+    for block in blocks:
+        stop = start + len(block.linears)
+        found.append(block.in_place(rounded[start:stop]))
+        start = stop
+    return found
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -12,14 +12,14 @@ from ptq.scheme import Scheme
 
 __all__ = ["LearnedConfig", "Rates"]
 
-Intra = Literal["sweep", "window", "off"]
+Intra = Literal["auto", "sweep", "window", "off"]
 Clip = Literal["sigmoid", "bounded", "off"]
 Rounding = Literal["nearest", "offset", "soft"]
 Switch = Literal["auto", "on", "off"]
 Loss = Literal["mse", "huber", "token"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
-    "intra": ("sweep", "window", "off"),
+    "intra": ("auto", "sweep", "window", "off"),
     "clip": ("sigmoid", "bounded", "off"),
     "rounding": ("nearest", "offset", "soft"),
     "scaling": ("auto", "on", "off"),
@@ -52,7 +52,7 @@ class LearnedConfig:
     iters: steps a window instead of epochs, if not 0.
     batch: sequences in a step; grad_accum: steps whose gradients are added up.
     intra: first only the first input channels are quantized: in a ``sweep`` over the whole model, in every ``window``,
-        or ``off``; stages: in how many stages.
+        or ``off``; ``auto`` is a sweep, but off with a starting point, which would be forgotten; stages: in how many.
     lora_rank: rank of what is added to weights before rounding; 0 is off.
     clip: learned ranges: ``sigmoid`` factors, ``bounded`` factors, ``off``.
     rounding: ``nearest``, a learned ``offset`` of at most half a level, or ``soft`` (rectified sigmoid).
@@ -72,7 +72,7 @@ class LearnedConfig:
     iters: int = 0
     batch: int = 4
     grad_accum: int = 1
-    intra: Intra = "sweep"
+    intra: Intra = "auto"
     stages: int = 2
     lora_rank: int = 4
     clip: Clip = "sigmoid"
@@ -116,7 +116,7 @@ class LearnedConfig:
     def sweeps(self) -> tuple[tuple[float, ...], ...]:
         """The shares of input channels that are quantized: an entry a sweep over the model, in it a share a stage."""
         shares = tuple((n + 1) / self.stages for n in range(self.stages))
-        if self.intra == "off":
+        if self.intra == "off" or (self.intra == "auto" and self.init != "none"):
             return ((1.0,),)
         return (shares,) if self.intra == "window" else tuple((share,) for share in shares)
 

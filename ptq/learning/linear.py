@@ -11,7 +11,7 @@ chose: the same codes at the start, but each weight as near to its border as it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ptq.learning.rounding import Levels, group_range, levels_of, round_groups, 
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["KINDS", "LinearLearner", "soft_rounding"]
+__all__ = ["KINDS", "LinearLearner", "round_together", "soft_rounding"]
 
 KINDS = {
     "lora_a": "lora", "lora_b": "lora", "clip_low": "clip", "clip_high": "clip", "factor": "clip",
@@ -56,7 +56,7 @@ class LinearLearner:
         self.base, self.scheme, self.config = weight, scheme, config
         self.out, self.width = weight.shape
         self.groups, self.size = scheme.groups(self.width), scheme.group_size or self.width
-        self._anchor: Levels | None = None
+        self.anchor: Levels | None = None
         if anchor is not None:
             self._start_from(anchor)
         self.parameters: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ class LinearLearner:
         chosen = anchor.dequantize().to(self.base.device)
         room = _INSIDE * scale.abs().repeat_interleave(self.size, 1)[:, : self.width]
         self.base = chosen + torch.clamp(self.base.float() - chosen, -room, room)
-        self._anchor = Levels(scale[..., None], zero[..., None], 2**self.scheme.bits - 1)
+        self.anchor = Levels(scale[..., None], zero[..., None], 2**self.scheme.bits - 1)
 
     def _make_parameters(self, generator: torch.Generator) -> None:
         config, device = self.config, self.base.device
@@ -78,7 +78,7 @@ class LinearLearner:
             self._add("lora_a", drawn.to(device))
             self._add("lora_b", torch.zeros(self.out, rank, device=device))
         shape = (self.out, self.groups, 1)
-        if config.clip != "off" and self._anchor is not None:
+        if config.clip != "off" and self.anchor is not None:
             self._add("factor", torch.full(shape, 0.0 if config.clip == "sigmoid" else 1.0, device=device))
         elif config.clip != "off":
             start = _CLIP_START if config.clip == "sigmoid" else 1.0
@@ -88,17 +88,18 @@ class LinearLearner:
             self._add("offset", torch.zeros(self.out, self.width, device=device))
         elif config.rounding == "soft":
             with torch.no_grad():
-                z = self._grouped(self.base.float())
-                self._add("soft", _soft_start(z / self._levels(z).scale)[:, : self.width])
+                z = self.grouped(self.base.float())
+                self._add("soft", _soft_start(z / self.levels(z).scale)[:, : self.width])
 
     def _add(self, name: str, value: Tensor) -> None:
         self.parameters[name] = value.detach().clone().requires_grad_()
 
-    def _grouped(self, values: Tensor) -> Tensor:
+    def grouped(self, values: Tensor) -> Tensor:
         """``[out, groups, size]``; a last group that is shorter is filled up with zeros, which change no range."""
         return functional.pad(values, (0, self.groups * self.size - self.width)).view(self.out, self.groups, self.size)
 
-    def _flat(self, values: Tensor) -> Tensor:
+    def flat(self, values: Tensor) -> Tensor:
+        """The inverse of `grouped`."""
         return values.reshape(self.out, -1)[:, : self.width]
 
     def target(self, scaled: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -110,35 +111,23 @@ class LinearLearner:
         a, b = self.parameters["lora_a"], self.parameters["lora_b"]
         return torch.addmm(weight, b, a, alpha=1 / len(a))
 
-    def _levels(self, z: Tensor) -> Levels:
-        found = self.parameters
-        if self._anchor is not None:
-            if "factor" not in found:
-                return self._anchor
-            factor = 2 * torch.sigmoid(found["factor"]) if self.config.clip == "sigmoid" else found["factor"]
-            return Levels(stored(self._anchor.scale * factor, self.scheme), self._anchor.zero, self._anchor.top)
-        low, high = group_range(z)
-        if "clip_low" in found:
-            shrink = torch.sigmoid if self.config.clip == "sigmoid" else torch.clone
-            low, high = low * shrink(found["clip_low"]), high * shrink(found["clip_high"])
-        return levels_of(low, high, self.scheme, zero_gradient=self.config.clip == "bounded")
-
     def weight(self, scaled: Callable[[Tensor], Tensor] | None = None, share: float = 1.0) -> Tensor:
         """The rounded weight, float32 ``[out, in]``, with gradients to everything that is learned.
 
         Args:
             scaled: applies channel scales to a float32 ``[out, in]``; share: see `rounding.round_groups`.
         """
-        z = self._grouped(self.target(scaled))
-        levels = self._levels(z)
-        offset = self._offset()
-        kind = self.config.rounding
-        return self._flat(round_groups(z, levels, offset, kind, share))
+        return round_together([self], [self.target(scaled)], share)[0]
 
-    def _offset(self) -> Tensor | None:
+    def levels(self, z: Tensor) -> Levels:
+        """The grid of the groups ``z``."""
+        return _levels_of(z, self.parameters, self.anchor, self.scheme, self.config)
+
+    def offset(self) -> Tensor | None:
+        """What rounding is moved by, as groups."""
         if "soft" in self.parameters:
-            return self._grouped(soft_rounding(self.parameters["soft"]))
-        return self._grouped(self.parameters["offset"]) if "offset" in self.parameters else None
+            return self.grouped(soft_rounding(self.parameters["soft"]))
+        return self.grouped(self.parameters["offset"]) if "offset" in self.parameters else None
 
     def regularizer(self, power: float) -> Tensor | None:
         """``sum(1 - |2 s - 1|^power)`` of soft rounding: small where every weight has made its choice (AdaRound)."""
@@ -149,14 +138,14 @@ class LinearLearner:
     @torch.no_grad()
     def fold(self, scaled: Callable[[Tensor], Tensor] | None = None) -> QuantizedWeight:
         """The result as codes and scales: dequantized, exactly what `weight` gives (soft rounding: its hard choice)."""
-        z = self._grouped(self.target(scaled))
-        levels, offset = self._levels(z), self._offset()
+        z = self.grouped(self.target(scaled))
+        levels, offset = self.levels(z), self.offset()
         exact = z / levels.scale
         if self.config.rounding == "soft" and offset is not None:
             whole = exact.floor() + (offset >= 0.5)
         else:
             whole = (exact if offset is None else exact + offset).round()
-        codes = self._flat((whole + levels.zero).clamp(0, levels.top)).to(torch.uint8)
+        codes = self.flat((whole + levels.zero).clamp(0, levels.top)).to(torch.uint8)
         scale = levels.scale[..., 0].to(SCALE_DTYPES[self.scheme.scale_dtype])
         zero = None if self.scheme.symmetric else levels.zero[..., 0].to(torch.uint8)
         return QuantizedWeight(codes, scale, zero, self.scheme)
@@ -179,3 +168,68 @@ def _soft_start(exact: Tensor) -> Tensor:
     """The variable whose soft rounding gives the weight itself: ``h(v) = z / h - floor(z / h)``."""
     fraction = ((exact - exact.floor()) - _SHIFT) / _STRETCH
     return torch.logit(fraction, eps=1e-6).flatten(1)
+
+
+def _levels_of(
+    z: Tensor, found: dict[str, Tensor], anchor: Levels | None, scheme: Scheme, config: LearnedConfig
+) -> Levels:
+    """The grid of groups ``z [n, groups, size]`` with the learned tensors ``[n, groups, 1]`` of their clipping."""
+    smooth = config.clip == "sigmoid"
+    if anchor is not None:
+        if "factor" not in found:
+            return anchor
+        factor = 2 * torch.sigmoid(found["factor"]) if smooth else found["factor"]
+        return Levels(stored(anchor.scale * factor, scheme), anchor.zero, anchor.top)
+    low, high = group_range(z)
+    if "clip_low" in found:
+        shrink = torch.sigmoid if smooth else torch.clone
+        low, high = low * shrink(found["clip_low"]), high * shrink(found["clip_high"])
+    return levels_of(low, high, scheme, zero_gradient=config.clip == "bounded")
+
+
+def round_together(learners: Sequence[LinearLearner], targets: Sequence[Tensor], share: float = 1.0) -> list[Tensor]:
+    """Rounded weights float32 ``[out, in]`` of several linears.
+
+    Groups of one kind are rounded in one go, whatever linear they are from: a step of a small model is bound by the
+    number of kernels and not by their work.
+
+    Args:
+        learners: of one method; targets: what each rounds (`LinearLearner.target`); share: see `rounding.round_groups`.
+    """
+    kinds: dict[tuple[Scheme, int, int, bool], list[int]] = {}
+    for number, one in enumerate(learners):
+        # With a part of the groups left as it is, groups have a place in their row; otherwise they are all alike.
+        place = one.groups if share < 1 else 1
+        kinds.setdefault((one.scheme, one.size, place, one.anchor is None), []).append(number)
+    found: dict[int, Tensor] = {}
+    for (_, size, place, _), numbers in kinds.items():
+        parts = [learners[number] for number in numbers]
+        shape = (-1, place, size)
+        z = _joined([one.grouped(targets[n]).reshape(shape) for one, n in zip(parts, numbers, strict=True)])
+        rounded = _round_parts(parts, z, place, share)
+        sizes = [one.out * one.groups // place for one in parts]
+        for one, number, part in zip(parts, numbers, rounded.split_with_sizes(sizes), strict=True):
+            found[number] = one.flat(part)
+    return [found[number] for number in range(len(learners))]
+
+
+def _round_parts(parts: list[LinearLearner], z: Tensor, place: int, share: float) -> Tensor:
+    first = parts[0]
+    names: list[str] = [name for name in ("clip_low", "clip_high", "factor") if name in first.parameters]
+    learned: dict[str, Tensor] = {
+        name: _joined([one.parameters[name].reshape(-1, place, 1) for one in parts]) for name in names
+    }
+    anchor = None
+    if first.anchor is not None:
+        grids = [one.anchor for one in parts if one.anchor is not None]
+        scale, zero = (_joined([part.reshape(-1, place, 1) for part in row]) for row in (
+            [grid.scale for grid in grids], [grid.zero for grid in grids]
+        ))  # fmt: skip
+        anchor = Levels(scale, zero, first.anchor.top)
+    levels = _levels_of(z, learned, anchor, first.scheme, first.config)
+    offsets = [offset.reshape(-1, place, first.size) for one in parts if (offset := one.offset()) is not None]
+    return round_groups(z, levels, _joined(offsets) if offsets else None, first.config.rounding, share)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

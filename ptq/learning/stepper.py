@@ -16,7 +16,7 @@ from torch import Tensor
 from calib.experts import expert_lists
 from calib.streams import Stream
 from calib.walk import WindowVisit
-from ptq.learning.block import BlockLearner
+from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
 from ptq.learning.losses import output_loss
 from ptq.learning.optimizer import Optimizer
@@ -68,8 +68,8 @@ class Stepper:
         """Gradients of the loss of one batch; ``None`` for what it does not depend on (experts without tokens)."""
         walk = self.visit.walk
         with torch.enable_grad():
-            for one in self.blocks:
-                hidden = one.forward(walk.call(batch, one.visit.index, full=False), hidden)
+            for one, tensors in zip(self.blocks, window_tensors(self.blocks), strict=True):
+                hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, tensors)
             loss = output_loss(hidden, target, self.config.loss)
             self.total += loss.detach()
             loss = self._regularized(loss, progress)

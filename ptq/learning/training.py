@@ -18,7 +18,7 @@ import torch
 
 from calib.streams import Stream
 from calib.walk import WindowVisit
-from ptq.learning.block import BlockLearner
+from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
 from ptq.learning.losses import output_loss
 from ptq.learning.optimizer import Optimizer, decayed
@@ -148,8 +148,8 @@ class _Stage:
     def _loss(self) -> float:
         """Over all calibration data of all processes."""
         walk = self.visit.walk
-        total = torch.zeros(2, dtype=torch.float64, device=walk.workers.device)
-        tensors = [one.tensors() for one in self.blocks]
+        total = torch.zeros(2, dtype=torch.float64, device=walk.device)
+        tensors = window_tensors(self.blocks)
         for batch in walk.batches:
             hidden = walk.hidden(batch, full=False)
             for one, given in zip(self.blocks, tensors, strict=True):
@@ -157,6 +157,7 @@ class _Stage:
             sequences = walk.stream(full=False).shapes[batch][0]
             total[0] += output_loss(hidden, self.targets[batch], self.config.loss).double() * sequences
             total[1] += sequences
+        total = total.to(walk.workers.device)
         walk.workers.sum_(total)
         return float(total[0] / total[1])
 

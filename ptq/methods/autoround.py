@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 from calib.windows import ScheduleName
-from ptq.learning import LearnedConfig
+from ptq.learning.config import Clip, Intra, LearnedConfig, Rounding
 from ptq.methods.base import WindowMethod
 
 __all__ = ["AUTOROUND", "AutoroundConfig"]
@@ -21,12 +21,12 @@ class AutoroundConfig(LearnedConfig):
     """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 200 signed steps a block."""
 
     schedule: ScheduleName = "single"
-    intra: Literal["sweep", "window", "off"] = "off"
+    intra: Intra = "off"
     iters: int = 200
     batch: int = 8
     lora_rank: int = 0
-    clip: Literal["sigmoid", "bounded", "off"] = "bounded"
-    rounding: Literal["nearest", "offset", "soft"] = "offset"
+    clip: Clip = "bounded"
+    rounding: Rounding = "offset"
     optimizer: Literal["adamw", "sign"] = "sign"
     grad_clip: float = 0.0
 

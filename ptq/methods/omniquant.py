@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from calib.windows import ScheduleName
-from ptq.learning import LearnedConfig
+from ptq.learning.config import Intra, LearnedConfig
 from ptq.methods.base import WindowMethod
 
 __all__ = ["OMNIQUANT", "OmniquantConfig"]
@@ -17,7 +17,7 @@ class OmniquantConfig(LearnedConfig):
     """Args: those of `LearnedConfig`, with one block at a time, no curriculum, no low-rank addition, constant rates."""
 
     schedule: ScheduleName = "single"
-    intra: Literal["sweep", "window", "off"] = "off"
+    intra: Intra = "off"
     lora_rank: int = 0
     batch: int = 1
     decay: Literal["linear", "constant"] = "constant"

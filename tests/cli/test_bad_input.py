@@ -401,7 +401,7 @@ def test_outputs_of_a_newer_format(tiny_folder: Path, tmp_path: Path, capsys: py
     edit_json(quantization_config=config["quantization_config"] | {"version": 99})(out)
     capsys.readouterr()
     assert main(["generate", str(out), "Once"]) == 6
-    assert "version 99, this ptq reads version 1: upgrade ptq-toolkit" in sentence(capsys)
+    assert "version 99, this ptq reads versions 1 and 2: upgrade ptq-toolkit" in sentence(capsys)
     edit_json(REPORT_NAME, version=99)(out)
     assert main(["inspect", str(out)]) == 6
     assert "upgrade ptq-toolkit" in sentence(capsys)

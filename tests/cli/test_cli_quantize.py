@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.main import main
+from cli.method_flags import METHOD_FLAGS
 from cli.quantize import command
 from cli.recipe_flags import build_recipe, parse_override
 from ptq.errors import UsageError
 from ptq.events import Event
+from ptq.methods import METHODS
 from ptq.recipe import COMPUTE_DTYPES, FORMATS, CalibrationSpec, Recipe
 from ptq.report import Report
 from ptq.scheme import SCALE_DTYPES, Scheme
@@ -66,6 +69,68 @@ def test_group_size_zero_is_per_channel() -> None:
     assert build_recipe(Recipe(), {"group_size": 0}).scheme.group_size is None
 
 
+def test_run_time_flags_reach_their_fields(calls: list[dict[str, Any]]) -> None:
+    flags = "--bits 4 --act-bits 4 --act-sym --kv-bits 8 --kv-sym --rotate down,residual --override *.c=3,a8"
+    assert main(["quantize", "MODEL", *flags.split(), "--override", "*.d=8,a0"]) == 0
+    scheme = Scheme(4, act_bits=4, act_symmetric=True)
+    assert calls[0]["recipe"] == Recipe(
+        scheme=scheme,
+        overrides=(("*.c", dataclasses.replace(scheme, bits=3, act_bits=8)), ("*.d", Scheme(8))),
+        kv_bits=8,
+        kv_symmetric=True,
+        rotate=("residual", "down"),
+    )
+    assert build_recipe(Recipe(), {"rotate": ("residual", "down")}).rotate == ("residual", "down")
+
+
+def test_zero_and_none_undo_what_a_recipe_says() -> None:
+    base = Recipe(
+        scheme=Scheme(4, act_bits=4, act_symmetric=True), kv_bits=4, kv_symmetric=True, rotate=("residual", "down")
+    )
+    undone = build_recipe(base, {"act_bits": 0, "kv_bits": 0, "rotate": ("none",)})
+    assert undone == Recipe(scheme=Scheme(4))
+    assert build_recipe(base, {"act_bits": 8}).scheme == Scheme(4, act_bits=8, act_symmetric=True)
+    assert build_recipe(base, {"kv_symmetric": False}).kv_symmetric is False
+
+
+def test_flags_of_methods_that_learn(calls: list[dict[str, Any]]) -> None:
+    flags = "--window-schedule fixed --epochs 3 --lora-rank 8 --intra off --lr-lora 3e-4 --lr-clip 0.5 --lr-scale 1e-3"
+    flags += " --lr-offset 2 --grad-accum 2 --train-batch 4 --loss huber --init gptq -O lr_clip=0.25"
+    assert main(["quantize", "MODEL", "--method", "sliderquant", *flags.split()]) == 0
+    options = calls[0]["recipe"].options
+    assert options == {
+        "schedule": "fixed",
+        "epochs": 3,
+        "lora_rank": 8,
+        "intra": "off",
+        "lr_lora": 3e-4,
+        "lr_clip": 0.25,
+        "lr_scale": 1e-3,
+        "lr_offset": 2.0,
+        "grad_accum": 2,
+        "batch": 4,
+        "loss": "huber",
+        "init": "gptq",
+    }
+    assert METHOD_FLAGS.keys() == {"beam", *options}
+    with pytest.raises(UsageError, match=r"--beam sets the option 'beam', which method 'sliderquant' does not.*coreq"):
+        build_recipe(Recipe(), {"method": "sliderquant", "beam": 2})
+
+
+@pytest.mark.parametrize("option", ["schedule", "intra", "loss", "init"])
+def test_flags_name_the_choices(option: str) -> None:
+    flag = METHOD_FLAGS[option]
+    choices = typing.get_type_hints(METHODS["sliderquant"].config)[option]
+    names = typing.get_args(choices) or ("none", "rtn", "gptq", "coreq")
+    assert all(name in flag.metavar + flag.help for name in names)
+
+
+@pytest.mark.parametrize("option", METHOD_FLAGS)
+def test_a_flag_for_another_method_names_both(option: str) -> None:
+    with pytest.raises(UsageError, match=f"{METHOD_FLAGS[option].flag} sets the option '{option}', which method 'rtn'"):
+        build_recipe(Recipe(method="rtn"), {option: 1})
+
+
 def test_recipe_file_is_the_base_and_flags_win(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     base = Recipe(
         "coreq",
@@ -109,6 +174,12 @@ def test_another_method_drops_the_files_options_aloud(
         ({"format": "natve"}, "Did you mean 'native'"),
         ({"dtype": "float31"}, "Did you mean 'float32'"),
         ({"calib_samples": 0}, "got 0"),
+        ({"act_bits": 16}, "act_bits must be a whole number from 2 to 8"),
+        ({"act_symmetric": True}, "act_bits is not set"),
+        ({"kv_bits": 1}, "kv_bits must be a whole number from 2 to 8"),
+        ({"rotate": ("residul",)}, "Did you mean 'residual'"),
+        ({"rotate": ("residual,",)}, "unknown rotation ''"),
+        ({"overrides": ("*.a=4,a9",)}, "act_bits must be a whole number"),
     ],
 )
 def test_what_does_not_fit_is_a_usage_error(flags: dict[str, Any], message: str) -> None:
@@ -129,9 +200,9 @@ def test_override_text_round_trips(bits: int, group: int | None, symmetric: bool
     assert scheme.symmetric is bool(symmetric)
 
 
-@pytest.mark.parametrize("text", ["4", "=4", "*.a=", "*.a=four", "*.a=4,h3", "*.a=4;g3"])
+@pytest.mark.parametrize("text", ["4", "=4", "*.a=", "*.a=four", "*.a=4,h3", "*.a=4;g3", "*.a=4,a"])
 def test_an_override_of_another_form_is_shown_the_form(text: str) -> None:
-    with pytest.raises(UsageError, match=r"PATTERN=bits\[,gN\]\[,asym\]"):
+    with pytest.raises(UsageError, match=r"PATTERN=bits\[,gN\]\[,asym\]\[,aN\]"):
         parse_override(text, Scheme())
 
 
@@ -164,6 +235,22 @@ def test_summary_shows_bits_worst_layer_kept_tensors_and_warnings(
     assert first < second, "the layer with the larger loss comes first"
     assert "66.7%" in shown.out, "share of the embedding in all weight bytes"
     assert shown.out.rstrip().endswith("written to OUT")
+
+
+def test_summary_shows_what_happens_at_run_time(
+    monkeypatch: pytest.MonkeyPatch, small_report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme = Scheme(4, act_bits=4, input_rotation=0).to_dict()
+    recipe = {"method": "rtn", "scheme": scheme, "kv_bits": 8, "kv_symmetric": False, "rotate": ["residual", "down"]}
+    layers = tuple(dataclasses.replace(layer, scheme=scheme) for layer in small_report.layers)
+    report = dataclasses.replace(small_report, recipe=recipe, layers=layers)
+    monkeypatch.setattr("ptq.quantize", lambda *args, **rest: report)
+    assert main(["quantize", "MODEL", "-o", "OUT"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "method rtn, int4 sym g64 a4 rotated" in shown
+    assert "keys and values 8 bits, asymmetric" in shown
+    assert "rotated residual, down" in shown
+    assert "q_proj int4 sym g64 a4 rotated" in shown
 
 
 def test_help_states_the_defaults_and_choices_of_the_recipe() -> None:

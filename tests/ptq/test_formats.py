@@ -24,7 +24,7 @@ from ptq.formats.select import select_format
 from ptq.formats.writer import LOCK, CheckpointWriter, check_output_folder
 from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
-from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 
 SYM, ASYM = (
     Scheme(bits=3, group_size=32, scale_dtype="float16"),
@@ -162,6 +162,66 @@ def test_native_config_round_trip() -> None:
     config = native.quantization_config(schemes, {})
     assert len(config["schemes"]) == 2
     assert native.read_schemes(json.loads(json.dumps(config))) == {"a": SYM, "b": ASYM, "c": SYM}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"act_bits": 4}, "the input of a is rounded to 4 bits"), ({"input_rotation": 0}, "the input of a is rotated")],
+)
+def test_what_happens_at_run_time_needs_the_native_format(change: dict[str, int], reason: str) -> None:
+    schemes = {"a": dataclasses.replace(SYM, **change)}
+    assert select_format("native", schemes, {"a": LINEAR}, nn.Module())[0] == "native"
+    name, why = select_format("auto", schemes, {"a": LINEAR}, nn.Module())
+    assert name == "native"
+    assert reason in why
+    with pytest.raises(UsageError, match=f"cannot carry this: {reason}"):
+        select_format("compressed-tensors", schemes, {"a": LINEAR}, nn.Module())
+    with pytest.raises(UsageError, match="keys and values are rounded to 4 bits"):
+        select_format("compressed-tensors", {"a": SYM}, {"a": LINEAR}, nn.Module(), kv_bits=4)
+    assert select_format("auto", {"a": SYM}, {"a": LINEAR}, nn.Module(), kv_bits=4)[0] == "native"
+
+
+def test_a_weight_only_checkpoint_is_version_1_as_before() -> None:
+    assert native.quantization_config({"a": ASYM}, {}) == {
+        "quant_method": "ptq",
+        "version": 1,
+        "schemes": {
+            "int3-asym-g32-float16": {"bits": 3, "symmetric": False, "group_size": 32, "scale_dtype": "float16"}
+        },
+        "layers": {"a": "int3-asym-g32-float16"},
+    }
+
+
+def test_version_2_says_what_happens_at_run_time() -> None:
+    schemes: dict[str, Scheme | None] = {
+        "a": dataclasses.replace(SYM, act_bits=4),
+        "b": dataclasses.replace(SYM, act_bits=4, act_symmetric=True, input_rotation=7),
+        "c": dataclasses.replace(SYM, act_bits=4, act_symmetric=True, input_rotation=8),
+        "d": SYM,
+    }
+    config = native.quantization_config(schemes, {})
+    assert config["version"] == 2
+    assert len(config["schemes"]) == 4, "seeds are part of a scheme's name"
+    assert config["layers"]["b"] == "int3-sym-g32-a4-sym-rotated7-float16"
+    assert config["schemes"]["int3-sym-g32-a4-float16"] == SYM.to_dict() | {"act_bits": 4}
+    assert "key_values" not in config
+    assert native.read_schemes(json.loads(json.dumps(config))) == schemes
+    assert native.read_key_values(config) is None
+
+
+def test_key_values_alone_are_version_2() -> None:
+    config = native.quantization_config({"a": SYM}, {}, KeyValueScheme(4))
+    assert (config["version"], config["key_values"]) == (2, {"bits": 4, "symmetric": False})
+    assert native.read_key_values(json.loads(json.dumps(config))) == KeyValueScheme(4)
+    assert native.read_schemes(config) == {"a": SYM}
+
+
+@pytest.mark.parametrize("version", [None, 0, 3, True, "2"])
+def test_other_versions_are_refused(version: object) -> None:
+    config = native.quantization_config({"a": SYM}, {}) | {"version": version}
+    for read in (native.read_schemes, native.read_key_values):
+        with pytest.raises(OutputError, match=r"this ptq reads versions 1 and 2: upgrade"):
+            read(config)
 
 
 def test_an_unsettled_scale_dtype_is_not_recorded() -> None:

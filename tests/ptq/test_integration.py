@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -35,8 +36,11 @@ from ptq.formats.writer import CheckpointWriter
 from ptq.integration.transformers import PtqConfig, PtqQuantizer, register
 from ptq.quantized import QuantizedWeight
 from ptq.report import Report
+from ptq.runtime.activations import quantize_tokens
+from ptq.runtime.key_values import set_key_values
 from ptq.runtime.linear import QuantLinear
-from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
+from ptq.transforms.hadamard import InputRotation
 
 SYM = Scheme(bits=3, group_size=32, scale_dtype="float16")
 ASYM = Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16")
@@ -111,7 +115,11 @@ def report() -> Report:
 
 
 def write(
-    model: PreTrainedModel, out: Path, schemes: Mapping[str, Scheme | None], wanted: str = "auto"
+    model: PreTrainedModel,
+    out: Path,
+    schemes: Mapping[str, Scheme | None],
+    wanted: str = "auto",
+    key_values: KeyValueScheme | None = None,
 ) -> PreTrainedModel:
     """Write a checkpoint (a shard a block) and give back the dense model with the same, dequantized weights."""
     linears = linears_of(model)
@@ -136,7 +144,8 @@ def write(
     for block, tensors in shards.items():
         writer.write_part(f"block {block}", tensors)
     writer.write_part("rest", state)
-    writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears), report())
+    extra = (key_values,) if key_values is not None else ()
+    writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears, *extra), report())
     model.train(False)
     return model
 
@@ -265,6 +274,48 @@ def test_dequantize_on_request_is_stock(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_what_happens_at_run_time_comes_back_with_the_checkpoint(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Rounded inputs and a rotation in the schemes, rounded keys and values beside them: loaded, saved and reloaded."""
+    model, key_values = make(), KeyValueScheme(3, symmetric=True)
+    schemes = blocks(model, dataclasses.replace(SYM, act_bits=4, input_rotation=5))
+    second = [name for name in schemes if ".1." in name]
+    schemes |= dict.fromkeys(second, dataclasses.replace(SYM, act_bits=8, act_symmetric=True, input_rotation=6))
+    dense = write(model, tmp_path / "out", schemes, "native", key_values)
+    for name, scheme in schemes.items():
+        if scheme is not None:
+            dense.get_submodule(name).register_forward_pre_hook(treatment(scheme))
+    set_key_values(dense, key_values)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 2
+    assert config["key_values"] == {"bits": 3, "symmetric": True}
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {name: loaded.get_submodule(name).scheme for name, scheme in schemes.items() if scheme} == {
+        name: scheme for name, scheme in schemes.items() if scheme
+    }
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-4, atol=1e-4)
+    set_key_values(dense, None)
+    assert not torch.allclose(logits(loaded), logits(dense), rtol=1e-3, atol=1e-3)
+    loaded.save_pretrained(tmp_path / "again")
+    again = ptq.loading.load(tmp_path / "again")
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def treatment(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    """A hook that rotates and rounds the input of a dense linear."""
+
+    def treat(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
+        assert scheme.act_bits is not None
+        assert scheme.input_rotation is not None
+        rotated = InputRotation(args[0].shape[-1], scheme.input_rotation)(args[0])
+        return quantize_tokens(rotated, scheme.act_bits, scheme.act_symmetric)
+
+    return treat
+
+
 def test_packed_models_say_that_they_do_not_train(tmp_path: Path) -> None:
     model = llama()
     write(model, tmp_path / "a", blocks(model, SYM))
@@ -279,7 +330,11 @@ def test_packed_models_say_that_they_do_not_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 2}, "version 2, this ptq reads version 1"),
+        ({"version": 3}, "version 3, this ptq reads versions 1 and 2"),
+        ({"version": None}, "version None"),
+        ({"key_values": {"bits": 4}}, "key_values is damaged"),
+        ({"key_values": {"bits": 1, "symmetric": False}}, "key_values is damaged"),
+        ({"key_values": 4}, "key_values is damaged"),
         ({"layers": {"model.layers.7.mlp.up_proj": "x"}, "schemes": {"x": SYM.to_dict()}}, "has no such module"),
         ({"layers": {"model.norm": "x"}, "schemes": {"x": SYM.to_dict()}}, "it is a LlamaRMSNorm"),
         ({"layers": {"model.layers.0.mlp.up_proj": "y"}}, "damaged"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,8 +12,10 @@ from torch.nn import functional
 from ptq.errors import OutputError
 from ptq.quantized import QuantizedWeight
 from ptq.runtime import linear
+from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.transforms.hadamard import InputRotation
 
 SCHEMES = [
     Scheme(bits=3, group_size=32, scale_dtype="float16"),
@@ -129,6 +134,73 @@ def test_models_that_ask_a_linear_for_its_dtype_get_that_of_activations(guard: b
     assert ("weight" in layer.state_dict()) == guard
     if guard:
         assert layer.state_dict()["weight"].dtype == torch.int8
+
+
+TREATMENTS = [
+    {"act_bits": 4},
+    {"act_bits": 8, "act_symmetric": True},
+    {"input_rotation": 3},
+    {"act_bits": 4, "input_rotation": 3},
+]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_are_rotated_then_rounded(treatment: dict[str, int], dtype: torch.dtype) -> None:
+    scheme = dataclasses.replace(SCHEMES[1], **treatment)
+    weight, x = random_weight(scheme), torch.randn(2, 5, 96).to(dtype)
+    layer = QuantLinear.from_quantized(weight, torch.randn(40))
+    treated = x
+    if scheme.input_rotation is not None:
+        treated = InputRotation(96, scheme.input_rotation)(treated)
+    if scheme.act_bits is not None:
+        treated = quantize_tokens(treated, scheme.act_bits, scheme.act_symmetric)
+    assert layer.bias is not None
+    assert torch.equal(layer(x), functional.linear(treated, weight.dequantize(dtype), layer.bias.to(dtype)))
+    assert not torch.equal(treated, x)
+    assert layer.scheme == layer.quantized().scheme == scheme
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert torch.equal(layer.dequantize(), weight.dequantize()), "the stored weight is not turned back"
+    assert (
+        layer.state_dict().keys()
+        == QuantLinear.from_quantized(random_weight(SCHEMES[1]), layer.bias).state_dict().keys()
+    )
+
+
+def test_a_rotated_weight_gives_the_product_of_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, x = torch.randn(40, 96, generator=generator), torch.randn(7, 96, generator=generator)
+    scheme = Scheme(8, group_size=None, scale_dtype="float16", input_rotation=11)
+    rotated = InputRotation(96, 11).on_weight(plain)
+    scale = (rotated.abs().amax(1, keepdim=True) / 127).half()
+    codes = (rotated / scale.float() + 128).round().clamp(0, 255).to(torch.uint8)
+    y = QuantLinear.from_quantized(QuantizedWeight(codes, scale, None, scheme))(x)
+    assert (y - x @ plain.T).norm() < 0.02 * y.norm()
+
+
+def test_a_skeleton_on_meta_rotates_once_it_has_a_device() -> None:
+    with torch.device("meta"):
+        layer = QuantLinear(96, 40, Scheme(3, group_size=32, scale_dtype="float16", act_bits=8, input_rotation=1))
+    twin = QuantLinear.from_quantized(random_weight(layer.scheme))
+    layer = layer.to_empty(device="cpu")
+    layer.load_state_dict(twin.state_dict())
+    x = torch.randn(3, 96)
+    assert torch.equal(layer(x), twin(x))
+
+
+def test_gradients_pass_straight_through_the_treatment() -> None:
+    weight = random_weight(dataclasses.replace(SCHEMES[0], act_bits=4, input_rotation=2))
+    x = torch.randn(3, 96, requires_grad=True)
+    QuantLinear.from_quantized(weight)(x).sum().backward()
+    assert x.grad is not None
+    expected = InputRotation(96, 2).inverse(weight.dequantize().sum(0, keepdim=True))
+    torch.testing.assert_close(x.grad, expected.expand(3, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_repr_names_the_treatment() -> None:
+    scheme = dataclasses.replace(SCHEMES[0], act_bits=4, act_symmetric=True, input_rotation=9)
+    text = repr(QuantLinear.from_quantized(random_weight(scheme)))
+    assert text.endswith("act_bits=4, symmetric inputs, input_rotation=9)")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

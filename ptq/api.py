@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from calib.checkpoint_reader import ModelSource, open_model
+from calib.model_map import find_blocks
 from calib.passes import pass_dtype
 from calib.safe_config import check_tokenizer_config
 from calib.streams import OFFLOADS, Offload
@@ -23,12 +24,15 @@ from ptq.events import Event, Listener
 from ptq.forecasting import Forecast
 from ptq.forecasting import forecast as make_forecast
 from ptq.formats.writer import check_output_folder
+from ptq.learning import LearnedConfig
 from ptq.methods import WindowMethod, find_method, make_config
 from ptq.pipeline import Run
 from ptq.plan import make_plan
 from ptq.recipe import CalibrationSpec, Recipe
 from ptq.report import Report
+from ptq.rotated_plan import rotate_last_inputs
 from ptq.scheme import Scheme
+from ptq.transforms.residual import rotate_residual
 
 __all__ = ["default_output", "forecast", "make_recipe", "quantize", "resolve_device"]
 
@@ -154,8 +158,17 @@ def _prepare(
     source = open_model(
         model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code
     )
-    plan = make_plan(source.skeleton, recipe, source.dtype)
+    if isinstance(config, LearnedConfig):
+        config.windows(len(find_blocks(source.skeleton)))  # refused before anything is read
+    make_plan(source.skeleton, recipe, source.dtype)  # likewise
     listener = listener if workers.leads else _ignore
+    dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
+    if "residual" in recipe.rotate:
+        listener(Event("message", "rotating the residual stream: norm gains go into the linears that read them"))
+        source = rotate_residual(source, recipe.calibration.seed)
+    plan = make_plan(source.skeleton, recipe, source.dtype)
+    if "down" in recipe.rotate:
+        plan = rotate_last_inputs(plan, source, recipe.calibration.seed, place, dtype)
     needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if not needs_data:
@@ -165,7 +178,6 @@ def _prepare(
     calibration = workers.share(calibration)  # all processes work on the first one's tokens
     if calibration is not None:
         _check_vocabulary(calibration, source)
-    dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
     run = Run(
         source,
         plan,
@@ -224,11 +236,14 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
 
 
 def default_output(model: str | os.PathLike[str] | nn.Module, recipe: Recipe) -> Path:
-    """Where the result goes when nothing is said: ``<model>-<method>-w<bits>[a]g<group>`` in the current folder."""
+    """Where the result goes when nothing is said: in the current folder,
+    ``<model>-<method>-w<bits>[a]g<group>[-a<bits>][-kv<bits>]``."""
     name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).resolve().name.removesuffix(".gguf")
     scheme = recipe.scheme
     group = "pc" if scheme.group_size is None else f"g{scheme.group_size}"
-    return Path(f"{name}-{recipe.method}-w{scheme.bits}{'' if scheme.symmetric else 'a'}{group}")
+    extra = "" if scheme.act_bits is None else f"-a{scheme.act_bits}"
+    extra += "" if recipe.kv_bits is None else f"-kv{recipe.kv_bits}"
+    return Path(f"{name}-{recipe.method}-w{scheme.bits}{'' if scheme.symmetric else 'a'}{group}{extra}")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -104,6 +104,7 @@ class Run:
         self.key_values = None if bits is None else KeyValueScheme(bits, recipe.kv_symmetric)
         self.timing, self.flops = Timing(), Timing()
         self._kinds_checked: set[object] = set()
+        self._key_values_reached = False
         self._kernels_checked: frozenset[tuple[str, ...]] = frozenset()
         self._started, self._earlier, self._noted = 0.0, PartRecord(), PartRecord()
         blocks = tuple(f"{block}." for block in plan.blocks)
@@ -358,24 +359,28 @@ class Run:
         Raises:
             ModelError: keys and values are to be rounded, and the block's attention cannot be reached.
         """
+        if self.key_values is not None:
+            self._check_key_values(visit)
         if visit.walk.has_tokens:
-            if self.key_values is not None:
-                self._check_key_values(visit)
             treat_block(visit, self.plan.in_block(visit.name), self.key_values, share)
 
     def _check_key_values(self, visit: BlockVisit) -> None:
-        """Once a kind of block: rounding keys and values has an effect."""
-        kind = (type(visit.block), tuple(visit.linears))
+        """Once a kind of block: rounding keys and values has an effect. Blocks without attention are passed over, if
+        there are others."""
+        kind = _kind(visit.block)
         if kind in self._kinds_checked:
             return
+        self._kinds_checked.add(kind)
         hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
         visit.use(full=True)
-        if not supports_key_values(visit.block, lambda: call(visit.block, hidden)):
+        with visit.plain_inputs():
+            self._key_values_reached |= supports_key_values(visit.block, lambda: call(visit.block, hidden))
+        kinds = {_kind(self.source.skeleton.get_submodule(name)) for name in self.plan.blocks}
+        if not self._key_values_reached and kinds <= self._kinds_checked:
             raise ModelError(
                 f"{visit.name}: the attention of {type(visit.block).__name__} does not go through transformers' "
                 f"attention interface, so its keys and values cannot be rounded. Leave out --kv-bits."
             )
-        self._kinds_checked.add(kind)
 
     def check_kernels(self, visit: BlockVisit) -> None:
         """Once a kind of block: linears that runtimes fuse into one kernel must share a scheme, in the format that they
@@ -523,7 +528,8 @@ class Run:
             config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         else:
             config = json.loads(model.config.to_json_string())
-        return {**config, "architectures": config.get("architectures") or [type(model).__name__]}
+        changes = getattr(self.source, "config_changes", {})  # of a rotated model
+        return {**config, "architectures": config.get("architectures") or [type(model).__name__], **changes}
 
     def _report(self, writer: CheckpointWriter, total: PartRecord) -> Report:
         model = self.source.skeleton
@@ -584,6 +590,11 @@ class Run:
             "pass_dtype": str(self.dtype).removeprefix("torch."),
             "method_config": {k: getattr(self.config, k) for k in type(self.config).__dataclass_fields__},
         }
+
+
+def _kind(block: nn.Module) -> object:
+    """Blocks of one kind have the same class and linears."""
+    return type(block), tuple(name for name, module in block.named_modules() if is_linear(module))
 
 
 def _layer_method(method: LayerMethod | WindowMethod, config: Any) -> tuple[LayerMethod | None, Any]:

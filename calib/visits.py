@@ -166,6 +166,13 @@ class BlockVisit:
         self._treatments, self._on_stream = dict(treatments), on_stream
         self._switch(quantize=not self._full_in_use)
 
+    def forget_treatments(self) -> None:
+        """The opposite of `treat_inputs`."""
+        self._switch(quantize=False)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._treatments, self._on_stream = [], {}, None
+
     def _change_input(self, linear: nn.Module, change: Treatment) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not self._quantizes:
@@ -315,11 +322,9 @@ class BlockVisit:
         """Drop what is suspended, and every reference to weights."""
         for passes in self._passes.values():
             passes.close()
-        for handle in self._handles:
-            handle.remove()
-        self._switch(quantize=False)
-        self._passes, self._rows, self._handles, self._on_stream = {}, None, [], None
-        self._originals, self._full, self._replaced, self._changed, self._treatments = {}, {}, {}, {}, {}
+        self.forget_treatments()
+        self._passes, self._rows = {}, None
+        self._originals, self._full, self._replaced, self._changed = {}, {}, {}, {}
 
 
 class GroupVisit:

@@ -46,5 +46,9 @@ def _rows(forecast: Forecast) -> list[tuple[str, str]]:
         how = "each block is run once" if forecast.lockstep else "blocks are run again for every input group"
         rows.append(("calibration", f"{c['sequences']} x {c['seqlen']} tokens in {c['batches']} batches"))
         rows.append(("activations", f"{where}; {how}"))
+    if forecast.learning is not None:
+        found = forecast.learning
+        rows.append(("windows", found["schedule"]))
+        rows.append(("learning", f"{found['steps']} steps a stage of a window, {found['visits']} block visits in all"))
     rows += [("one kernel" if i == 0 else "", ", ".join(names)) for i, names in enumerate(forecast.shared)]
     return rows

@@ -87,9 +87,8 @@ class ProgressListener:
             return
         elapsed = self._clock() - self._started
         left = elapsed / max(event.done - self._skipped, 1) * (event.total - event.done)
-        self.say(
-            f"{self._unit.removesuffix('s')} {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left"
-        )
+        unit = self._unit.removesuffix("s")
+        self.say(f"{unit} {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left")
 
 
 def _bar(screen: Console) -> Progress:

@@ -16,7 +16,12 @@ __all__ = ["command"]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
-@click.option("-o", "--out", type=click.Path(), help="Output folder.  [default: <model>-<method>-w<bits>[a]g<group>[-a<bits>][-kv<bits>]]")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    help="Output folder.  [default: <model>-<method>-w<bits>[a]g<group>[-a<bits>][-kv<bits>]]",
+)
 @click.option("--method", metavar="NAME", help="See ptq methods.  [default: coreq]")
 @click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
 @click.option("--group-size", type=int, help="Input channels that share a scale; 0 is per channel.  [default: 64]")

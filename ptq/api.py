@@ -33,6 +33,7 @@ from ptq.report import Report
 from ptq.rotated_plan import rotate_last_inputs
 from ptq.scheme import Scheme
 from ptq.transforms.residual import rotate_residual
+from ptq.window_forecast import Surroundings, check_learning
 
 __all__ = ["default_output", "forecast", "make_recipe", "quantize", "resolve_device"]
 
@@ -165,7 +166,10 @@ def _prepare(
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
     if "residual" in recipe.rotate:
         listener(Event("message", "rotating the residual stream: norm gains go into the linears that read them"))
-        source = rotate_residual(source, recipe.calibration.seed)
+        rotated = rotate_residual(source, recipe.calibration.seed)
+        for note in rotated.notes:
+            listener(Event("message", note))
+        source = rotated
     plan = make_plan(source.skeleton, recipe, source.dtype)
     if "down" in recipe.rotate:
         plan = rotate_last_inputs(plan, source, recipe.calibration.seed, place, dtype)
@@ -178,6 +182,8 @@ def _prepare(
     calibration = workers.share(calibration)  # all processes work on the first one's tokens
     if calibration is not None:
         _check_vocabulary(calibration, source)
+    if isinstance(config, LearnedConfig) and calibration is not None:
+        check_learning(source, config, calibration.tokens, Surroundings(place, dtype, workers.size))
     run = Run(
         source,
         plan,

@@ -21,11 +21,13 @@ from calib.groups import InputGroup
 from calib.precision import strict_float32
 from calib.streams import free_memory
 from calib.walk import Walk, batch_size
+from ptq.learning import LearnedConfig
 from ptq.ledger import PartRecord
 from ptq.pipeline import Run
 from ptq.preflight import check_disk, peak_memory, stream_bytes
 from ptq.report import KeptTensor
 from ptq.sizes import Sizes, dense_experts
+from ptq.window_forecast import forecast_windows
 
 __all__ = ["Forecast", "forecast"]
 
@@ -52,6 +54,7 @@ class Forecast:
             ``None``.
         free_disk, free_memory, free_device: now.
         warnings: what the user should know.
+        learning: of a learned method, `ptq.window_forecast.WindowForecast`: its windows in words, steps, seconds.
     """
 
     model: str
@@ -80,6 +83,7 @@ class Forecast:
     free_memory: int
     free_device: int | None
     warnings: tuple[str, ...] = ()
+    learning: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -93,6 +97,39 @@ def forecast(run: Run) -> Forecast:
     """
     sizes = run.sizes()
     tokens = None if run.calibration is None else run.calibration.tokens
+    if isinstance(run.config, LearnedConfig) and tokens is not None:
+        return _learned(run, run.config, sizes, tokens)
+    return _layerwise(run, sizes, tokens)
+
+
+def _learned(run: Run, config: LearnedConfig, sizes: Sizes, tokens: Tensor) -> Forecast:
+    """The forecast of a learned method: that of what it starts from, and its windows."""
+    start = _layerwise(run, sizes, tokens)
+    with tempfile.TemporaryDirectory(prefix="ptq-forecast-") as folder:
+        found = forecast_windows(run, config, tokens, Path(folder))
+    timing = start.timing | {"learning": found.seconds}
+    if run.layer_method is None:
+        del timing["passes"]  # those of the streams belong to the sweeps that learn
+    on_gpu = run.device.type == "cuda"
+    more = found.bytes_a_block * found.largest + (0 if run.offload != "none" else _stream(run, tokens))
+    changed = dataclasses.replace(
+        start,
+        timing=timing,
+        seconds=sum(timing.values()),
+        peak_memory=start.peak_memory + (0 if on_gpu else more),
+        peak_device=None if start.peak_device is None else start.peak_device + more,
+        learning=dataclasses.asdict(found),
+    )
+    return dataclasses.replace(changed, warnings=(*run.obstacles(), *_warnings(changed)))
+
+
+def _stream(run: Run, tokens: Tensor) -> int:
+    """Bytes of a window's targets, kept where the streams are."""
+    return stream_bytes(run.source.skeleton, tokens.numel() // run.workers.size, run.dtype) // 2
+
+
+def _layerwise(run: Run, sizes: Sizes, tokens: Tensor | None) -> Forecast:
+    """The forecast of one walk from block to block."""
     size = 1 if tokens is None else batch_size(len(tokens), tokens.shape[1], run.device)
     batches = 1 if tokens is None else math.ceil(len(tokens) / size / run.workers.size)
     sample = None if tokens is None else tokens[: _MEASURED_BATCHES * size * run.workers.size]
@@ -190,14 +227,15 @@ def _measure(run: Run, tokens: Tensor | None, size: int, folder: Path) -> _Measu
             start = start or dict(run.timing)
             before, part = dict(run.timing), PartRecord()
             read, earlier = before.get("read", 0.0) - earlier, before.get("read", 0.0)
-            run.quantize_block(visit, part, packed=True)
+            if run.layer_method is not None:
+                run.quantize_block(visit, part, packed=True)
             visit.close()
             map_ = walk.map_of(visit)
             if part.layers or not done:
                 block = {name: value - before.get(name, 0.0) for name, value in run.timing.items()}
                 block["read"] = read  # over when the block is handed out; for the first one with the embedding
                 parameters = _parameters(run, visit.name)
-            done += bool(part.layers)
+            done += bool(part.layers) or run.layer_method is None
             if run.workers.share(done == 2 or (done == 1 and sum(block.values()) > _WARM_UP_SECONDS)):
                 break  # the first process decides for all
     shared = tuple(g.linears for g in map_.groups if len(g.linears) > 1 and not g.experts)

@@ -528,8 +528,8 @@ class Run:
             config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         else:
             config = json.loads(model.config.to_json_string())
-        changes = getattr(self.source, "config_changes", {})  # of a rotated model
-        return {**config, "architectures": config.get("architectures") or [type(model).__name__], **changes}
+        architectures = config.get("architectures") or [type(model).__name__]
+        return {**config, "architectures": architectures, **self.source.config_changes}
 
     def _report(self, writer: CheckpointWriter, total: PartRecord) -> Report:
         model = self.source.skeleton

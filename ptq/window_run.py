@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,10 +34,8 @@ from ptq.ledger import PartRecord
 from ptq.plan import Plan
 from ptq.quantized import LayerRecord, QuantizedWeight
 from ptq.recipe import Recipe
-from ptq.scheme import Scheme
-
-if TYPE_CHECKING:
-    from ptq.transforms.scaling import Scaling
+from ptq.scheme import MAX_BITS, Scheme
+from ptq.transforms.scaling import Scaling, find_scalings, in_float32
 
 __all__ = ["Host", "WindowRun"]
 
@@ -56,7 +54,7 @@ class Host(Protocol):
     workers: Workers
     tell: Listener
 
-    def walk(self, *, batch: int | None = None) -> Walk: ...
+    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None) -> Walk: ...
 
     def treat(self, visit: BlockVisit, share: Callable[[], float] = ...) -> None: ...
 
@@ -97,6 +95,7 @@ class WindowRun:
     Args:
         run: the run; config: what is learned.
         finished: parts on the disk; parts: their records, to be added to; writer: on the process that writes.
+        folder: of the workspace, in the output folder by default.
     """
 
     def __init__(
@@ -106,10 +105,11 @@ class WindowRun:
         finished: dict[str, FinishedPart],
         parts: dict[str, PartRecord],
         writer: CheckpointWriter | None,
+        folder: Path | None = None,
     ) -> None:
         self.run, self.config, self.finished, self.parts, self.writer = run, config, finished, parts, writer
         self.windows = config.windows(len(run.plan.blocks))
-        self.work = Workspace(run.out / STAGING / WORK, writes=run.workers.leads)
+        self.work = Workspace(folder or run.out / STAGING / WORK, writes=run.workers.leads)
         self.records: list[WindowRecord] = []
         self._learners: dict[int, BlockLearner] = {}
         self._open_parts: dict[int, PartRecord] = {}  # of blocks that are being worked on
@@ -257,14 +257,12 @@ class WindowRun:
         return self._scalings[kind]
 
     def _find_scalings(self, visit: BlockVisit) -> tuple[Scaling, ...]:
-        from ptq.transforms.scaling import find_scalings
-
         host = visit.walk
         hidden = host.hidden(0, full=True)
         call = host.call(0, visit.index, full=True)
         visit.use(full=True)
-        with visit.plain_inputs():
-            found = find_scalings(visit.block, lambda: call(visit.block, hidden))
+        with visit.plain_inputs(), in_float32(visit.block, call, hidden) as run:
+            found = find_scalings(visit.block, run)
         schemes = self.run.plan.in_block(visit.name)
         rotated = {f"{name}.weight" for name, scheme in schemes.items() if scheme.input_rotation is not None}
         kept = tuple(
@@ -279,6 +277,15 @@ class WindowRun:
         for reason in found.missing:
             self.run.warn(self._open_parts[visit.index], f"{visit.name}: channels are not scaled, {reason}")
         return kept
+
+    def try_window(self, visit: WindowVisit) -> None:
+        """Learn in one window and drop the result, to see what it takes."""
+        self._open(visit, 0)
+        learners = [self._learners[block.index] for block in visit.blocks]
+        steps = self.config.steps(visit.walk.total_batches, [MAX_BITS])
+        train_window(visit, learners, self.config, sweep=0, shares=(1.0,), steps=steps, seed=0)
+        for block in visit.blocks:
+            block.forget_treatments()
 
     # -- one window --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from ptq.learning.config import LearnedConfig
 from ptq.learning.linear import KINDS, LinearLearner, round_together
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
-
-if TYPE_CHECKING:
-    from ptq.transforms.scaling import ScaleUse, Scaling
+from ptq.transforms.scaling import ScaleUse, Scaling, apply_scaling
 
 __all__ = ["BlockLearner", "window_tensors"]
 
@@ -65,8 +62,8 @@ class BlockLearner:
             for name, scheme in schemes.items()
         }
         self._dtypes = {name: visit.full(name).dtype for name in schemes}
-        self.scalings = tuple(scalings)
         device = next(iter(self.linears.values())).base.device
+        self.scalings = tuple(scaling.to(device) for scaling in scalings)
         self.scales = {s.name: torch.ones(s.size, device=device).requires_grad_() for s in self.scalings}
         self._uses: dict[str, list[tuple[str, ScaleUse]]] = {}
         for scaling in self.scalings:
@@ -156,8 +153,6 @@ class BlockLearner:
         uses = self._uses.get(parameter)
         if not uses:
             return None
-
-        from ptq.transforms.scaling import apply_scaling
 
         def change(value: Tensor) -> Tensor:
             for scaling, use in uses:

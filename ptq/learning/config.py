@@ -48,8 +48,8 @@ class LearnedConfig:
     """Args:
     schedule: windows of blocks: ``slider``, ``expanding``, ``contracting``, ``fixed``, ``single``.
     size: blocks in a window; step: blocks it moves by; edge: blocks that expand and contract.
-    epochs: passes over the calibration data a window, all stages together; 0 is 60 at 2 bits and 20 above.
-    iters: steps a window instead of epochs, if not 0.
+    epochs: passes over the calibration data a window, all stages together; 0 leaves it to ``iters``.
+    iters: steps a window, all stages together; 0, without epochs, is 60 epochs at 2 bits and 20 above.
     batch: sequences in a step; grad_accum: steps whose gradients are added up.
     intra: first only the first input channels are quantized: in a ``sweep`` over the whole model, in every ``window``,
         or ``off``; ``auto`` is a sweep, but off with a starting point, which would be forgotten; stages: in how many.
@@ -127,7 +127,8 @@ class LearnedConfig:
             batches: of the calibration data; bits: of the schemes in use.
         """
         stages = sum(len(sweep) for sweep in self.sweeps)
-        total = self.iters or (self.epochs or (_EPOCHS_LOW if min(bits) <= _LOW_BITS else _EPOCHS)) * batches
+        epochs = _EPOCHS_LOW if min(bits) <= _LOW_BITS else _EPOCHS
+        total = self.epochs * batches or self.iters or epochs * batches
         return max(1, round(total / stages / self.grad_accum))
 
     def rates(self, scheme: Scheme, steps: int) -> Rates:

@@ -23,7 +23,7 @@ from ptq.learning.optimizer import Optimizer
 
 __all__ = ["Stepper", "make_stepper"]
 
-_WARM_UP = 3  # steps before a capture, for libraries that set themselves up at first use
+_WARM_UP = 2  # steps before a capture: libraries and the optimizer set themselves up at first use
 _SOFT_WEIGHT, _SOFT_START, _SOFT_END, _SOFT_WARM_UP = 0.01, 20.0, 2.0, 0.2  # of soft rounding's regularizer (BRECQ)
 
 

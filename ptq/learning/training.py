@@ -2,8 +2,8 @@
 
 The student is fed with the quantized stream, the teacher with the full-precision stream; targets are computed once a
 window. The order of batches is drawn from the seed, the sweep and the window, so a resumed run learns the same. What
-is learned is kept only if it lowered the loss over all calibration data; a loss that is not finite puts everything
-back and is reported.
+is learned is kept only if it lowered the loss over all calibration data; if not, or if a loss was not finite,
+everything is put back, tried once more at a quarter of the rates, and reported.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ptq.learning.stepper import make_stepper
 
 __all__ = ["WindowRecord", "train_window"]
 
+_RATES = (1.0, 0.25)  # of learning rates: a window that learned nothing good tries once more
 _CHECK_EVERY = 64  # steps between looks at the loss: on a GPU each waits for it
 
 
@@ -118,16 +119,16 @@ class _Stage:
             one.share = share
         with walk.timing.part("learning", walk.device):
             before, saved = self._loss(), [one.state() for one in self.blocks]
-            done, finite, captured = self._steps(number, steps, tell)
-            after = self._loss() if finite else math.inf
             notes: tuple[str, ...] = ()
-            if not math.isfinite(after):
-                notes = (f"the loss was not finite after {done} steps: put back to where it was",)
-            elif after > before:
-                notes = ("the loss over all calibration data was not lowered: put back to where it was",)
-            if notes:
+            for slower in _RATES:
+                done, finite, captured = self._steps(number, steps, slower, tell)
+                after = self._loss() if finite else math.inf
+                if after <= before:
+                    break
                 for one, state in zip(self.blocks, saved, strict=True):
                     one.load(state)
+                found = "was not lowered" if math.isfinite(after) else f"was not finite after {done} steps"
+                notes += (f"the loss over all calibration data {found} at {slower:g} of the rates: put back",)
         window = self.visit.window
         seconds = time.perf_counter() - start
         return WindowRecord(
@@ -137,7 +138,7 @@ class _Stage:
             window.stop,
             share,
             before,
-            after if math.isfinite(after) else before,
+            min(before, after),
             done,
             seconds,
             captured,
@@ -161,11 +162,11 @@ class _Stage:
         walk.workers.sum_(total)
         return float(total[0] / total[1])
 
-    def _steps(self, number: int, steps: int, tell: Callable[[int], object]) -> tuple[int, bool, bool]:
-        """Steps done, whether the loss stayed finite, whether they ran as a graph."""
+    def _steps(self, number: int, steps: int, slower: float, tell: Callable[[int], object]) -> tuple[int, bool, bool]:
+        """Steps done, whether losses stayed finite, whether they ran as a graph; rates are ``slower`` times theirs."""
         walk = self.visit.walk
         rates = {
-            f"{i}:{name}": (value, one.rate_of(name, steps))
+            f"{i}:{name}": (value, slower * one.rate_of(name, steps))
             for i, one in enumerate(self.blocks)
             for name, value in one.parameters().items()
         }

@@ -17,11 +17,11 @@ from ptq.methods.gptaq import GPTAQ
 from ptq.methods.gptq import GPTQ
 from ptq.methods.omniquant import OMNIQUANT
 from ptq.methods.rtn import RTN
-from ptq.methods.sliderquant import SLIDERQUANT
+from ptq.methods.sliderquant import SLIDERQUANT, SLIDERQUANT_LORA
 
 __all__ = ["METHODS", "LayerMethod", "LayerResult", "WindowMethod", "find_method", "make_config", "parse_options"]
 
-_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ, SLIDERQUANT, OMNIQUANT, AUTOROUND)
+_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ, SLIDERQUANT, SLIDERQUANT_LORA, OMNIQUANT, AUTOROUND)
 
 
 def _collect() -> dict[str, LayerMethod | WindowMethod]:

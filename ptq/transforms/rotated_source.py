@@ -18,7 +18,7 @@ from ptq.transforms.residual_map import Part, cannot_rotate
 
 __all__ = ["RotatedSource", "get_parameter", "put_parameter"]
 
-_CHUNK = 1 << 23  # numbers in float64 at a time
+_CHUNK = 1 << 18  # numbers in float64 at a time: two megabytes stay in a cache
 _STEEP = 1e3  # largest bias by gain of a norm whose bias has to stay in it
 
 

@@ -1,0 +1,180 @@
+"""The runs of learning.py as literal tables, and how a run becomes flags of ``ptq quantize``.
+
+A cell says what decides its result, and is named by that; the same cell in two tables is run once. Schedules that
+visit blocks less often get more steps, so that all do the same work: steps count for the slider, and others get them
+times the slider's block visits over theirs, rounded up in their favour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from calib.windows import make_windows, visits
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "W2 g64": {"bits": 2, "group_size": 64},
+    "W3 channel": {"bits": 3, "group_size": 0},
+    "W4A4": {"bits": 4, "group_size": 0, "act_bits": 4, "kv_bits": 4},
+    "W4A4 rotated": {"bits": 4, "group_size": 0, "act_bits": 4, "kv_bits": 4, "rotate": "residual"},
+    "W3 g64": {"bits": 3, "group_size": 64},
+    "W3 g64 sym": {"bits": 3, "group_size": 64, "symmetric": True},
+    "W4 g128": {"bits": 4, "group_size": 128},
+    "W4 g128 sym": {"bits": 4, "group_size": 128, "symmetric": True},
+}
+"""Fields as on the command line; ``group_size`` 0 is per channel; asymmetric where nothing is said."""
+
+SLIDER_ITERS = 200
+PUBLISHED_EPOCHS = {"W2 g64": 60}  # 20 elsewhere
+OMNIQUANT_EPOCHS = {"W2 g64": 40}  # 20 elsewhere
+AUTOROUND_ITERS = 200
+WITHOUT_DATA = ("rtn",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One way to quantize.
+
+    Args:
+        setting: of `SETTINGS`; method: of ``ptq methods``.
+        options: of the method, ``(name, value)``.
+        matched: ``epochs`` are those of the slider, to be scaled by block visits.
+    """
+
+    setting: str
+    method: str
+    options: tuple[tuple[str, str | int], ...] = ()
+    matched: bool = False
+
+    @property
+    def key(self) -> str:
+        """What names the cell in records and files."""
+        said = [f"{name}-{value}" for name, value in self.options] + ["matched"] * self.matched
+        return "__".join([self.setting, self.method, *said]).replace(" ", "_")
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed decides anything: the data, or a rotation."""
+        return self.method not in WITHOUT_DATA or "rotate" in SETTINGS[self.setting]
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has epochs or iterations to scale."""
+        return any(name in ("epochs", "iters") for name, _ in self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells by their labels; ``name/label`` is what ``--cells`` chooses by."""
+
+    name: str
+    rows: dict[str, Cell]
+
+
+def slider(setting: str, schedule: str = "slider", intra: str = "off", **more: str | int) -> Cell:
+    """SliderQuant with everything said that the tables vary."""
+    named: dict[str, str | int] = {"schedule": schedule, "intra": intra, "iters": SLIDER_ITERS, **more}
+    return Cell(setting, "sliderquant", tuple(named.items()), matched=schedule != "slider")
+
+
+def _weights(setting: str) -> Table:
+    """Weight-only: layer-wise methods, learned methods, and learning on top of a good rounding."""
+    return Table(
+        setting,
+        {
+            "gptq": Cell(setting, "gptq"),
+            "coreq": Cell(setting, "coreq"),
+            "sliderquant": slider(setting),
+            "sliderquant on coreq": slider(setting, init="coreq"),
+            "sliderquant as published": _published(setting),
+            "omniquant": Cell(setting, "omniquant", (("epochs", OMNIQUANT_EPOCHS.get(setting, 20)),)),
+            "autoround": _autoround(setting),
+        },
+    )
+
+
+def _published(setting: str) -> Cell:
+    """SliderQuant with its own learnables, optimizer and curriculum."""
+    return Cell(setting, "sliderquant-lora", (("epochs", PUBLISHED_EPOCHS.get(setting, 20)),))
+
+
+def _autoround(setting: str) -> Cell:
+    return Cell(setting, "autoround", (("iters", AUTOROUND_ITERS), ("batch", 8)))
+
+
+def _activations(setting: str) -> Table:
+    return Table(
+        setting,
+        {
+            "rtn": Cell(setting, "rtn"),
+            "sliderquant": slider(setting),
+            "sliderquant, fixed windows": slider(setting, "fixed"),
+            "sliderquant as published": _published(setting),
+        },
+    )
+
+
+def _ablation(setting: str) -> Table:
+    """Plain windows, and each part by itself and together; ``single`` is one block after another."""
+    rows = {
+        "single blocks": slider(setting, "single"),
+        "plain windows": slider(setting, "fixed"),
+        "+ expanding": slider(setting, "expanding"),
+        "+ contracting": slider(setting, "contracting"),
+        "+ both": slider(setting),
+        "+ curriculum": slider(setting, "fixed", "sweep"),
+        "all": slider(setting, intra="sweep"),
+        "all, curriculum in every window": slider(setting, intra="window"),
+    }
+    return Table(f"ablation {setting}", rows)
+
+
+TABLES = (
+    _weights("W2 g64"),
+    _weights("W3 channel"),
+    _activations("W4A4"),
+    _activations("W4A4 rotated"),
+    _ablation("W2 g64"),
+    _ablation("W4A4"),
+    Table(
+        "autoround",  # beside peers/autoround_reference.py
+        {setting: _autoround(setting) for setting in ("W3 g64", "W3 g64 sym", "W4 g128", "W4 g128 sym")},
+    ),
+)
+
+
+def arguments(cell: Cell, blocks: int, epochs_scale: float) -> dict[str, Any]:
+    """Everything that decides the result but the data: ``method``, ``options``, ``bits``, ``group_size``, ..."""
+    options = dict(cell.options)
+    for name in ("epochs", "iters"):
+        if name in options:
+            exact = int(options[name]) * epochs_scale * visit_ratio(cell, blocks)
+            options[name] = max(1, math.ceil(exact - 1e-9)) if options[name] else 0
+    fields = {"symmetric": False, **SETTINGS[cell.setting]}
+    return {"setting": cell.setting, "method": cell.method, "options": options, **fields}
+
+
+def visit_ratio(cell: Cell, blocks: int) -> float:
+    """Block visits of the slider over those of the cell's schedule, where epochs are matched."""
+    if not cell.matched:
+        return 1.0
+    schedule = str(dict(cell.options)["schedule"])
+    return sum(visits(make_windows("slider", blocks))) / sum(visits(make_windows(schedule, blocks)))
+
+
+def quantize_flags(fields: dict[str, Any]) -> list[str]:
+    """``arguments`` as flags of ``ptq quantize``; scales in float16, as all methods of all toolkits have them."""
+    flags = ["--method", fields["method"], "--sym" if fields["symmetric"] else "--asym", "--scale-dtype", "float16"]
+    for name in ("bits", "group_size", "act_bits", "kv_bits", "rotate"):
+        if name in fields:
+            flags += ["--" + name.replace("_", "-"), str(fields[name])]
+    for name, value in fields["options"].items():
+        flags += ["-O", f"{name}={value}"]
+    return flags
+
+
+def file_name(cell: Cell, seed: int, epochs_scale: float) -> str:
+    """Of the record; runs without epochs have the same at every scale."""
+    scale = "" if epochs_scale == 1 or not cell.learned else f"__epochs-x{epochs_scale:g}"
+    return f"{cell.key}{scale}__seed-{seed}.json"

@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Fields as on the command line; ``group_size`` 0 is per channel; asymmetric where nothing is said."""
 
-SLIDER_ITERS = 200
+SLIDER_ITERS = 100
 PUBLISHED_EPOCHS = {"W2 g64": 60}  # 20 elsewhere
 OMNIQUANT_EPOCHS = {"W2 g64": 40}  # 20 elsewhere
 AUTOROUND_ITERS = 200

@@ -30,11 +30,12 @@ METHOD_FLAGS: dict[str, MethodFlag] = {
         "Methods that learn: which blocks are learned together: slider, expanding, contracting, fixed or single.",
     ),
     "epochs": MethodFlag("--epochs", int, "N", "Methods that learn: passes over the calibration data for each window."),
+    "iters": MethodFlag("--iters", int, "N", "Methods that learn: steps for each window, unless --epochs is given."),
     "lora_rank": MethodFlag("--lora-rank", int, "N", "Rank of the learned change of a weight before it is rounded."),
     "intra": MethodFlag(
         "--intra",
         str,
-        "sweep|window|off",
+        "auto|sweep|window|off",
         "Learn with half of the input channels rounded first: over the whole model, in each window, or not at all.",
     ),
     "lr_lora": MethodFlag("--lr-lora", float, "X", "Learning rate of the low-rank change."),

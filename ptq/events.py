@@ -17,8 +17,9 @@ class Event:
 
     Args:
         kind: ``"message"`` (a sentence for the log), ``"blocks"`` (work starts: ``total`` of what ``text`` names,
-            blocks or, for learned methods, visits of blocks), ``"layer"`` (what is being done, in ``name``: a linear, or a
-            step of a window), ``"layer_done"`` (``record`` is set), ``"block_done"`` (``done`` of ``total`` are over).
+            blocks or, for learned methods, visits of blocks), ``"layer"`` (what is being done, in ``name``: a linear,
+            or a step of a window), ``"layer_done"`` (``record`` is set), ``"block_done"`` (``done`` of ``total`` are
+            over).
     """
 
     kind: Literal["message", "blocks", "layer", "layer_done", "block_done"]

@@ -228,12 +228,13 @@ class Run:
         return list(parts.values())
 
     def _sum_flops(self) -> None:
-        """Passes and statistics of all processes; every process has counted all solves."""
-        counts = torch.tensor([self.flops.get(name, 0.0) for name in ("passes", "statistics")], dtype=torch.float64)
+        """Passes, statistics and learning of all processes; every process has counted all solves."""
+        names = ("passes", "statistics", "learning")
+        counts = torch.tensor([self.flops.get(name, 0.0) for name in names], dtype=torch.float64)
         counts = counts.to(self.workers.device)
         self.workers.sum_(counts)
         if self.flops:
-            self.flops["passes"], self.flops["statistics"] = counts.tolist()
+            self.flops.update({name: count for name, count in zip(names, counts.tolist(), strict=True) if count})
 
     def _visit(
         self,

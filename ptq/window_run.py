@@ -293,7 +293,7 @@ class WindowRun:
         run = self.run
         learners = [self._learners[block.index] for block in visit.blocks]
         bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
-        steps = self.config.steps(visit.walk.total_batches, bits)
+        steps = run.workers.share(self.config.steps(visit.walk.total_batches, bits))
         label = _label(visit.window)
         records = train_window(
             visit,
@@ -309,6 +309,8 @@ class WindowRun:
         for record in records:
             for note in record.notes:
                 run.tell(Event("message", f"{label}: {note}"))
+        if visit.leaving == len(visit.blocks) == 1 and sweep == len(self.config.sweeps) - 1:
+            return  # its one block is written next: nothing else would ask for the state
         name = f"state-{sweep:02d}-{visit.number:05d}"
         tensors = {
             f"{learner.visit.index}|{key}": value for learner in learners for key, value in learner.state().items()

@@ -53,7 +53,7 @@ class BlockLearner:
         seed: int = 0,
         anchors: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
-        self.visit, self.config, self.share = visit, config, 1.0
+        self.visit, self.config, self._share = visit, config, 1.0
         anchors = anchors or {}
         self.linears = {
             name: LinearLearner(
@@ -62,8 +62,8 @@ class BlockLearner:
             for name, scheme in schemes.items()
         }
         self._dtypes = {name: visit.full(name).dtype for name in schemes}
-        device = next(iter(self.linears.values())).base.device
-        self.scalings = tuple(scaling.to(device) for scaling in scalings)
+        device = visit.walk.device
+        self.scalings = tuple(scaling.to(device) for scaling in scalings) if schemes else ()
         self.scales = {s.name: torch.ones(s.size, device=device).requires_grad_() for s in self.scalings}
         self._uses: dict[str, list[tuple[str, ScaleUse]]] = {}
         for scaling in self.scalings:
@@ -77,6 +77,16 @@ class BlockLearner:
         if parameter in weights:
             return self.visit.full(weights[parameter])
         return self.visit.block.get_parameter(parameter).detach()
+
+    @property
+    def share(self) -> float:
+        return self._share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._share = share
+        self.visit.use(full=True)  # keys and values are told of their share when the quantized stream comes into use
+        self.visit.use(full=False)
 
     # -- what is learned ---------------------------------------------------------------------------------------------
 
@@ -169,7 +179,7 @@ class BlockLearner:
     @torch.no_grad()
     def settle(self) -> None:
         """Put the rounded weights at the present share into the visit, for the quantized stream to pass through."""
-        rounded = round_together(list(self.linears.values()), self.targets(), self.share)
+        rounded = round_together(list(self.linears.values()), self.targets(), self.share, hard=True)
         for name, weight in zip(self.linears, rounded, strict=True):
             self.visit.replace(name, weight)
         for name, value in self.changed().items():
@@ -186,10 +196,15 @@ class BlockLearner:
         return {name: self._changed(name, value) for name, value in self._dense.items()}
 
 
-def window_tensors(blocks: Sequence[BlockLearner]) -> list[dict[str, Tensor]]:
-    """`BlockLearner.tensors` of several blocks, rounded together; all have the same share."""
+def window_tensors(blocks: Sequence[BlockLearner], *, hard: bool = False) -> list[dict[str, Tensor]]:
+    """`BlockLearner.tensors` of several blocks, rounded together; all have the same share.
+
+    Args:
+        hard: with every choice of soft rounding made, as it will be stored.
+    """
     linears = [one for block in blocks for one in block.linears.values()]
-    rounded = round_together(linears, [target for block in blocks for target in block.targets()], blocks[0].share)
+    targets = [target for block in blocks for target in block.targets()]
+    rounded = round_together(linears, targets, blocks[0].share, hard=hard)
     found, start = [], 0
     for block in blocks:
         stop = start + len(block.linears)

@@ -111,22 +111,25 @@ class LinearLearner:
         a, b = self.parameters["lora_a"], self.parameters["lora_b"]
         return torch.addmm(weight, b, a, alpha=1 / len(a))
 
-    def weight(self, scaled: Callable[[Tensor], Tensor] | None = None, share: float = 1.0) -> Tensor:
+    def weight(
+        self, scaled: Callable[[Tensor], Tensor] | None = None, share: float = 1.0, *, hard: bool = False
+    ) -> Tensor:
         """The rounded weight, float32 ``[out, in]``, with gradients to everything that is learned.
 
         Args:
-            scaled: applies channel scales to a float32 ``[out, in]``; share: see `rounding.round_groups`.
+            scaled: applies channel scales to a float32 ``[out, in]``; share, hard: see `round_together`.
         """
-        return round_together([self], [self.target(scaled)], share)[0]
+        return round_together([self], [self.target(scaled)], share, hard=hard)[0]
 
     def levels(self, z: Tensor) -> Levels:
         """The grid of the groups ``z``."""
         return _levels_of(z, self.parameters, self.anchor, self.scheme, self.config)
 
-    def offset(self) -> Tensor | None:
-        """What rounding is moved by, as groups."""
+    def offset(self, *, hard: bool = False) -> Tensor | None:
+        """What rounding is moved by, as groups; ``hard``: with every choice of soft rounding made."""
         if "soft" in self.parameters:
-            return self.grouped(soft_rounding(self.parameters["soft"]))
+            soft = soft_rounding(self.parameters["soft"])
+            return self.grouped((soft >= 0.5).to(soft) if hard else soft)
         return self.grouped(self.parameters["offset"]) if "offset" in self.parameters else None
 
     def regularizer(self, power: float) -> Tensor | None:
@@ -139,10 +142,10 @@ class LinearLearner:
     def fold(self, scaled: Callable[[Tensor], Tensor] | None = None) -> QuantizedWeight:
         """The result as codes and scales: dequantized, exactly what `weight` gives (soft rounding: its hard choice)."""
         z = self.grouped(self.target(scaled))
-        levels, offset = self.levels(z), self.offset()
+        levels, offset = self.levels(z), self.offset(hard=True)
         exact = z / levels.scale
         if self.config.rounding == "soft" and offset is not None:
-            whole = exact.floor() + (offset >= 0.5)
+            whole = exact.floor() + offset
         else:
             whole = (exact if offset is None else exact + offset).round()
         codes = self.flat((whole + levels.zero).clamp(0, levels.top)).to(torch.uint8)
@@ -187,7 +190,9 @@ def _levels_of(
     return levels_of(low, high, scheme, zero_gradient=config.clip == "bounded")
 
 
-def round_together(learners: Sequence[LinearLearner], targets: Sequence[Tensor], share: float = 1.0) -> list[Tensor]:
+def round_together(
+    learners: Sequence[LinearLearner], targets: Sequence[Tensor], share: float = 1.0, *, hard: bool = False
+) -> list[Tensor]:
     """Rounded weights float32 ``[out, in]`` of several linears.
 
     Groups of one kind are rounded in one go, whatever linear they are from: a step of a small model is bound by the
@@ -195,6 +200,7 @@ def round_together(learners: Sequence[LinearLearner], targets: Sequence[Tensor],
 
     Args:
         learners: of one method; targets: what each rounds (`LinearLearner.target`); share: see `rounding.round_groups`.
+        hard: with every choice of soft rounding made, as it will be stored.
     """
     kinds: dict[tuple[Scheme, int, int, bool], list[int]] = {}
     for number, one in enumerate(learners):
@@ -206,14 +212,14 @@ def round_together(learners: Sequence[LinearLearner], targets: Sequence[Tensor],
         parts = [learners[number] for number in numbers]
         shape = (-1, place, size)
         z = _joined([one.grouped(targets[n]).reshape(shape) for one, n in zip(parts, numbers, strict=True)])
-        rounded = _round_parts(parts, z, place, share)
+        rounded = _round_parts(parts, z, place, share, hard)
         sizes = [one.out * one.groups // place for one in parts]
         for one, number, part in zip(parts, numbers, rounded.split_with_sizes(sizes), strict=True):
             found[number] = one.flat(part)
     return [found[number] for number in range(len(learners))]
 
 
-def _round_parts(parts: list[LinearLearner], z: Tensor, place: int, share: float) -> Tensor:
+def _round_parts(parts: list[LinearLearner], z: Tensor, place: int, share: float, hard: bool) -> Tensor:
     first = parts[0]
     names: list[str] = [name for name in ("clip_low", "clip_high", "factor") if name in first.parameters]
     learned: dict[str, Tensor] = {
@@ -227,7 +233,8 @@ def _round_parts(parts: list[LinearLearner], z: Tensor, place: int, share: float
         ))  # fmt: skip
         anchor = Levels(scale, zero, first.anchor.top)
     levels = _levels_of(z, learned, anchor, first.scheme, first.config)
-    offsets = [offset.reshape(-1, place, first.size) for one in parts if (offset := one.offset()) is not None]
+    found = [one.offset(hard=hard) for one in parts]
+    offsets = [offset.reshape(-1, place, first.size) for offset in found if offset is not None]
     return round_groups(z, levels, _joined(offsets) if offsets else None, first.config.rounding, share)
 
 

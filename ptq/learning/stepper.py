@@ -7,6 +7,7 @@ batch, and no decision that depends on data (routed experts).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,10 @@ class Stepper:
     ) -> None:
         self.visit, self.blocks, self.config = visit, blocks, config
         self.optimizer, self.parameters = optimizer, list(parameters)
-        self.total = torch.zeros((), device=visit.walk.device)  # of losses: not finite as soon as one is not
+        walk = visit.walk
+        tokens = math.prod(walk.stream(full=False).shapes[0])
+        self._flops = tokens * sum(walk.map_of(block).flops for block in visit.blocks)
+        self.total = torch.zeros((), device=walk.device)  # of losses: not finite as soon as one is not
 
     def step(self, batches: Sequence[int], following: int, targets: Stream, progress: float) -> None:
         """One step on some batches.
@@ -62,7 +66,18 @@ class Stepper:
             gradients = self.gradients(batch, hidden, targets.fetch(batch, then), progress)
             sums = gradients if sums is None else [_sum(a, b) for a, b in zip(sums, gradients, strict=True)]
         assert sums is not None
-        self.optimizer.step(self._of_all_processes(sums, len(batches)))
+        self._move(self._of_all_processes(sums, len(batches)))
+        self._count(len(batches))
+
+    def _move(self, gradients: Sequence[Tensor | None]) -> None:
+        self.optimizer.step(gradients)
+        for one in self.blocks:
+            one.keep_inside()
+
+    def _count(self, batches: int) -> None:
+        """Note the work of a step: a forward pass, and a backward pass that costs twice as much."""
+        flops = self.visit.walk.flops
+        flops["learning"] = flops.get("learning", 0.0) + 3 * batches * self._flops
 
     def gradients(self, batch: int, hidden: Tensor, target: Tensor, progress: float) -> list[Tensor | None]:
         """Gradients of the loss of one batch; ``None`` for what it does not depend on (experts without tokens)."""
@@ -127,12 +142,11 @@ class GraphStepper(Stepper):
             self._capture()
         assert self._graph is not None
         self._graph.replay()
+        self._count(1)
 
     def _once(self) -> None:
         assert self._target is not None
-        self.optimizer.step(self.gradients(0, self._hidden, self._target, 0.0))
-        for one in self.blocks:
-            one.keep_inside()
+        self._move(self.gradients(0, self._hidden, self._target, 0.0))
 
     def _capture(self) -> None:
         """Run a few steps for real, undo them, and record one."""

@@ -18,6 +18,7 @@ import torch
 
 from calib.streams import Stream
 from calib.walk import WindowVisit
+from ptq.errors import NumericalError
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
 from ptq.learning.losses import output_loss
@@ -81,6 +82,8 @@ def train_window(
         steps: of the optimizer a stage; seed: of the order of batches.
         tell: called now and then with the steps done and to do, over all stages.
     """
+    if not any(one.parameters() for one in blocks):
+        return []  # all of it stays in full precision
     walk = visit.walk
     targets = walk.new_stream(f"targets-{sweep}-{visit.number}")
     try:
@@ -119,6 +122,11 @@ class _Stage:
             one.share = share
         with walk.timing.part("learning", walk.device):
             before, saved = self._loss(), [one.state() for one in self.blocks]
+            if not math.isfinite(before):
+                raise NumericalError(
+                    f"the loss of {self.visit.blocks[0].name} and what follows in its window is {before} before "
+                    f"anything is learned. Try --dtype float32; if that does not help the checkpoint is damaged."
+                )
             notes: tuple[str, ...] = ()
             for slower in _RATES:
                 done, finite, captured = self._steps(number, steps, slower, tell)
@@ -150,7 +158,7 @@ class _Stage:
         """Over all calibration data of all processes."""
         walk = self.visit.walk
         total = torch.zeros(2, dtype=torch.float64, device=walk.device)
-        tensors = window_tensors(self.blocks)
+        tensors = window_tensors(self.blocks, hard=True)
         for batch in walk.batches:
             hidden = walk.hidden(batch, full=False)
             for one, given in zip(self.blocks, tensors, strict=True):
@@ -179,8 +187,6 @@ class _Stage:
             following = order[(step + 1) * self.config.grad_accum % len(order)]
             progress = step / max(1, steps - 1)
             stepper.step(chosen, following, self.targets, progress)
-            for one in self.blocks:
-                one.keep_inside()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
                 if not stepper.finite():
                     return step + 1, False, stepper.captured

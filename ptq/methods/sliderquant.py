@@ -21,9 +21,10 @@ __all__ = ["SLIDERQUANT", "SLIDERQUANT_LORA", "SliderquantConfig", "SliderquantL
 
 @dataclasses.dataclass(frozen=True)
 class SliderquantConfig(LearnedConfig):
-    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 200 signed steps a window."""
+    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 100 signed steps a window (every block is in two or
+    more)."""
 
-    iters: int = 200
+    iters: int = 100
     intra: Intra = "off"
     lora_rank: int = 0
     clip: Clip = "bounded"

@@ -224,11 +224,6 @@ class Walk:
         """Numbers of this process's batches."""
         return range(len(self._quantized))
 
-    @property
-    def total_batches(self) -> int:
-        """Batches of all processes together, at most: as many as the one with the most has, times their number."""
-        return len(self._quantized) * self.workers.size
-
     def first_sequence(self, batch: int) -> int:
         """Number of a batch's first sequence among those of all processes."""
         return (batch * self.workers.size + self.workers.rank) * self._batch_size

@@ -74,16 +74,15 @@ def forecast_windows(run: Host, config: LearnedConfig, tokens: Tensor, folder: P
     """
     windows = config.windows(len(run.plan.blocks))
     bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
-    batches = math.ceil(len(tokens) / config.batch)
+    batches = math.ceil(math.ceil(len(tokens) / config.batch) / run.workers.size)
     steps = config.steps(batches, bits)
     stages = sum(len(shares) for shares in config.sweeps)
-    few = dataclasses.replace(config, epochs=0, iters=_STEPS * config.grad_accum, intra="off", init="none")
+    few = dataclasses.replace(config, epochs=0, iters=_STEPS, intra="off", init="none")
     with torch.no_grad(), strict_float32():
         one = _measure(run, few, tokens[: 2 * config.batch * run.workers.size], windows, folder)
-    mine = math.ceil(batches / run.workers.size)
-    per_visit = mine * one.forward * (2 + 1 / max(1, stages // len(config.sweeps))) + steps * one.step
+    per_visit = batches * one.forward * (2 + 1 / max(1, stages // len(config.sweeps))) + steps * one.step
     visits = stages * sum(len(window) for window in windows)
-    moves = len(config.sweeps) * len(run.plan.blocks) * 2 * mine * one.forward
+    moves = len(config.sweeps) * len(run.plan.blocks) * 2 * batches * one.forward
     seconds = visits * per_visit + moves + len(windows) * stages * one.fixed
     return WindowForecast(
         describe_windows(windows), len(windows), visits, steps, seconds, one.bytes_a_block, max(map(len, windows))
@@ -145,7 +144,8 @@ def learning_bytes(parameters: int, hidden: int, widest: int, tokens: int, items
         parameters: of the block; hidden, widest: of its hidden state and of its widest input.
         tokens: in a step's batch; itemsize: of a number in the passes.
     """
-    dense = 8 if config.rounding != "nearest" else 0  # the offset and its gradient
+    moments = 0 if config.optimizer == "sign" else 8
+    dense = 8 + moments if config.rounding != "nearest" else 0  # the offset, its gradient, what the optimizer keeps
     kept = tokens * (_ACTIVATIONS * hidden + _MLP_ACTIVATIONS * widest) * itemsize
     return parameters * (itemsize + _COPIES + dense) + kept
 

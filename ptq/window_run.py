@@ -35,7 +35,7 @@ from ptq.plan import Plan
 from ptq.quantized import LayerRecord, QuantizedWeight
 from ptq.recipe import Recipe
 from ptq.scheme import MAX_BITS, Scheme
-from ptq.transforms.scaling import Scaling, find_scalings, in_float32
+from ptq.transforms.scaling import Scaling, find_scalings, in_float32, why_not
 
 __all__ = ["Host", "WindowRun"]
 
@@ -252,17 +252,22 @@ class WindowRun:
         if self.config.scaling == "off" or not wanted:
             return ()
         kind = (type(visit.block), tuple(visit.linears))
-        if kind not in self._scalings:
-            self._scalings[kind] = self._find_scalings(visit)
-        return self._scalings[kind]
-
-    def _find_scalings(self, visit: BlockVisit) -> tuple[Scaling, ...]:
-        host = visit.walk
-        hidden = host.hidden(0, full=True)
-        call = host.call(0, visit.index, full=True)
         visit.use(full=True)
+        hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
         with visit.plain_inputs(), in_float32(visit.block, call, hidden) as run:
-            found = find_scalings(visit.block, run)
+            if kind not in self._scalings:
+                self._scalings[kind] = self._find_scalings(visit, run)
+                return self._scalings[kind]
+            reasons = {scaling.name: why_not(visit.block, run, scaling) for scaling in self._scalings[kind]}
+        for name, reason in reasons.items():
+            if reason:
+                self.run.warn(
+                    self._open_parts[visit.index], f"{visit.name}: channels of {name} are not scaled: {reason}"
+                )
+        return tuple(scaling for scaling in self._scalings[kind] if not reasons[scaling.name])
+
+    def _find_scalings(self, visit: BlockVisit, run: Callable[[], Tensor]) -> tuple[Scaling, ...]:
+        found = find_scalings(visit.block, run)
         schemes = self.run.plan.in_block(visit.name)
         rotated = {f"{name}.weight" for name, scheme in schemes.items() if scheme.input_rotation is not None}
         kept = tuple(
@@ -282,7 +287,7 @@ class WindowRun:
         """Learn in one window and drop the result, to see what it takes."""
         self._open(visit, 0)
         learners = [self._learners[block.index] for block in visit.blocks]
-        steps = self.config.steps(visit.walk.total_batches, [MAX_BITS])
+        steps = self.config.steps(len(visit.walk.batches), [MAX_BITS])
         train_window(visit, learners, self.config, sweep=0, shares=(1.0,), steps=steps, seed=0)
         for block in visit.blocks:
             block.forget_treatments()
@@ -293,7 +298,7 @@ class WindowRun:
         run = self.run
         learners = [self._learners[block.index] for block in visit.blocks]
         bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
-        steps = run.workers.share(self.config.steps(visit.walk.total_batches, bits))
+        steps = run.workers.share(self.config.steps(len(visit.walk.batches), bits))
         label = _label(visit.window)
         records = train_window(
             visit,

@@ -124,12 +124,12 @@ class LearnedConfig:
         """Optimizer steps of one stage of one window.
 
         Args:
-            batches: of the calibration data; bits: of the schemes in use.
+            batches: of one process; bits: of the schemes in use.
         """
         stages = sum(len(sweep) for sweep in self.sweeps)
         epochs = _EPOCHS_LOW if min(bits) <= _LOW_BITS else _EPOCHS
-        total = self.epochs * batches or self.iters or epochs * batches
-        return max(1, round(total / stages / self.grad_accum))
+        total = self.iters if self.iters and not self.epochs else (self.epochs or epochs) * batches / self.grad_accum
+        return max(1, round(total / stages))
 
     def rates(self, scheme: Scheme, steps: int) -> Rates:
         """Learning rates for a linear with ``scheme``, for so many steps a stage."""

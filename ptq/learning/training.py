@@ -18,7 +18,7 @@ import torch
 
 from calib.streams import Stream
 from calib.walk import WindowVisit
-from ptq.errors import NumericalError
+from ptq.errors import NumericalError, UsageError
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
 from ptq.learning.losses import output_loss
@@ -81,9 +81,18 @@ def train_window(
         sweep: its number; shares: of the input channels that are quantized, a stage each.
         steps: of the optimizer a stage; seed: of the order of batches.
         tell: called now and then with the steps done and to do, over all stages.
+
+    Raises:
+        UsageError: nothing can be learned here.
+        NumericalError: the loss is not finite before anything is learned.
     """
-    if not any(one.parameters() for one in blocks):
+    if not any(one.linears for one in blocks):
         return []  # all of it stays in full precision
+    if not any(one.parameters() for one in blocks):
+        raise UsageError(
+            f"{visit.blocks[0].name}: nothing is left to learn: lora_rank is 0, clip off, rounding nearest, and no "
+            f"channels are scaled here. Turn one of them on."
+        )
     walk = visit.walk
     targets = walk.new_stream(f"targets-{sweep}-{visit.number}")
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ptq.learning.config import Clip, Intra, LearnedConfig, Rounding
+from ptq.learning.config import Clip, Intra, LearnedConfig, Loss, Rounding
 from ptq.methods.base import WindowMethod
 
 __all__ = ["SLIDERQUANT", "SLIDERQUANT_LORA", "SliderquantConfig", "SliderquantLoraConfig"]
@@ -21,8 +21,8 @@ __all__ = ["SLIDERQUANT", "SLIDERQUANT_LORA", "SliderquantConfig", "SliderquantL
 
 @dataclasses.dataclass(frozen=True)
 class SliderquantConfig(LearnedConfig):
-    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 100 signed steps a window (every block is in two or
-    more)."""
+    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 100 signed steps a window (every block
+    is in two or more)."""
 
     iters: int = 100
     intra: Intra = "off"
@@ -31,6 +31,7 @@ class SliderquantConfig(LearnedConfig):
     rounding: Rounding = "offset"
     optimizer: Literal["adamw", "sign"] = "sign"
     grad_clip: float = 0.0
+    loss: Loss = "token"
 
 
 @dataclasses.dataclass(frozen=True)

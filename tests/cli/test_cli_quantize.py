@@ -112,7 +112,7 @@ def test_flags_of_methods_that_learn(calls: list[dict[str, Any]]) -> None:
         "loss": "huber",
         "init": "gptq",
     }
-    assert METHOD_FLAGS.keys() == {"beam", *options}
+    assert METHOD_FLAGS.keys() == {"beam", "iters", *options}
     with pytest.raises(UsageError, match=r"--beam sets the option 'beam', which method 'sliderquant' does not.*coreq"):
         build_recipe(Recipe(), {"method": "sliderquant", "beam": 2})
 

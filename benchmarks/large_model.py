@@ -7,6 +7,7 @@
     python benchmarks/large_model.py coreq FOLDER OUT --blocks 2         # and the first two blocks
     python benchmarks/large_model.py make FOLDER --shapes 8b --layers 4 --filled 4      # for a GPU: seconds a block
     python benchmarks/large_model.py coreq FOLDER OUT --samples 128 --seqlen 2048
+    python benchmarks/large_model.py sliderquant FOLDER OUT --samples 16 --seqlen 2048  # a window of four blocks learns
 
 `make` fills the embedding and the first blocks with random numbers and leaves the rest of the files sparse (zeros that
 take no room). Every run prints one JSON object: seconds until each block was written, and peak memory.
@@ -115,6 +116,8 @@ def quantize(options: argparse.Namespace) -> None:
         "offload": options.offload,
         "out": options.out,
     }
+    if options.command == "sliderquant":
+        arguments |= {"schedule": "fixed", "size": 4, "iters": 12}  # one window of four blocks, a few steps
     record: dict[str, Any] = {"command": options.command, "tokens": list(tokens.shape), "offload": options.offload}
     if options.forecast:
         record["forecast"] = ptq.forecast(options.folder, **arguments).to_dict()
@@ -148,6 +151,7 @@ def run(ptq: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> dic
             "timing": report.timing,
             "flops": report.environment["flops"],
             "offload": report.environment["offload"],
+            "windows": report.windows,
         }
     return {"seconds": time.perf_counter() - start, "blocks": stamps, **found}
 
@@ -160,7 +164,7 @@ def main() -> None:
     maker.add_argument("--shapes", choices=SHAPES, default="14b")
     maker.add_argument("--layers", type=int, default=42)
     maker.add_argument("--filled", type=int, default=2, help="blocks with random numbers in them")
-    for name in ("rtn", "gptq", "coreq"):
+    for name in ("rtn", "gptq", "coreq", "sliderquant"):
         runner = commands.add_parser(name)
         runner.add_argument("folder")
         runner.add_argument("out")

@@ -17,6 +17,7 @@ Clip = Literal["sigmoid", "bounded", "off"]
 Rounding = Literal["nearest", "offset", "soft"]
 Switch = Literal["auto", "on", "off"]
 Loss = Literal["mse", "huber", "token"]
+Keep = Literal["end", "best"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "intra": ("auto", "sweep", "window", "off"),
@@ -24,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": ("nearest", "offset", "soft"),
     "scaling": ("auto", "on", "off"),
     "loss": ("mse", "huber", "token"),
+    "keep": ("end", "best"),
     "optimizer": ("adamw", "sign"),
     "decay": ("linear", "constant"),
     "init": ("none", "rtn", "gptq", "coreq"),
@@ -61,6 +63,7 @@ class LearnedConfig:
     lr_lora, lr_clip, lr_scale, lr_offset: learning rates; 0 is the method's own.
     optimizer: ``adamw`` or ``sign``; decay: ``linear`` to zero or ``constant``; grad_clip: norm, 0 is off.
     loss: ``mse``, ``huber``, or ``token``, squared error relative to the token's energy.
+    keep: what a stage ends with: its ``end``, or the step with the ``best`` loss of its own batch (AutoRound).
     init: a method whose result is learned on: ``none``, ``rtn``, ``gptq``, ``coreq``.
     """
 
@@ -86,6 +89,7 @@ class LearnedConfig:
     decay: Literal["linear", "constant"] = "linear"
     grad_clip: float = 1.0
     loss: Loss = "mse"
+    keep: Keep = "end"
     init: str = "none"
 
     def __post_init__(self) -> None:

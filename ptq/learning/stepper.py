@@ -51,6 +51,8 @@ class Stepper:
         walk = visit.walk
         tokens = math.prod(walk.stream(full=False).shapes[0])
         self._flops = tokens * sum(walk.map_of(block).flops for block in visit.blocks)
+        self._best = _Best(self.parameters) if config.keep == "best" else None
+        self._batch_loss = torch.zeros((), device=walk.device)  # of the step that is being made
         self.total = torch.zeros((), device=walk.device)  # of losses: not finite as soon as one is not
 
     def step(self, batches: Sequence[int], following: int, targets: Stream, progress: float) -> None:
@@ -70,6 +72,9 @@ class Stepper:
         self._count(len(batches))
 
     def _move(self, gradients: Sequence[Tensor | None]) -> None:
+        if self._best is not None:
+            self._best.note(self._batch_loss, self.parameters)
+        self._batch_loss.zero_()
         self.optimizer.step(gradients)
         for one in self.blocks:
             one.keep_inside()
@@ -87,6 +92,7 @@ class Stepper:
                 hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, tensors)
             loss = output_loss(hidden, target, self.config.loss)
             self.total += loss.detach()
+            self._batch_loss += loss.detach()
             loss = self._regularized(loss, progress)
             return list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
@@ -111,6 +117,11 @@ class Stepper:
             gradients = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         count = batches * workers.size
         return gradients if count == 1 else [None if g is None else g / count for g in gradients]
+
+    def keep(self) -> None:
+        """Go back to the best step, if that is what is kept."""
+        if self._best is not None:
+            self._best.restore(self.parameters)
 
     def finite(self) -> bool:
         """Whether all losses so far were finite, on every process."""
@@ -162,10 +173,39 @@ class GraphStepper(Stepper):
                 parameter.copy_(value)
         self.optimizer.reset()
         self.total.zero_()
+        if self._best is not None:
+            self._best.reset(self.parameters)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._once()
         self._graph = graph
+
+
+class _Best:
+    """The parameters of the step with the smallest loss; every operation can be part of a graph."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._values = [parameter.detach().clone() for parameter in parameters]
+        self._loss = torch.full((), math.inf, device=parameters[0].device)
+
+    @torch.no_grad()
+    def note(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """``parameters`` gave ``loss``."""
+        better = loss < self._loss
+        for value, parameter in zip(self._values, parameters, strict=True):
+            torch.where(better, parameter, value, out=value)
+        self._loss.copy_(torch.where(better, loss, self._loss))
+
+    @torch.no_grad()
+    def reset(self, parameters: Sequence[Tensor]) -> None:
+        """Forget all steps."""
+        self._loss.fill_(math.inf)
+        torch._foreach_copy_(self._values, list(parameters))
+
+    @torch.no_grad()
+    def restore(self, parameters: Sequence[Tensor]) -> None:
+        """Give ``parameters`` their best values."""
+        torch._foreach_copy_(list(parameters), self._values)
 
 
 def make_stepper(

@@ -200,6 +200,7 @@ class _Stage:
                 if not stepper.finite():
                     return step + 1, False, stepper.captured
                 tell(step + 1)
+        stepper.keep()
         return steps, True, stepper.captured
 
     def _generator(self, number: int) -> torch.Generator:

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 from calib.windows import ScheduleName
-from ptq.learning.config import Clip, Intra, LearnedConfig, Rounding
+from ptq.learning.config import Clip, Intra, Keep, LearnedConfig, Rounding
 from ptq.methods.base import WindowMethod
 
 __all__ = ["AUTOROUND", "AutoroundConfig"]
@@ -29,6 +29,7 @@ class AutoroundConfig(LearnedConfig):
     rounding: Rounding = "offset"
     optimizer: Literal["adamw", "sign"] = "sign"
     grad_clip: float = 0.0
+    keep: Keep = "best"
 
 
 AUTOROUND = WindowMethod(

@@ -45,7 +45,7 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
       ptq inspect OUT --verify --json
     """
     from cli.progress import console
-    from cli.tables import kept_table, layer_table, totals_table
+    from cli.tables import kept_table, layer_table, totals_table, window_table
     from ptq.formats.verify import verify_files
     from ptq.report import Report
 
@@ -57,6 +57,8 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
         return
     screen = console()
     screen.print(layer_table(layers), "", totals_table(report))
+    if report.windows:
+        screen.print("", window_table(report.windows, "learned windows"))
     if report.kept:
         screen.print("", kept_table(report.kept, report.totals["payload_bytes"] + report.totals["kept_bytes"]))
     for warning in report.warnings:

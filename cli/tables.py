@@ -14,7 +14,7 @@ from ptq.quantized import LayerRecord
 from ptq.report import KeptTensor, Report
 from ptq.scheme import Scheme
 
-__all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table"]
+__all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table", "window_table"]
 
 WORST = 5  # layers in the summary; ptq inspect shows all of them
 
@@ -54,6 +54,33 @@ def totals_table(report: Report) -> Table:
     return table
 
 
+def window_table(windows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """One row a stage of a learned window: its blocks, loss before and after, what is left of it, steps, seconds."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("blocks", no_wrap=True)
+    for heading in ("channels", "loss before", "after", "left", "steps", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("notes")
+    for row in windows:
+        start, last = row["start"], row["stop"] - 1
+        table.add_row(
+            f"{start}" if start == last else f"{start}-{last}",
+            f"{row['share']:.0%}",
+            number(row["loss_before"]),
+            number(row["loss_after"]),
+            f"{_left(row):.0%}",
+            str(row["steps"]),
+            f"{row['seconds']:.1f}",
+            "; ".join(row["notes"]),
+        )
+    return table
+
+
+def _left(row: Mapping[str, Any]) -> float:
+    """The share of a window's loss that learning left."""
+    return float(row["loss_after"] / row["loss_before"]) if row["loss_before"] else 1.0
+
+
 def kept_table(kept: Sequence[KeptTensor], total_bytes: int) -> Table:
     """What stayed in full precision, the largest first, with its share of all weight bytes."""
     table = Table(title="kept in full precision", title_justify="left", box=None, pad_edge=False)
@@ -71,6 +98,9 @@ def show_summary(report: Report, out: Path, screen: Console) -> None:
     measured = [record for record in report.layers if record.loss is not None]
     worst = sorted(measured, key=lambda record: -(record.loss or 0.0))[:WORST]
     screen.print(totals_table(report))
+    if report.windows:
+        least = sorted(report.windows, key=lambda row: -_left(row))[:WORST]
+        screen.print("", window_table(least, "windows that learned least"))
     if worst:
         screen.print("", layer_table(worst, "worst layers by relative output error"))
     if report.kept:

@@ -110,10 +110,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"group_size": None}),
     "gemma2 act": ("gemma2", ACTIVATIONS),
     "opt": ("opt", ACTIVATIONS),
-    "phi3 fused": ("phi3", {"method": "autoround"}),
+    "phi3 fused": ("phi3", {"method": "autoround", "iters": 12}),
     "gpt_neox parallel": ("gpt_neox", {"rounding": "soft", "lr_offset": 0.1}),
     "mixtral": ("mixtral", {}),
-    "qwen2_moe": ("qwen2_moe", {"method": "autoround", "symmetric": False}),
+    "qwen2_moe": ("qwen2_moe", {"method": "autoround", "symmetric": False, "iters": 12}),
     "gpt_oss": ("gpt_oss", {"method": "sliderquant"}),
     "soft": ("llama", {"rounding": "soft", "lr_offset": 0.1}),
     "offset": ("llama", {"method": "sliderquant"}),
@@ -392,30 +392,43 @@ def test_warnings_of_a_resumed_run_are_those_of_a_whole_one(
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [16, 12])
-def test_two_processes_learn_like_one(samples: int, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """With half the batch each and all batches in every step, the gradients are those of one process."""
-    tiny_model("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
-    arguments = [
-        *("quantize", str(tmp_path / "model"), "--method", "sliderquant-lora", "--group-size", "16", "--iters", "6"),
-        *("--calib", str(tmp_path / "text.txt"), "--calib-samples", str(samples), "--calib-seqlen", "12"),
-        *("--device", "cpu", "--train-batch"),
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_model("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
+    return [
+        *("quantize", str(folder / "model"), "--group-size", "16", "--device", "cpu"),
+        *("--calib", str(folder / "text.txt"), "--calib-seqlen", "12"),
     ]
-    for count, batch in ((1, 16 if samples == 16 else 4), (2, 8 if samples == 16 else 4)):
-        results = launch(count, [*arguments, str(batch), "-o", str(tmp_path / str(count))], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["sliderquant-lora", "autoround"])
+def test_two_processes_learn_like_one(method: str, command: list[str], tmp_path: Path) -> None:
+    """With half the batch each and all batches in every step, the gradients are those of one process."""
+    command = [*command, "--method", method, "--iters", "12", "--calib-samples", "16"]
+    for count, batch in ((1, 16), (2, 8)):
+        results = launch(count, [*command, "--train-batch", str(batch), "-o", str(tmp_path / str(count))], tmp_path)
         assert [result.code for result in results] == [0] * count, results[0].error
     one, two = (Report.load(tmp_path / str(count)) for count in (1, 2))
     assert stages(one) == stages(two)
-    assert sum(row["loss_after"] < row["loss_before"] for row in two.windows) >= 4
-    tolerance = 1e-3 if samples == 16 else 0.2
+    assert any(row["loss_after"] < row["loss_before"] for row in two.windows)
     for ours, alone in zip(two.windows, one.windows, strict=True):
-        assert ours["loss_after"] == pytest.approx(alone["loss_after"], rel=tolerance)
-    if samples == 16:
-        pairs = zip(_codes(ptq.load(tmp_path / "1")), _codes(ptq.load(tmp_path / "2")), strict=True)
-        for (name, alone_weight), (_, weight) in pairs:
-            assert ((weight - alone_weight).abs() < 1e-4).float().mean() > 0.99, name
+        assert ours["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-3)
+    pairs = zip(_codes(ptq.load(tmp_path / "1")), _codes(ptq.load(tmp_path / "2")), strict=True)
+    for (name, alone_weight), (_, weight) in pairs:
+        assert ((weight - alone_weight).abs() < 1e-4).float().mean() > 0.99, name
+
+
+def test_processes_with_different_numbers_of_batches_finish(command: list[str], tmp_path: Path) -> None:
+    """Three batches for two processes; an epoch is as long as the longer part."""
+    command = [*command, "--method", "sliderquant-lora", "--epochs", "2", "--calib-samples", "12", "--train-batch", "4"]
+    results = launch(2, [*command, "-o", str(tmp_path / "out")], tmp_path)
+    assert [result.code for result in results] == [0, 0], results[0].error
+    report = Report.load(tmp_path / "out")
+    assert {row["steps"] for row in report.windows} == {2}
+    assert all(row["loss_after"] <= row["loss_before"] for row in report.windows)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

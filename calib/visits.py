@@ -78,12 +78,16 @@ class BlockVisit:
 
     Args:
         index: its number; name: its name in the model; block: the module with its checkpoint weights.
+
+    Attributes:
+        stored_dtypes: dtypes of the block's parameters in the checkpoint, by name in the block.
     """
 
     def __init__(self, walk: Host, index: int, name: str, block: nn.Module) -> None:
         self.walk, self.index, self.name, self.block = walk, index, name, block
         self.linears: Mapping[str, nn.Module] = find_linears(block)
         self._originals = {name: linear_weight(module).detach() for name, module in self.linears.items()}
+        self.stored_dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
         place(block, walk.device, walk.dtype)
         self._full = {name: linear_weight(module).detach() for name, module in self.linears.items()}
         self._replaced: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@
 
 (SliderQuant, arXiv 2603.25284, section 3.2: progressively expanding, fixed-size and progressively contracting sliding
 windows.) The first and the last ``edge`` blocks are visited more often than those between. Fixed windows reach into
-the edges by ``size - step`` blocks, so that every block between is visited equally often.
+the edges by ``size - step`` blocks, so that every block between is visited equally often if ``step`` divides ``size``.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def make_windows(name: str, blocks: int, *, size: int = 2, step: int = 1, edge: 
         raise unknown_name("window schedule", name, SCHEDULES)
     if name == "single":
         return single_blocks(blocks)
+    if blocks == 1:
+        return single_blocks(1)
     _check(blocks, size, step, edge)
     edge = min(edge, max(1, blocks // _BLOCKS_PER_EDGE), blocks // 2)
     overlap = min(size - step, edge)
@@ -79,7 +81,10 @@ def _fixed(start: int, stop: int, size: int, step: int) -> list[Window]:
 
 def _check(blocks: int, size: int, step: int, edge: int) -> None:
     if not 1 <= size <= blocks:
-        raise UsageError(f"a window of {size} blocks does not fit a model of {blocks}: size is 1 to {blocks}.")
+        raise UsageError(
+            f"a window of {size} blocks does not fit a model of {blocks}: -O size is 1 to {blocks}, or say "
+            f"--window-schedule single."
+        )
     if not 1 <= step <= size:
         raise UsageError(f"windows of {size} blocks that move by {step} leave blocks out: step is 1 to {size}.")
     if edge < 0:

@@ -38,6 +38,7 @@ from ptq.formats import compressed_tensors, native
 from ptq.formats.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.formats.layout import layer_weight
 from ptq.formats.select import select_format
+from ptq.formats.workspace import WORK
 from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
 from ptq.learning import LearnedConfig
 from ptq.ledger import PartRecord, merge
@@ -59,6 +60,7 @@ __all__ = ["Run"]
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
 _REST = "outside the blocks"
+_MANY_IDLE = 4  # one window in so many
 _LARGE = 1 << 29  # bytes of a tensor that gets a file of its own
 
 
@@ -114,7 +116,8 @@ class Run:
             recipe.format, plan.schemes, self.linears, source.skeleton, recipe.kv_bits
         )
         tokens = None if calibration is None else calibration.tokens
-        self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size)
+        self._streams = 3 if isinstance(method, WindowMethod) else 2
+        self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size, self._streams)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -129,7 +132,20 @@ class Run:
         """Bytes of activations in the output folder while the run is under way."""
         if self.offload != "disk" or self.calibration is None:
             return 0
-        return stream_bytes(self.source.skeleton, self.calibration.tokens.numel(), self.dtype)
+        return stream_bytes(self.source.skeleton, self.calibration.tokens.numel(), self.dtype, self._streams)
+
+    def _work_bytes(self) -> int:
+        """Bytes of what a learned method keeps in the output folder while the run is under way, about."""
+        if not isinstance(self.config, LearnedConfig):
+            return 0
+        sizes, blocks = self.sizes(), len(self.plan.blocks)
+        window = max(len(one) for one in self.config.windows(blocks))
+        share = 1.0 if len(self.config.sweeps) > 1 else min(1.0, 2 * window / blocks)  # the old state and the new one
+        learned = 4 * sizes.quantized * share if self.config.rounding != "nearest" else 0
+        return int(learned) + (sizes.packed if self.config.init != "none" else 0)
+
+    def _extra_bytes(self) -> int:
+        return self._activation_bytes() + self._work_bytes()
 
     def sizes(self) -> Sizes:
         """What the output will weigh."""
@@ -195,7 +211,7 @@ class Run:
         """Walk through all blocks; the first process writes them and keeps their records."""
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)  # of a run that was killed
-            check_disk(self.out, self.sizes().file_bytes - writer.weight_bytes + self._activation_bytes())
+            check_disk(self.out, self.sizes().file_bytes - writer.weight_bytes + self._extra_bytes())
             for note in writer.notes:
                 self.tell(Event("message", note))
         finished = self.workers.share({} if writer is None else {part.name: part for part in writer.finished})
@@ -222,6 +238,7 @@ class Run:
         self._sum_flops()  # all processes are through: nobody reads activations any more
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)
+            shutil.rmtree(self.out / STAGING / WORK, ignore_errors=True)
             for name, tensors in self._rest_parts(rest).items():
                 if name not in parts:
                     parts[name] = self._do_rest(name, tensors, writer)
@@ -512,6 +529,7 @@ class Run:
         now = PartRecord(timing=self.timing, flops=self.flops, seconds=time.perf_counter() - self._started)
         cost = merge([self._earlier, now])  # the parts' own sums lack what lies between them
         total.timing, total.flops, total.seconds = cost.timing, cost.flops, cost.seconds
+        self.warn(total, *_idle_windows(total.windows))
         self.warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
         report = self._report(writer, total)
         schemes: dict[str, Scheme | None] = {r.name: self.plan.schemes[r.name] for r in total.layers}
@@ -591,6 +609,17 @@ class Run:
             "pass_dtype": str(self.dtype).removeprefix("torch."),
             "method_config": {k: getattr(self.config, k) for k in type(self.config).__dataclass_fields__},
         }
+
+
+def _idle_windows(windows: list[dict[str, Any]]) -> list[str]:
+    """A sentence if many windows were put back to where they began."""
+    idle = sum(row["loss_after"] >= row["loss_before"] for row in windows)
+    if idle * _MANY_IDLE < len(windows) or not idle:
+        return []
+    return [
+        f"{idle} of {len(windows)} windows learned nothing: more steps (--iters or --epochs), more calibration data or "
+        f"a starting point (--init coreq) may help"
+    ]
 
 
 def _kind(block: nn.Module) -> object:

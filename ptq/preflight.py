@@ -23,17 +23,23 @@ __all__ = ["check_disk", "clashing_schemes", "cpu_name", "peak_memory", "stream_
 
 
 def stream_place(
-    asked: Offload, model: Any, tokens: Tensor | None, dtype: torch.dtype, device: torch.device, processes: int
+    asked: Offload,
+    model: Any,
+    tokens: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    processes: int,
+    streams: int = 2,
 ) -> Place:
     """Where the activations of a run go: ``none``, ``memory`` or ``disk`` (`calib.streams.settle_offload`)."""
     if tokens is None:
         return "none"
-    return settle_offload(asked, stream_bytes(model, tokens.numel() // processes, dtype), device)
+    return settle_offload(asked, stream_bytes(model, tokens.numel() // processes, dtype, streams), device)
 
 
-def stream_bytes(model: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of both streams."""
-    return 2 * tokens * int(model.config.get_text_config().hidden_size) * dtype.itemsize
+def stream_bytes(model: Any, tokens: int, dtype: torch.dtype, streams: int = 2) -> int:
+    """Bytes of the streams: two, and for learned methods the targets of a window."""
+    return streams * tokens * int(model.config.get_text_config().hidden_size) * dtype.itemsize
 
 
 def peak_memory() -> int:

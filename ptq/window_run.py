@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from calib.experts import expert_lists
 from calib.visits import BlockVisit
 from calib.walk import Walk, WindowVisit
 from calib.windows import Window, describe_windows
 from calib.workers import Workers
-from ptq.errors import UsageError
+from ptq.errors import ModelError, UsageError
 from ptq.events import Event, Listener
 from ptq.formats.journal import FinishedPart
 from ptq.formats.layout import layer_tensors, layer_weight
@@ -210,7 +211,11 @@ class WindowRun:
     def _open(self, visit: WindowVisit, sweep: int) -> None:
         """Learners for the blocks that this window reaches for the first time."""
         for block in visit.blocks:
-            if block.index in self._learners or block.name in self.finished:
+            if block.name in self.finished:
+                self._open_parts.setdefault(block.index, PartRecord())
+                self._scalings_of(block)  # found where they were found the first time
+                continue
+            if block.index in self._learners:
                 continue
             self._learners[block.index] = self._learner(block, sweep)
 
@@ -252,13 +257,28 @@ class WindowRun:
         if self.config.scaling == "off" or not wanted:
             return ()
         kind = (type(visit.block), tuple(visit.linears))
+        try:
+            return self._tried_scalings(visit, kind)
+        except ModelError as error:
+            if self.config.scaling == "on":
+                raise
+            self.run.warn(self._open_parts[visit.index], f"{visit.name}: channels are not scaled: {error}")
+            return ()
+
+    def _tried_scalings(self, visit: BlockVisit, kind: object) -> tuple[Scaling, ...]:
         visit.use(full=True)
         hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
+        inside = tuple(f"{name}." for name in expert_lists(visit.block))  # tried on an expert by itself
         with visit.plain_inputs(), in_float32(visit.block, call, hidden) as run:
             if kind not in self._scalings:
                 self._scalings[kind] = self._find_scalings(visit, run)
                 return self._scalings[kind]
-            reasons = {scaling.name: why_not(visit.block, run, scaling) for scaling in self._scalings[kind]}
+            reasons = {
+                scaling.name: None
+                if inside and all(use.parameter.startswith(inside) for use in scaling.uses)
+                else why_not(visit.block, run, scaling)
+                for scaling in self._scalings[kind]
+            }
         for name, reason in reasons.items():
             if reason:
                 self.run.warn(
@@ -277,7 +297,8 @@ class WindowRun:
         )
         if found.missing and self.config.scaling == "on":
             raise UsageError(
-                f"{visit.name}: the channels of {'; '.join(found.missing)}. Say -O scaling=auto to go on without."
+                f"{visit.name}: not all channels can be scaled: {'; '.join(found.missing)}. Say -O scaling=auto, which "
+                f"goes on without these where activations are quantized."
             )
         for reason in found.missing:
             self.run.warn(self._open_parts[visit.index], f"{visit.name}: channels are not scaled, {reason}")

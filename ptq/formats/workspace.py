@@ -5,13 +5,15 @@ Files beside the shards of finished blocks, each complete or not there at all, w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,7 +54,8 @@ class Workspace:
         with os_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        metadata = {"payload": json.dumps(payload, allow_nan=False)}
+        text = json.dumps(payload, allow_nan=False)
+        metadata = {"payload": text, "sha256": _digest(name, text, ready)}
         write_file(self._folder / f"{name}{_SUFFIX}", lambda path: save_file(ready, path, metadata=metadata))
 
     def load(self, name: str) -> dict[str, Tensor]:
@@ -65,15 +68,21 @@ class Workspace:
 
     def payload(self, name: str) -> dict[str, Any]:
         """The payload of a file; see `load`."""
-        return self._read(name, tensors=False)[1]
+        return self._read(name)[1]
 
-    def _read(self, name: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Content and payload, as they were written under this name."""
         path = self._folder / f"{name}{_SUFFIX}"
         try:
-            with os_errors(path, "read"), safe_open(path, "pt") as file:
-                found = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
-                return found, json.loads(file.metadata()["payload"])
-        except (KeyError, TypeError, ValueError) as error:
+            with safe_open(path, "pt") as file:
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            text = metadata["payload"]
+            if metadata["sha256"] != _digest(name, text, found):
+                raise ValueError("its content is not what was written")
+            payload: dict[str, Any] = json.loads(text)
+            return found, payload
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             raise OutputError(f"{path} is damaged ({error}): start over with --restart.") from error
 
     def drop(self, name: str) -> None:
@@ -85,3 +94,13 @@ class Workspace:
         """Remove everything."""
         if self._writes:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _digest(name: str, payload: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything that a file says, its name included."""
+    digest = hashlib.sha256(f"{name}\n{payload}\n".encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -155,7 +155,7 @@ class BlockLearner:
     def _changed(self, name: str, value: Tensor) -> Tensor:
         scaled = self._scaled(name)
         assert scaled is not None
-        changed = scaled(value.float()).to(value.dtype)
+        changed = scaled(value.float()).to(self.visit.stored_dtypes[name]).to(value.dtype)  # as it will be stored
         linear = name.removesuffix(".weight")
         return (
             self._as_stored(linear, changed) if linear in self.visit.linears and name.endswith(".weight") else changed

@@ -104,7 +104,7 @@ class LearnedConfig:
                 raise UsageError(f"{name} is a whole number from {low} to {high}, got {getattr(self, name)!r}.")
         for name in ("lr_lora", "lr_clip", "lr_scale", "lr_offset", "grad_clip"):
             if not 0 <= getattr(self, name) < 1e3:
-                raise UsageError(f"{name} is 0 (the default) or a positive number, got {getattr(self, name)!r}.")
+                raise UsageError(f"{name} is 0 (the default) or a number below 1000, got {getattr(self, name)!r}.")
         if not (self.lora_rank or self.clip != "off" or self.rounding != "nearest" or self.scaling != "off"):
             raise UsageError("nothing is left to learn: lora_rank 0, clip off, rounding nearest, scaling off.")
 

@@ -11,18 +11,17 @@ __all__ = ["output_loss"]
 _TINY = 1e-12
 
 
-def output_loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
+def output_loss(output: Tensor, target: Tensor, kind: str, corner: float = 1.0) -> Tensor:
     """The mean over tokens and channels, float32 ``[]``.
 
     Args:
         output, target: ``[sequences, tokens, width]`` (some models put a dimension before these).
-        kind: ``mse``; ``huber`` with its corner at twice the mean absolute error of the batch, so that the few tokens
-            with huge activations do not decide alone; ``token``: the squared error of a token over its own energy.
+        kind: ``mse``; ``huber``, squared up to ``corner`` and linear beyond, so that the few tokens with huge
+            activations do not decide alone; ``token``: the squared error of a token over its own energy.
     """
     error = output.float() - target.float()
     if kind == "huber":
-        corner = 2 * error.detach().abs().mean() + _TINY
-        return functional.huber_loss(error / corner, torch.zeros_like(error))
+        return functional.huber_loss(error, torch.zeros_like(error), delta=corner)
     if kind == "token":
         return (error.square().mean(-1) / (target.float().square().mean(-1) + _TINY)).mean()
     return error.square().mean()

@@ -37,6 +37,7 @@ class Stepper:
     """
 
     captured = False
+    corner = 1.0  # of the Huber loss
 
     def __init__(
         self,
@@ -68,6 +69,10 @@ class Stepper:
             gradients = self.gradients(batch, hidden, targets.fetch(batch, then), progress)
             sums = gradients if sums is None else [_sum(a, b) for a, b in zip(sums, gradients, strict=True)]
         assert sums is not None
+        if self._best is not None and walk.workers.size > 1:  # all processes must keep the same step
+            loss = self._batch_loss.to(walk.workers.device)
+            walk.workers.sum_(loss)
+            self._batch_loss.copy_(loss)
         self._move(self._of_all_processes(sums, len(batches)))
         self._count(len(batches))
 
@@ -90,7 +95,7 @@ class Stepper:
         with torch.enable_grad():
             for one, tensors in zip(self.blocks, window_tensors(self.blocks), strict=True):
                 hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, tensors)
-            loss = output_loss(hidden, target, self.config.loss)
+            loss = output_loss(hidden, target, self.config.loss, self.corner)
             self.total += loss.detach()
             self._batch_loss += loss.detach()
             loss = self._regularized(loss, progress)

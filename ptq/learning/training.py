@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calib.streams import Stream
 from calib.walk import WindowVisit
@@ -124,12 +125,15 @@ class _Stage:
     ) -> None:
         self.visit, self.blocks, self.config, self.targets = visit, blocks, config, targets
         self.sweep, self.seed = sweep, seed
+        self.corner = 1.0
 
     def train(self, share: float, number: int, steps: int, tell: Callable[[int], object]) -> WindowRecord:
         start, walk = time.perf_counter(), self.visit.walk
         for one in self.blocks:
             one.share = share
         with walk.timing.part("learning", walk.device):
+            if self.config.loss == "huber":  # fixed, so that losses can be compared
+                self.corner = max(1e-30, 2 * self._mean(_absolute))
             before, saved = self._loss(), [one.state() for one in self.blocks]
             if not math.isfinite(before):
                 raise NumericalError(
@@ -162,9 +166,13 @@ class _Stage:
             notes,
         )
 
-    @torch.no_grad()
     def _loss(self) -> float:
         """Over all calibration data of all processes."""
+        return self._mean(lambda output, target: output_loss(output, target, self.config.loss, self.corner))
+
+    @torch.no_grad()
+    def _mean(self, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """The mean of a measure of the student's and the teacher's output, over all sequences of all processes."""
         walk = self.visit.walk
         total = torch.zeros(2, dtype=torch.float64, device=walk.device)
         tensors = window_tensors(self.blocks, hard=True)
@@ -173,7 +181,7 @@ class _Stage:
             for one, given in zip(self.blocks, tensors, strict=True):
                 hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, given)
             sequences = walk.stream(full=False).shapes[batch][0]
-            total[0] += output_loss(hidden, self.targets[batch], self.config.loss).double() * sequences
+            total[0] += measure(hidden, self.targets[batch]).double() * sequences
             total[1] += sequences
         total = total.to(walk.workers.device)
         walk.workers.sum_(total)
@@ -189,6 +197,7 @@ class _Stage:
         }
         optimizer = Optimizer(rates, self.config)
         stepper = make_stepper(self.visit, self.blocks, self.config, optimizer, [t for t, _ in rates.values()])
+        stepper.corner = self.corner
         order = _order(len(walk.batches), steps * self.config.grad_accum, self._generator(number))
         for step in range(steps):
             optimizer.set_decay(decayed(self.config, step, steps))
@@ -206,6 +215,10 @@ class _Stage:
     def _generator(self, number: int) -> torch.Generator:
         mixed = (self.seed * 1009 + self.sweep) * 1009 + self.visit.number
         return torch.Generator().manual_seed((mixed * 1009 + number) % 2**63)
+
+
+def _absolute(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).abs().mean()
 
 
 def _order(batches: int, count: int, generator: torch.Generator) -> list[int]:

@@ -235,11 +235,14 @@ def test_a_group_of_zeros_stays_one(symmetric: bool) -> None:
     assert all(one is None or torch.isfinite(one).all() for one in found)
 
 
+@pytest.mark.parametrize("clip", ["off", "bounded"])
 @pytest.mark.parametrize("group_size", [None, 8, 12])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_without_clipping_the_start_is_nearest_rounding_on_minmax_scales(bits: int, group_size: int | None) -> None:
+def test_without_clipping_the_start_is_nearest_rounding_on_minmax_scales(
+    bits: int, group_size: int | None, clip: Any
+) -> None:
     weight, scheme = normal(16, 32), Scheme(bits, False, group_size, "float16")
-    learner = LinearLearner(weight, scheme, LearnedConfig(clip="off"), generator(0))
+    learner = LinearLearner(weight, scheme, LearnedConfig(clip=clip), generator(0))
     found = learner.fold()
     scale, zero = fit_scales(weight, scheme, "minmax")
     assert zero is not None
@@ -249,6 +252,15 @@ def test_without_clipping_the_start_is_nearest_rounding_on_minmax_scales(bits: i
     index = torch.arange(32) // (group_size or 32)
     codes = ((weight / scale.float()[:, index]).round() + zero[:, index]).clamp(0, 2**bits - 1)
     assert torch.equal(found.codes, codes.to(torch.uint8))
+
+
+def test_smooth_clipping_starts_a_little_inside_the_range() -> None:
+    weight, scheme = normal(16, 32), Scheme(4, False, 8, "bfloat16")
+    found, whole = (
+        LinearLearner(weight, scheme, LearnedConfig(clip=clip), generator(0)).fold().scale.float()  # type: ignore[arg-type]
+        for clip in ("sigmoid", "off")
+    )
+    torch.testing.assert_close(found / whole, torch.full_like(found, 1 / (1 + math.exp(-4))), rtol=2.0**-7, atol=0)
 
 
 # -- a whole linear ----------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ SMALL = {
 
 @pytest.mark.parametrize("blocks", SMALL)
 def test_few_blocks(blocks: int) -> None:
-    assert spans(make_windows("slider", blocks, size=min(2, blocks))) == SMALL[blocks]
+    assert spans(make_windows("slider", blocks)) == SMALL[blocks]
 
 
 def test_an_edge_is_at_most_a_quarter_of_the_model() -> None:
@@ -119,7 +119,7 @@ def test_single_blocks_whatever_the_sizes_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"size": 7}, r"window of 7 blocks does not fit a model of 6: size is 1 to 6"),
+        ({"size": 7}, r"window of 7 blocks does not fit a model of 6: .*size is 1 to 6"),
         ({"size": 0}, r"size is 1 to 6"),
         ({"size": 2, "step": 3}, r"move by 3 leave blocks out: step is 1 to 2"),
         ({"step": 0}, r"step is 1 to 2"),

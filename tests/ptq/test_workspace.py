@@ -109,7 +109,7 @@ def test_what_json_does_not_carry_is_refused_before_anything_is_written(tmp_path
     assert work.names() == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "no payload", "bad payload"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "no payload", "bad payload", "a bit", "another's"])
 def test_a_damaged_file_is_named_with_what_to_do(damage: str, tmp_path: Path) -> None:
     work, path = Workspace(tmp_path), tmp_path / "state.safetensors"
     work.save("state", TENSORS, PAYLOAD)
@@ -118,6 +118,11 @@ def test_a_damaged_file_is_named_with_what_to_do(damage: str, tmp_path: Path) ->
         path.write_bytes(data[: len(data) - 9])
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "a bit":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "another's":
+        work.save("state-00-00001", TENSORS, PAYLOAD)
+        path.write_bytes((tmp_path / "state-00-00001.safetensors").read_bytes())
     elif damage == "text":
         path.write_text("This is no tensor. " * 20)
     else:
@@ -129,5 +134,5 @@ def test_a_damaged_file_is_named_with_what_to_do(damage: str, tmp_path: Path) ->
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot read .*state-00-00007\.safetensors"):
+    with pytest.raises(OutputError, match=r"state-00-00007\.safetensors .*No such file"):
         Workspace(tmp_path).load("state-00-00007")

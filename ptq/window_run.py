@@ -115,6 +115,7 @@ class WindowRun:
         self._learners: dict[int, BlockLearner] = {}
         self._open_parts: dict[int, PartRecord] = {}  # of blocks that are being worked on
         self._scalings: dict[object, tuple[Scaling, ...]] = {}
+        self._notes: dict[int, list[str]] = {}  # on scalings, by block
         self._done = 0
         self._take_stock()
 
@@ -212,7 +213,6 @@ class WindowRun:
         """Learners for the blocks that this window reaches for the first time."""
         for block in visit.blocks:
             if block.name in self.finished:
-                self._open_parts.setdefault(block.index, PartRecord())
                 self._scalings_of(block)  # found where they were found the first time
                 continue
             if block.index in self._learners:
@@ -262,7 +262,7 @@ class WindowRun:
         except ModelError as error:
             if self.config.scaling == "on":
                 raise
-            self.run.warn(self._open_parts[visit.index], f"{visit.name}: channels are not scaled: {error}")
+            self._note(visit, f"{visit.name}: channels are not scaled: {error}")
             return ()
 
     def _tried_scalings(self, visit: BlockVisit, kind: object) -> tuple[Scaling, ...]:
@@ -281,9 +281,7 @@ class WindowRun:
             }
         for name, reason in reasons.items():
             if reason:
-                self.run.warn(
-                    self._open_parts[visit.index], f"{visit.name}: channels of {name} are not scaled: {reason}"
-                )
+                self._note(visit, f"{visit.name}: channels of {name} are not scaled: {reason}")
         return tuple(scaling for scaling in self._scalings[kind] if not reasons[scaling.name])
 
     def _find_scalings(self, visit: BlockVisit, run: Callable[[], Tensor]) -> tuple[Scaling, ...]:
@@ -301,8 +299,16 @@ class WindowRun:
                 f"goes on without these where activations are quantized."
             )
         for reason in found.missing:
-            self.run.warn(self._open_parts[visit.index], f"{visit.name}: channels are not scaled, {reason}")
+            self._note(visit, f"{visit.name}: channels are not scaled, {reason}")
         return kept
+
+    def _note(self, visit: BlockVisit, text: str) -> None:
+        """A warning about a block's scalings, for its record: scalings are found in the first sweep, records are begun
+        in every one. What a later sweep finds again (not all blocks are tried at once) is said once."""
+        notes = self._notes.setdefault(visit.index, [])
+        if text not in notes:
+            notes.append(text)
+            self.run.tell(Event("message", text))
 
     def try_window(self, visit: WindowVisit) -> None:
         """Learn in one window and drop the result, to see what it takes."""
@@ -359,6 +365,7 @@ class WindowRun:
 
     def _write(self, visit: BlockVisit, learner: BlockLearner) -> PartRecord:
         run, part = self.run, self._open_parts.pop(visit.index)
+        part.warnings += self._notes.get(visit.index, [])
         part.windows = [record.to_dict() for record in self.records if record.start <= visit.index < record.stop]
         weights = learner.fold()
         for name, weight in weights.items():

@@ -158,8 +158,8 @@ def check_learning(source: ModelSource, config: LearnedConfig, tokens: Tensor, r
         run: where it will work.
 
     Raises:
-        UsageError: fewer sequences than a batch has; the largest window does not fit into memory: says how much is
-            needed and which option lowers it.
+        UsageError: fewer sequences than a batch has; a rank above every width; the largest window does not fit into
+            memory: says how much is needed and which option lowers it.
     """
     if len(tokens) < config.batch * run.processes:
         raise UsageError(
@@ -171,6 +171,8 @@ def check_learning(source: ModelSource, config: LearnedConfig, tokens: Tensor, r
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     hidden = int(source.skeleton.config.get_text_config().hidden_size)
     widest = max(linear_weight(m).shape[1] for block in blocks for m in find_linears(block).values())
+    if config.lora_rank > widest:
+        raise UsageError(f"--lora-rank {config.lora_rank} is above the widest linear's {widest} input channels.")
     batch = config.batch * tokens.shape[1]
     costs = [learning_bytes(size, hidden, widest, batch, run.dtype.itemsize, config) for size in sizes]
     windows = config.windows(len(blocks))

@@ -29,6 +29,7 @@ from ptq.learning.stepper import make_stepper
 __all__ = ["WindowRecord", "train_window"]
 
 _RATES = (1.0, 0.25)  # of learning rates: a window that learned nothing good tries once more
+_TOLD = {1.0: "the rates that were asked for", 0.25: "a quarter of the rates"}
 _CHECK_EVERY = 64  # steps between looks at the loss: on a GPU each waits for it
 
 
@@ -146,10 +147,12 @@ class _Stage:
                 after = self._loss() if finite else math.inf
                 if after <= before:
                     break
+                finite_end = math.isfinite(after)
                 for one, state in zip(self.blocks, saved, strict=True):
                     one.load(state)
-                found = "was not lowered" if math.isfinite(after) else f"was not finite after {done} steps"
-                notes += (f"the loss over all calibration data {found} at {slower:g} of the rates: put back",)
+                after = before  # to the bit: it is a function of the state
+                found = "was not lowered" if finite_end else f"was not finite after {done} steps"
+                notes += (f"the loss over all calibration data {found} with {_TOLD[slower]}: put back",)
         window = self.visit.window
         seconds = time.perf_counter() - start
         return WindowRecord(
@@ -159,7 +162,7 @@ class _Stage:
             window.stop,
             share,
             before,
-            min(before, after),
+            after,
             done,
             seconds,
             captured,

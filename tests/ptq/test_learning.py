@@ -359,7 +359,7 @@ def test_a_loss_that_is_not_finite_puts_everything_back(method: str, monkeypatch
     assert all(torch.equal(found[name], value) for name, value in start.items())
     assert len(record.notes) == 2
     assert all("was not finite after 6 steps" in note and "put back" in note for note in record.notes)
-    assert "at 0.25 of the rates" in record.notes[1]
+    assert "with a quarter of the rates" in record.notes[1]
     assert record.loss_after == record.loss_before
     assert math.isfinite(record.loss_before)
 
@@ -385,10 +385,12 @@ def test_what_does_not_lower_the_loss_is_put_back(method: str, changes: dict[str
         start = states(learners)
         (record,) = train(visit, learners, config)
         found = states(learners)
+        (again,) = train(visit, learners, config, 1)
     assert all(torch.equal(found[name], value) for name, value in start.items())
     assert record.notes
     assert all("put back" in note for note in record.notes)
     assert record.loss_after == record.loss_before
+    assert again.loss_before == record.loss_after, "the loss that is told is that of what was kept"
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:

@@ -137,7 +137,7 @@ def test_the_packed_model_computes_what_was_learned_on(name: str, streamed: list
     assert difference < (2e-3 if "act_bits" in options else 1e-5)  # a token's rounding can fall to the other side
     linears = [name for name, module in packed.named_modules() if isinstance(module, QuantLinear)]
     assert sorted(linears) == sorted(layer.name for layer in report.layers), "every linear is written once"
-    assert all(row["loss_after"] <= row["loss_before"] for row in report.windows)
+    assert all(row["loss_after"] <= row["loss_before"] for row in report.windows), "else put back"
     assert any(row["loss_after"] < row["loss_before"] for row in report.windows)
 
 
@@ -468,7 +468,7 @@ def test_processes_with_different_numbers_of_batches_finish(command: list[str], 
     assert [result.code for result in results] == [0, 0], results[0].error
     report = Report.load(tmp_path / "out")
     assert {row["steps"] for row in report.windows} == {2}
-    assert all(row["loss_after"] <= row["loss_before"] for row in report.windows)
+    assert all(row["loss_after"] <= row["loss_before"] for row in report.windows), "else put back"
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -479,6 +479,7 @@ def test_processes_with_different_numbers_of_batches_finish(command: list[str], 
     [
         ({"size": 3}, r"window of 3 blocks does not fit a model of 2: .*size is 1 to 2"),
         ({"step": 3}, r"step is 1 to 2"),
+        ({"lora_rank": 4000}, r"--lora-rank 4000 is above the widest linear's \d+ input channels"),
         ({"batch": 9}, r"8 calibration sequences are fewer than the 9 of a batch.*batch 8"),
         ({"epochs": -1}, r"epochs is a whole number from 0"),
         ({"lora_rank": 9999}, r"lora_rank is a whole number from 0 to 4096"),

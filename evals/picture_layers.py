@@ -28,6 +28,7 @@ __all__ = ["LayerGrid", "layer_grid", "layer_pictures"]
 _BLOCK = re.compile(r"^(?P<prefix>(?:[^.\d][^.]*\.)*?)(?P<block>\d+)\.(?P<linear>.+)$")
 _ROW = 0.2  # inches
 _WITH_NUMBERS = 6  # blocks: cells of more are too narrow for text
+_LOWEST = 1e-280  # of a logarithmic scale: matplotlib takes anything below 1e-286 for zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _norm(values: NDArray[np.float64], logarithmic: bool) -> Normalize:
         return Normalize(low, max(high, low + 1), clip=True)
     above = finite[finite > 0]
     low, high = (float(above.min()), float(above.max())) if len(above) else (1e-9, 1e-8)
+    low = max(low, _LOWEST)
     return LogNorm(low, high if high > 1.05 * low else 1.05 * low, clip=True)
 
 

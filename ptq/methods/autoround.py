@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 from calib.windows import ScheduleName
-from ptq.learning.config import Clip, Intra, Keep, LearnedConfig, Rounding
+from ptq.learning.config import Clip, Intra, Keep, LearnedConfig, Loss, Rounding
 from ptq.methods.base import WindowMethod
 
 __all__ = ["AUTOROUND", "AutoroundConfig"]
@@ -18,7 +18,12 @@ __all__ = ["AUTOROUND", "AutoroundConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class AutoroundConfig(LearnedConfig):
-    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 200 signed steps a block."""
+    """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 200 signed steps a block.
+
+    The loss is relative to each token's energy. The paper has the plain squared error; where the first token of a sequence
+    carries nearly all of it, the best step by that is the one that fits these tokens of the calibration data best, and
+    what the block does to other first tokens is lost.
+    """
 
     schedule: ScheduleName = "single"
     intra: Intra = "off"
@@ -30,6 +35,7 @@ class AutoroundConfig(LearnedConfig):
     optimizer: Literal["adamw", "sign"] = "sign"
     grad_clip: float = 0.0
     keep: Keep = "best"
+    loss: Loss = "token"
 
 
 AUTOROUND = WindowMethod(

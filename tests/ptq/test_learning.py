@@ -152,7 +152,10 @@ def plain_loop(
                 weight = linears[name].weight.detach()
                 weights[f"{short}.weight"] = fake_weight(weight, found, scheme, config.clip == "sigmoid")
             output = functional_call(layer, weights, (output,), kwargs)
-        return (output - targets).square().mean()
+        error = (output - targets).square().mean(-1)
+        if config.loss == "token":
+            error = error / targets.square().mean(-1)
+        return error.mean()
 
     losses, best = [], (math.inf, {})
     for step in range(steps):

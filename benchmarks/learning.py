@@ -41,6 +41,7 @@ import ptq
 from cli.main import main as cli_main
 from evals import divergence, load_text
 from ptq.api import resolve_device
+from ptq.runtime.linear import QuantLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1
@@ -96,10 +97,10 @@ class Bench:
         self.texts = {name: load_text(source).text for name, source in options.text}
 
     def load(self, folder: str | Path) -> Any:
-        """A packed or dense model where it is scored."""
+        """A packed or dense model where it is scored; linears that only have packed weights become dense ones."""
         packed = (Path(folder) / "ptq_report.json").exists()
         read = ptq.load if packed else AutoModelForCausalLM.from_pretrained
-        return read(folder, dtype=self.dtype).to(self.device).eval()
+        return densified(read(folder, dtype=self.dtype).to(self.device).eval(), self.dtype)
 
     def run(self, cell: Cell, seed: int, blocks: int) -> dict[str, Any] | None:
         """Quantize in a process of its own, load and score; ``None`` if that process failed."""
@@ -216,6 +217,17 @@ class Bench:
         partial.replace(target)
         shown = "  ".join(f"{text} {number(score['perplexity'])}" for text, score in record["texts"].items())
         print(f"{target.stem}: {shown}  {record['seconds'] or math.nan:.0f} s", file=sys.stderr, flush=True)
+
+
+def densified(model: Any, dtype: torch.dtype) -> Any:
+    """Unpack once what a packed linear unpacks in every pass, to the same values."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear) and module.act_bits is None and module.input_rotation is None:
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
+            dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            dense.bias = module.bias
+            model.set_submodule(name, dense)
+    return model
 
 
 def watch(process: subprocess.Popen[Any]) -> int | None:

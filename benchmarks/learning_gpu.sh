@@ -5,7 +5,7 @@
 #
 # MODEL    a folder with SmolLM2-135M-Instruct in bfloat16 (or any other model)
 # TEXTS    a folder with c4.txt (calibration: first 80 %, held out: the rest) and wikitext2-raw-test.txt
-# RESULTS  receives records/*.json, table.md, ablation/*.json, ablation.md, 8b.jsonl, autoround/, tests.txt, machine.txt
+# RESULTS  receives records/*.json, table.md, ablation/*.json, ablation.md, 8b.jsonl, memory.jsonl, autoround/, tests.txt, machine.txt
 #
 # The most important runs come first; it may be interrupted and started again, finished runs are not repeated. One run of
 # sliderquant takes some 45 s on an H100, and scoring it as long again. PYTHON names the interpreter; AUTOROUND_PYTHON one
@@ -32,6 +32,11 @@ common=("$model" --calib "$texts/c4.txt@0:0.8" --text "wikitext2=$texts/wikitext
 large=$(mktemp -d) && trap 'rm -rf "$large"' EXIT
 "$python" benchmarks/large_model.py make "$large/model" --shapes 8b --layers 4 --filled 4
 "$python" benchmarks/large_model.py sliderquant "$large/model" "$large/out" --samples 16 --seqlen 2048 > "$results/8b.jsonl"
+
+# Peak memory beside what the largest window has to hold, with the streams on the GPU and in memory.
+for offload in none memory; do
+    "$python" benchmarks/learning_memory.py "$model" --calib "$texts/c4.txt@0:0.8" --offload $offload >> "$results/memory.jsonl"
+done
 
 # What each part of the windows is worth: 32 x 1024 tokens.
 "$python" benchmarks/learning.py "${common[@]}" --results "$results/ablation" --samples 32 --seqlen 1024 \

@@ -20,9 +20,9 @@ __all__ = ["AUTOROUND", "AutoroundConfig"]
 class AutoroundConfig(LearnedConfig):
     """Args: those of `LearnedConfig`, with learned offsets and bounded ranges, 200 signed steps a block.
 
-    The loss is relative to each token's energy. The paper has the plain squared error; where the first token of a sequence
-    carries nearly all of it, the best step by that is the one that fits these tokens of the calibration data best, and
-    what the block does to other first tokens is lost.
+    The loss is relative to each token's energy. The paper has the plain squared error; where the first token of a
+    sequence carries nearly all of it, the best step by that is the one that fits these tokens of the calibration data
+    best, and what the block does to other first tokens is lost.
     """
 
     schedule: ScheduleName = "single"

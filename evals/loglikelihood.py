@@ -261,7 +261,7 @@ def _two_steps(source: ModelLogits, questions: Sequence[Sequence[Request]], star
         mask = torch.cat([torch.ones(len(mask), done, dtype=mask.dtype), mask], dim=1)
         cache = _copy(start.cache)
         cache.batch_select_indices(torch.zeros(len(questions), dtype=torch.int64, device=source.device))
-        inputs = {"use_cache": True, "past_key_values": cache}
+        inputs = {"use_cache": True, "cache": cache}
     totals = _Totals(len(flat))
     run = source.run(ids, **_inputs(source, mask, done, width) | inputs)
     totals.add(source, run, wanted)
@@ -301,7 +301,7 @@ def _run_rests(
     own = cache if last else _copy(cache)
     own.batch_select_indices(torch.tensor(rows, device=source.device))
     inputs = _inputs(source, whole, mask.shape[1], longest)
-    totals.add(source, source.run(ids, past_key_values=own, **inputs | {"use_cache": True}), wanted)
+    totals.add(source, source.run(ids, cache=own, **inputs | {"use_cache": True}), wanted)
 
 
 class _Totals:

@@ -379,8 +379,7 @@ class Run:
         """
         if self.key_values is not None:
             self._check_key_values(visit)
-        if visit.walk.has_tokens:
-            treat_block(visit, self.plan.in_block(visit.name), self.key_values, share)
+        treat_block(visit, self.plan.in_block(visit.name), self.key_values, share)
 
     def _check_key_values(self, visit: BlockVisit) -> None:
         """Once a kind of block: rounding keys and values has an effect. Blocks without attention are passed over, if
@@ -532,11 +531,11 @@ class Run:
         self.warn(total, *_idle_windows(total.windows))
         self.warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
         report = self._report(writer, total)
-        schemes: dict[str, Scheme | None] = {r.name: self.plan.schemes[r.name] for r in total.layers}
+        schemes = {record.name: Scheme(**record.scheme) for record in total.layers}  # as applied, not as planned
         writer.finish(self._model_config(), self._quantization_config(schemes), report)
         return report
 
-    def _quantization_config(self, schemes: dict[str, Scheme | None]) -> dict[str, Any]:
+    def _quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         if self.format == "native":
             return native.quantization_config(schemes, self.linears, self.key_values)
         return compressed_tensors.quantization_config(schemes, self.linears)

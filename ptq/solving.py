@@ -18,6 +18,7 @@ from ptq.losses import layer_losses, losses_flops
 from ptq.methods import LayerMethod, LayerResult
 from ptq.quantized import LayerRecord, QuantizedWeight
 from ptq.scheme import Scheme
+from ptq.treated_inputs import stored_scheme
 
 __all__ = ["Solved", "owners", "solve_group"]
 
@@ -93,19 +94,20 @@ def _solve(
     own = None if stats is None else stats.of(name)
     with timing.part("solve", device):
         result = _quantize(full, weight, own, scheme, method, config)
+    quantized = dataclasses.replace(result.weight, scheme=stored_scheme(group.block, name, result.weight.scheme))
     with timing.part("losses", device):
-        nearest, loss = layer_losses(weight, result.weight, own)
-    checked = 0 if own is None else losses_flops(*result.weight.shape, mismatch=own.has_mismatch)
+        nearest, loss = layer_losses(weight, quantized, own)
+    checked = 0 if own is None else losses_flops(*quantized.shape, mismatch=own.has_mismatch)
     notes = (*group.notes, *result.notes)
     if loss is not None and loss > _LOST:
         notes += (f"{loss:.0%} of the output's energy is lost: the scheme does not fit this weight",)
     record = LayerRecord(
         full,
         method.name,
-        scheme.to_dict(),
-        result.weight.shape,
-        result.weight.bits_per_weight,
-        result.weight.payload_bytes,
+        quantized.scheme.to_dict(),
+        quantized.shape,
+        quantized.bits_per_weight,
+        quantized.payload_bytes,
         time.perf_counter() - start,
         nearest,
         loss,
@@ -115,7 +117,7 @@ def _solve(
         None if stats is None else stats.tokens,
         notes,
     )
-    return Solved(result.weight, record, float(result.flops + checked))
+    return Solved(quantized, record, float(result.flops + checked))
 
 
 def _quantize(full: str, weight: Tensor, own: Any, scheme: Scheme, method: LayerMethod, config: Any) -> LayerResult:

@@ -17,7 +17,7 @@ from ptq.runtime.key_values import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["InputTreatment", "treat_block"]
+__all__ = ["InputTreatment", "stored_scheme", "treat_block"]
 
 
 class InputTreatment:
@@ -44,6 +44,41 @@ class InputTreatment:
     def on_weight(self, weight: Tensor) -> Tensor:
         """The weight for rotated inputs."""
         return weight if self._rotation is None else self._rotation.on_weight(weight)
+
+    def on_scheme(self, scheme: Scheme) -> Scheme:
+        """The scheme with what this does to the input, in the place of what it says."""
+        own = self._scheme
+        return dataclasses.replace(
+            scheme,
+            act_bits=own.act_bits,
+            act_symmetric=own.act_symmetric,
+            input_rotation=None if self._rotation is None else self._rotation.seed,
+        )
+
+
+def stored_scheme(visit: BlockVisit, name: str, scheme: Scheme) -> Scheme:
+    """The scheme that a checkpoint states for a linear.
+
+    What it says of the input is taken from the transform that the linear's weight went through, and not from the plan:
+    a checkpoint that rotates inputs at run time holds a rotated weight.
+
+    Args:
+        visit: the block, after its linears were quantized.
+        name: the linear's name in the block.
+        scheme: what the weight was quantized for.
+
+    Raises:
+        RuntimeError: the plan asks for a transform that was not applied, or the reverse.
+    """
+    plain = dataclasses.replace(scheme, act_bits=None, act_symmetric=False, input_rotation=None)
+    treatment = visit.treatment(name)
+    applied = plain if treatment is None else treatment.on_scheme(plain)  # type: ignore[attr-defined]
+    if applied != scheme:
+        raise RuntimeError(
+            f"{visit.name}.{name} was quantized as {applied.describe()!r} and would be stored as "
+            f"{scheme.describe()!r}: its input transform was not applied. Please report this."
+        )
+    return applied
 
 
 def treat_block(

@@ -37,6 +37,7 @@ from ptq.quantized import LayerRecord, QuantizedWeight
 from ptq.recipe import Recipe
 from ptq.scheme import MAX_BITS, Scheme
 from ptq.transforms.scaling import Scaling, find_scalings, in_float32, why_not
+from ptq.treated_inputs import stored_scheme
 
 __all__ = ["Host", "WindowRun"]
 
@@ -367,7 +368,10 @@ class WindowRun:
         run, part = self.run, self._open_parts.pop(visit.index)
         part.warnings += self._notes.get(visit.index, [])
         part.windows = [record.to_dict() for record in self.records if record.start <= visit.index < record.stop]
-        weights = learner.fold()
+        weights = {
+            name: dataclasses.replace(weight, scheme=stored_scheme(visit, name, weight.scheme))
+            for name, weight in learner.fold().items()
+        }
         for name, weight in weights.items():
             part.layers.append(_record(f"{visit.name}.{name}", run.method.name, weight))
         visit.close()

@@ -152,7 +152,7 @@ def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "more than 16 levels"),
+        ("[" * 100_000, "more than 16 levels|maximum nesting depth"),  # ours, or libyaml's, whichever comes first
         ("- " * 100_000, "more than 16 levels"),
         ("method: rtn\nmethod: gptq", "line 2, column 1, has the key 'method' twice"),
         ("scheme: {bits: 3, bits: 4}", "the key 'bits' twice"),

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from calib.model_cache import cache_argument, returned_cache
 from ptq.errors import UsageError
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.key_values import set_key_values, supports_key_values
@@ -129,8 +130,8 @@ def test_a_cache_gives_the_same(family: str) -> None:
     with torch.inference_mode():
         cache, steps = None, []
         for part in TOKENS.split([9, 1, 1, 1, 8], dim=1):
-            result = model(part, past_key_values=cache, use_cache=True)
-            cache, steps = result.past_key_values, [*steps, result.logits]
+            result = model(part, use_cache=True, **cache_argument(model, cache))
+            cache, steps = returned_cache(result), [*steps, result.logits]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     cached, plain = (model.generate(TOKENS, use_cache=use, **options) for use in (True, False))

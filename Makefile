@@ -23,7 +23,7 @@ LOCK := requirements/$(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu).t
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-compile
 
 .PHONY: demo test check fix docs bench test-latest lock
 
@@ -54,7 +54,7 @@ bench: $(STAMP)
 test-latest:
 	rm -rf .venv-latest
 	$(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(if $(LATEST),'$(LATEST)') -e '.[dev]'
+	.venv-latest/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-compile $(if $(LATEST),'$(LATEST)') -e '.[dev]'
 	.venv-latest/bin/python -m pip --disable-pip-version-check list | grep -iE '^(torch|transformers|compressed-tensors|datasets|accelerate|tokenizers|numpy) '
 	$(MAKE) check VENV=.venv-latest STAMP=pyproject.toml
 

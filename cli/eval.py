@@ -28,7 +28,7 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     metavar="SOURCE",
-    help="A text file, a .jsonl file, wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it takes a part. "
+    help="A text file, rows (.jsonl, .json, .parquet), wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it takes a part. "
     "May be given several times.",
 )
 @click.option(
@@ -45,6 +45,13 @@ __all__ = ["command"]
     default="segments",
     metavar="NAMES",
     help="Of the perplexity: segments, llamacpp, sliding, documents; several with commas.",
+)
+@click.option(
+    "--bos",
+    default="auto",
+    metavar="auto|always|never",
+    help="BOS at the start of every window; auto: where the tokenizer adds it and the model needs it; never: as in the "
+    "literature.",
 )
 @click.option(
     "--seqlen",
@@ -141,6 +148,8 @@ def _evaluate(options: dict[str, Any]) -> Record:
 
 
 def _workload(options: dict[str, Any]) -> Workload:
+    from calib.chat import RowReader
+    from cli.models import load_tokenizer
     from evals.workload import DEFAULT_TASKS, load_workload
 
     names = _names(options["tasks"])
@@ -150,7 +159,11 @@ def _workload(options: dict[str, Any]) -> Workload:
         texts=options["texts"],
         data=options["data"],
         conventions=_names(options["convention"]),
-        **{name: options[name] for name in ("seqlen", "stride", "max_tokens", "documents", "limit", "fewshot", "seed")},
+        rows=RowReader(tokenizer=lambda: load_tokenizer(options["model"], options["trust_remote_code"])),
+        **{
+            name: options[name]
+            for name in ("seqlen", "stride", "max_tokens", "documents", "bos", "limit", "fewshot", "seed")
+        },
     )
 
 

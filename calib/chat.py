@@ -41,8 +41,8 @@ class RowReader:
     Args:
         template: ``auto`` writes conversations by the chat template and takes texts as they are, ``always`` refuses
             rows that are no conversations, ``never`` joins the contents of a conversation's messages by empty lines.
-        tokenizer: called once for the tokenizer with the template, when the first conversation is met; ``None`` where
-            there is no model yet.
+        tokenizer: called for the tokenizer with the template when a conversation is met; ``None`` where there is no
+            model.
     """
 
     template: str = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     metavar="SOURCE",
-    help="A text file, rows (.jsonl, .json, .parquet), wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it takes a part. "
-    "May be given several times.",
+    help="A text file, rows (.jsonl, .json, .parquet), wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it "
+    "takes a part. May be given several times.",
 )
 @click.option(
     "--data",
@@ -154,12 +155,14 @@ def _workload(options: dict[str, Any]) -> Workload:
 
     names = _names(options["tasks"])
     nothing = not names and not options["texts"] and not options["harness"]
+    # read once, and only where a text has rows of messages
+    tokenizer = functools.cache(lambda: load_tokenizer(options["model"], options["trust_remote_code"]))
     return load_workload(
         DEFAULT_TASKS if nothing else names,
         texts=options["texts"],
         data=options["data"],
         conventions=_names(options["convention"]),
-        rows=RowReader(tokenizer=lambda: load_tokenizer(options["model"], options["trust_remote_code"])),
+        rows=RowReader(tokenizer=tokenizer),
         **{
             name: options[name]
             for name in ("seqlen", "stride", "max_tokens", "documents", "bos", "limit", "fewshot", "seed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import sys
@@ -95,7 +94,6 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, source)
 
 
-@functools.cache
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model that is not loaded itself, for rows of messages.
 

@@ -110,12 +110,12 @@ def _request(head: list[int], tail: list[int], context: int, pair: tuple[str, st
 
 def _without_tokens(before: str, after: str) -> str:
     """Why nothing of a continuation is left behind its context, and what to do."""
-    if not after.strip():
-        return f"the continuation {after!r} behind {_end(before)!r} has no visible text; give the answer some."
+    if not before or not after.strip():
+        return f"the continuation {after!r} after {_end(before)!r} has no tokens of its own; give it visible text."
     return (
-        f"the answer {after!r} melts into the last token of the question {_end(before)!r}: this tokenizer makes one "
-        "token of both, so the answer has none of its own to score. Put the seam between two words: end the question "
-        'before the word, or put a space between them ("delimiter" in NAME.task.json).'
+        f"the continuation {after!r} after {_end(before)!r} has no tokens of its own: this tokenizer makes one token "
+        "of it and the end of what stands before. Put the seam between two words: end the question before the word, or "
+        'put a space between ("delimiter" in NAME.task.json).'
     )
 
 

@@ -333,6 +333,8 @@ def _calibrate(
         bos=spec.bos,
         template=spec.template,
     )
+    if calibration.bos:
+        listener(Event("message", "calibration: every sequence begins with BOS"))
     for note in calibration.notes:
         listener(Event("message", f"calibration: {note}"))
     return calibration

@@ -19,10 +19,12 @@ __all__ = ["sample_from_model", "sample_steps"]
 
 
 @torch.no_grad()
-def sample_from_model(model: Any, samples: int, seqlen: int, seed: int, *, batch: int = 8) -> Tensor:
+def sample_from_model(
+    model: Any, samples: int, seqlen: int, seed: int, *, batch: int = 8, bos: int | str | None = "config"
+) -> Tensor:
     """Sequences that the model itself writes, at temperature 1, from its first special token on.
 
-    A model without a BOS token starts from a token drawn at random. An end-of-text token does not end a sequence.
+    A sequence without a BOS token starts from a token drawn at random. An end-of-text token does not end a sequence.
 
     Args:
         model: a Hugging Face causal language model, in evaluation mode.
@@ -30,6 +32,7 @@ def sample_from_model(model: Any, samples: int, seqlen: int, seed: int, *, batch
         seqlen: tokens in each, the first one included.
         seed: of a generator of its own.
         batch: sequences written at the same time; memory for speed, no other effect than rounding.
+        bos: the token that every sequence begins with; ``"config"`` is that of the model's config, if it has one.
 
     Returns:
         int64 ``[samples, seqlen]`` on the CPU.
@@ -40,7 +43,7 @@ def sample_from_model(model: Any, samples: int, seqlen: int, seed: int, *, batch
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(samples, seqlen, generator=generator, dtype=torch.float64)
-    first = _first_tokens(model, uniform[:, 0])  # [samples]
+    first = _first_tokens(model, uniform[:, 0], bos)  # [samples]
     rows = []
     for start in range(0, samples, batch):
         prompt = first[start : start + batch, None]  # [batch, 1]
@@ -89,11 +92,11 @@ def _pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return token.clamp(max=logits.shape[-1] - 1).cpu()
 
 
-def _first_tokens(model: Any, uniform: Tensor) -> Tensor:
-    """BOS for every sequence, or a token at random where the model has none; int64 ``[samples]``."""
+def _first_tokens(model: Any, uniform: Tensor, bos: int | str | None) -> Tensor:
+    """BOS for every sequence, or a token at random where there is none; int64 ``[samples]``."""
     config = model.config.get_text_config()
-    bos = getattr(config, "bos_token_id", None)
-    if isinstance(bos, int) and 0 <= bos < config.vocab_size:
-        return torch.full(uniform.shape, bos, dtype=torch.int64)
+    first = getattr(config, "bos_token_id", None) if bos == "config" else bos
+    if isinstance(first, int) and 0 <= first < config.vocab_size:
+        return torch.full(uniform.shape, first, dtype=torch.int64)
     tokens: Tensor = (uniform * config.vocab_size).long()
     return tokens

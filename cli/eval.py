@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     metavar="SOURCE",
-    help="A text file, a .jsonl file, wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it takes a part. "
-    "May be given several times.",
+    help="A text file, rows (.jsonl, .json, .parquet), wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it "
+    "takes a part. May be given several times.",
 )
 @click.option(
     "--data",
@@ -45,6 +46,13 @@ __all__ = ["command"]
     default="segments",
     metavar="NAMES",
     help="Of the perplexity: segments, llamacpp, sliding, documents; several with commas.",
+)
+@click.option(
+    "--bos",
+    default="auto",
+    metavar="auto|always|never",
+    help="BOS at the start of every window; auto: where the tokenizer adds it and the model needs it; never: as in the "
+    "literature.",
 )
 @click.option(
     "--seqlen",
@@ -141,16 +149,24 @@ def _evaluate(options: dict[str, Any]) -> Record:
 
 
 def _workload(options: dict[str, Any]) -> Workload:
+    from calib.chat import RowReader
+    from cli.models import load_tokenizer
     from evals.workload import DEFAULT_TASKS, load_workload
 
     names = _names(options["tasks"])
     nothing = not names and not options["texts"] and not options["harness"]
+    # read once, and only where a text has rows of messages
+    tokenizer = functools.cache(lambda: load_tokenizer(options["model"], options["trust_remote_code"]))
     return load_workload(
         DEFAULT_TASKS if nothing else names,
         texts=options["texts"],
         data=options["data"],
         conventions=_names(options["convention"]),
-        **{name: options[name] for name in ("seqlen", "stride", "max_tokens", "documents", "limit", "fewshot", "seed")},
+        rows=RowReader(tokenizer=tokenizer),
+        **{
+            name: options[name]
+            for name in ("seqlen", "stride", "max_tokens", "documents", "bos", "limit", "fewshot", "seed")
+        },
     )
 
 

@@ -48,7 +48,8 @@ def _text(text: TextResult, record: Record) -> Table:
     counts += [f"{value:,} {name}" for name, value in (("words", text.words), ("bytes", text.bytes)) if value]
     table.add_row("text", f"{text.name}: {', '.join(counts)}")
     table.add_row(
-        "convention", f"{text.convention}, {len(text.items)} {_unit(text)} of up to {text.settings['seqlen']}"
+        "convention",
+        f"{text.convention}, {len(text.items)} {_unit(text)} of up to {text.settings['seqlen']}{_bos(text)}",
     )
     table.add_row("perplexity", _perplexity(text) + ("" if base is None else f"   (base {_perplexity(base)})"))
     if text.word_perplexity is not None:
@@ -64,6 +65,12 @@ def _unit(text: TextResult) -> str:
     return {"documents": "documents, windows", "llamacpp": "chunks", "sliding": "windows"}.get(
         text.convention, "segments"
     )
+
+
+def _bos(text: TextResult) -> str:
+    """How windows begin, where that was a question."""
+    bos = text.settings.get("bos")
+    return "" if bos is None else ", each begins with BOS" if bos else ", without BOS"
 
 
 def _same_text(base: Record, text: TextResult) -> TextResult | None:

@@ -27,7 +27,16 @@ from ptq.api import resolve_device
 from ptq.loading import load
 from ptq.report import REPORT_NAME, Report
 
-__all__ = ["DTYPES", "LoadedModel", "describe", "files_fingerprint", "load_model", "locate", "resolved_dtype"]
+__all__ = [
+    "DTYPES",
+    "LoadedModel",
+    "describe",
+    "files_fingerprint",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "resolved_dtype",
+]
 
 _DECISIVE = (
     "config.json",
@@ -83,6 +92,19 @@ def load_model(
                 raise ModelError(f"{source} is not a causal language model: ptq evaluates and runs those.") from error
             raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
     return LoadedModel(model.eval(), tokenizer, source)
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model that is not loaded itself, for rows of messages.
+
+    Raises:
+        ModelError: no such model, or no tokenizer in it that can be read.
+    """
+    folder, extra = locate(source, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
 
 
 def describe(loaded: LoadedModel) -> ModelInfo:

@@ -30,10 +30,21 @@ __all__ = ["command"]
 @click.option(
     "--calib",
     metavar="SOURCE",
-    help="Calibration text: a file, a .jsonl file, wikitext2, c4, REPO:SPLIT:FIELD, pydoc or self.  [default: c4]",
+    help="Calibration text: a .txt file, rows (.jsonl, .json, .parquet), wikitext2, c4, REPO:SPLIT:FIELD, pydoc or "
+    "self.  [default: c4]",
 )
 @click.option("--calib-samples", type=int, metavar="N", help="Sequences.  [default: 128]")
 @click.option("--calib-seqlen", type=int, metavar="T", help="Tokens in each sequence.  [default: 2048]")
+@click.option(
+    "--calib-bos",
+    metavar="auto|always|never",
+    help="BOS at the start of every sequence; auto: where the tokenizer puts one before a text.  [default: auto]",
+)
+@click.option(
+    "--calib-template",
+    metavar="auto|always|never",
+    help="Rows of messages through the chat template; never: as plain text; always: no other rows.  [default: auto]",
+)
 @click.option("--seed", type=int, help="Seed of the draw of sequences.  [default: 0]")
 @click.option(
     "--act-bits",

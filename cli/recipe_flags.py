@@ -17,7 +17,18 @@ from ptq.scheme import Scheme
 __all__ = ["build_recipe", "parse_override"]
 
 # Flags that `make_recipe` knows under the same name; the others are translated below.
-DIRECT = ("bits", "symmetric", "scale_dtype", "calib", "calib_samples", "calib_seqlen", "seed", "format")
+DIRECT = (
+    "bits",
+    "symmetric",
+    "scale_dtype",
+    "calib",
+    "calib_samples",
+    "calib_seqlen",
+    "calib_bos",
+    "calib_template",
+    "seed",
+    "format",
+)
 
 
 def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
@@ -25,9 +36,10 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
 
     Args:
         flags: ``method``, ``bits``, ``group_size`` (0 is per channel), ``symmetric``, ``scale_dtype``, ``calib``,
-            ``calib_samples``, ``calib_seqlen``, ``seed``, the names of `METHOD_FLAGS`, ``options`` (``KEY=VALUE``
-            strings), ``overrides`` (see `parse_override`), ``ignore``, ``dtype``, ``format``, ``act_bits`` and
-            ``kv_bits`` (0 is none), ``act_symmetric``, ``kv_symmetric``, ``rotate`` (names, or several with commas).
+            ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, the names of
+            `METHOD_FLAGS`, ``options`` (``KEY=VALUE`` strings), ``overrides`` (see `parse_override`), ``ignore``,
+            ``dtype``, ``format``, ``act_bits`` and ``kv_bits`` (0 is none), ``act_symmetric``, ``kv_symmetric``,
+            ``rotate`` (names, or several with commas).
 
     Raises:
         UsageError: an unknown method, option or format, or a value that a field refuses.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from calib.chat import RowReader
 from calib.errors import ModelError, UsageError
 from calib.text import tokenizer_hash
 from evals.base_store import BaseStore, default_cache
@@ -45,6 +46,7 @@ def evaluate(
     stride: int | None = None,
     max_tokens: int | None = None,
     documents: str = "auto",
+    bos: str = "auto",
     limit: int | None = None,
     fewshot: int = 0,
     batch_size: int | str = "auto",
@@ -66,6 +68,8 @@ def evaluate(
         against: the base in full precision; adds divergence and what its answers are compared with.
         convention: of the perplexity, one or several of ``segments``, ``llamacpp``, ``sliding``, ``documents``.
         seqlen, stride, max_tokens, documents: as `evals.windows.make_plan`.
+        bos: whether windows of a text begin with BOS: ``auto`` where the model is made for it (`evals.bos_choice`),
+            ``always``, or ``never`` as in the literature.
         limit: the first rows of each task, the first items of each text.
         fewshot: examples before each question.
         batch_size: sequences at once, or ``auto``; halved when memory runs out.
@@ -95,6 +99,8 @@ def evaluate(
         stride=stride,
         max_tokens=max_tokens,
         documents=documents,
+        bos=bos,
+        rows=RowReader(tokenizer=lambda: tokenizer),
         limit=limit,
         fewshot=fewshot,
         seed=seed,

@@ -84,6 +84,7 @@ def _target(
         notes.append(f"{_named(first)} is left out: not in the record of {', '.join(lacking)}")
         return None
     keys = [_keys(result) for result in results]
+    _check_bos(results, records, keys)
     common = set(keys[0]).intersection(*keys[1:])
     if any(len(common) < len(own) for own in keys):
         _check_shared(results, records, keys, shared)
@@ -121,6 +122,22 @@ def _keys(result: Result) -> dict[Key, int]:
         seen[item] = seen.get(item, 0) + 1
         keys[item, seen[item]] = row
     return keys
+
+
+def _check_bos(results: Sequence[Result], records: Sequence[Record], keys: Sequence[dict[Key, int]]) -> None:
+    """Refuse windows with BOS beside windows without, even where some are the same: the figures do not compare.
+
+    Records of earlier releases say nothing of BOS and are without.
+    """
+    begins = [bool(result.settings.get("bos")) for result in results]
+    if len(set(begins)) == 1 or all(own.keys() == keys[0].keys() for own in keys):
+        return
+    named = [{True: "with", False: "without"}[begin] for begin in begins]
+    shown = ", ".join(f"{word} in {record.model.source}" for word, record in zip(named, records, strict=True))
+    raise DataError(
+        f"{_named(results[0])} was scored with BOS at the start of every window in some records and without in others "
+        f"({shown}): such figures do not compare. Evaluate all models with --bos always, or all with --bos never."
+    )
 
 
 def _check_shared(

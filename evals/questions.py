@@ -83,12 +83,14 @@ class Question:
             UTF-8 bytes ``acc_bytes``.
         gold: index of the right answer.
         cluster: index into `LoadedTask.clusters`; 0 where there are none.
+        where: file and line of the row, or its place in a data set, for messages.
     """
 
     pairs: tuple[tuple[str, str], ...]
     answers: tuple[str, ...]
     gold: int
     cluster: int = 0
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

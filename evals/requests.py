@@ -2,6 +2,7 @@
 
 Spaces at the end of the context move to the continuation; context and whole are tokenized, each with the special tokens
 that the tokenizer adds by itself, and the continuation is what the whole has beyond the context's number of tokens.
+Where a token runs over the seam so that nothing is beyond, the harness stops at an assertion; here the row is named.
 What exceeds the model's context is cut on the left.
 """
 
@@ -33,13 +34,16 @@ class Request:
         return self.ids[:-1]
 
 
-def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Any, context: int) -> list[Request]:
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: Any, context: int, places: Sequence[str] | None = None
+) -> list[Request]:
     """Requests of ``(context, continuation)`` pairs.
 
     Args:
         pairs: a context may be empty; then BOS or EOS stands in its place.
         tokenizer: of the model.
         context: tokens that the model can read.
+        places: file and line of each pair, for messages.
 
     Raises:
         DataError: a continuation has no tokens, or more than the model can read.
@@ -48,12 +52,13 @@ def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Any, context: int)
     strings = sorted({text for before, after in moved if before for text in (before, before + after)})
     ids = dict(zip(strings, _encode(strings, tokenizer), strict=True))
     requests = []
-    for (before, after), pair in zip(moved, pairs, strict=True):
+    for index, (before, after) in enumerate(moved):
         if before:
             head, tail = ids[before], ids[before + after][len(ids[before]) :]
         else:
             head, tail = _without_context(after, tokenizer)
-        requests.append(_request(head, tail, context, pair))
+        where = f"{places[index]}: " if places is not None and places[index] else ""
+        requests.append(_request(head, tail, context, pairs[index], where))
     return requests
 
 
@@ -91,19 +96,27 @@ def _without_context(after: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     return ([prefix], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
 
 
-def _request(head: list[int], tail: list[int], context: int, pair: tuple[str, str]) -> Request:
+def _request(head: list[int], tail: list[int], context: int, pair: tuple[str, str], where: str) -> Request:
     if not tail:
-        raise DataError(
-            f"the continuation {pair[1]!r} after {_end(pair[0])!r} has no tokens of its own with this tokenizer; "
-            "give it visible text."
-        )
+        raise DataError(f"{where}{_without_tokens(*pair)}")
     if len(tail) > context:
         raise DataError(
-            f"the continuation {pair[1][:60]!r}... has {len(tail)} tokens, the model's context is {context}."
+            f"{where}the continuation {pair[1][:60]!r}... has {len(tail)} tokens, the model's context is {context}."
         )
     ids = (*head, *tail)
     cut = max(0, len(ids) - (context + 1))
     return Request(ids[cut:], len(head) - cut, cut)
+
+
+def _without_tokens(before: str, after: str) -> str:
+    """Why nothing of a continuation is left behind its context, and what to do."""
+    if not before or not after.strip():
+        return f"the continuation {after!r} after {_end(before)!r} has no tokens of its own; give it visible text."
+    return (
+        f"the continuation {after!r} after {_end(before)!r} has no tokens of its own: this tokenizer makes one token "
+        "of it and the end of what stands before. Put the seam between two words: end the question before the word, or "
+        'put a space between ("delimiter" in NAME.task.json).'
+    )
 
 
 def _end(text: str) -> str:

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.chat import require_characters
 from calib.errors import DataError
+from calib.rows import decoded
 from calib.safe_json import quoted
 from evals.questions import Row
 
@@ -76,10 +78,10 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     """``(where, row)`` of each line that is not empty; a line feed at the end of a ``query`` is taken off.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, has no rows, or a line is not a JSON object.
+        DataError: the file cannot be read, is not UTF-8, has no rows, or a line is not a JSON object of characters.
     """
     rows: list[tuple[str, Row]] = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # JSON strings may hold other line separators
+    for number, line in enumerate(decoded(path).split("\n"), start=1):  # JSON strings may hold other line separators
         if line.strip():
             where = f"{path}, line {number}"
             rows.append((where, _without_line_feed(_object(line, where))))
@@ -94,16 +96,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read or is something else.
     """
-    return _object(_text(path), str(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.") from error
+    return _object(decoded(path), str(path))
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -115,7 +108,19 @@ def _object(text: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON: {error}.") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is not a JSON object: {quoted(text.strip())}.")
+    for field, value in row.items():
+        _require_characters(value, where, field)
     return row
+
+
+def _require_characters(value: Any, where: str, field: str) -> None:
+    """Every text in a field, at any depth, can be written as UTF-8."""
+    level = [value]
+    while level:
+        for text in (part for part in level if isinstance(part, str)):
+            require_characters(text, where, field)
+        nested = [part for part in level if isinstance(part, dict | list)]
+        level = [x for part in nested for x in ((*part, *part.values()) if isinstance(part, dict) else part)]
 
 
 def _without_line_feed(row: dict[str, Any]) -> Row:

@@ -239,7 +239,7 @@ def _question(task: Task, row: Asked, before: str, clusters: Sequence[str]) -> Q
     start = fill(task.description, {"subject": (row.subject or "").replace("_", " ")}) if described else ""
     pairs = tuple((start + before + context, continuation) for context, continuation in row.question.pairs)
     cluster = 0 if row.subject is None else clusters.index(row.subject)
-    return dataclasses.replace(row.question, pairs=pairs, cluster=cluster)
+    return dataclasses.replace(row.question, pairs=pairs, cluster=cluster, where=row.where)
 
 
 def _settings(task: Task, limit: int | None, fewshot: int) -> dict[str, Any]:

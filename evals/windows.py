@@ -5,6 +5,9 @@
     sliding     windows that overlap; only the last ``stride`` tokens of each are scored, so all have long contexts
     documents   lm-evaluation-harness: every token of every document, BOS or EOS in front, windows of the full context
 
+``segments`` and ``sliding`` have nothing in front of a window in the literature. With ``bos`` each begins with BOS, and
+every token of the text is scored; which of the two a model was made for is found by `evals.bos_choice`.
+
 A `Window` is one forward pass; its targets from ``first`` on are scored. An item is what is drawn at random when the
 error of a figure is computed: a window, or a document with all its windows.
 """
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.bos import starts_with_bos, with_bos, without_bos
 from calib.errors import DataError, UsageError, unknown_name
 from calib.text import tokenize
 from evals.documents import Document, split_documents
@@ -81,6 +85,18 @@ class _Request:
     stride: int
     max_tokens: int | None
     documents: str
+    bos: bool | None
+    templated: bool
+
+    def tokens(self) -> Tensor:
+        """The text, tokenized once, int64 ``[tokens]``."""
+        tokens = tokenize(self.text, self.tokenizer, special_tokens=not self.templated)
+        return tokens if self.max_tokens is None else tokens[: self.max_tokens]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """``bos`` for the settings, where it was a question."""
+        return {} if self.bos is None else {"bos": self.bos}
 
 
 def make_plan(
@@ -94,6 +110,8 @@ def make_plan(
     max_tokens: int | None = None,
     limit: int | None = None,
     documents: str = "auto",
+    bos: bool | None = None,
+    templated: bool = False,
 ) -> Plan:
     """Cut a text by a convention.
 
@@ -107,26 +125,25 @@ def make_plan(
         max_tokens: use the first so many tokens of the text (for ``documents``: whole documents up to there).
         limit: the first so many items only.
         documents: how ``documents`` are told apart (`evals.documents.split_documents`).
+        bos: whether every window begins with BOS; ``None`` is the convention as others compute it: nothing in front for
+            ``segments`` and ``sliding``, what the tokenizer adds for ``llamacpp``. ``documents`` always have a prefix.
+        templated: the text holds the special tokens of a chat template already.
 
     Raises:
-        UsageError: an unknown convention, a window below 2 tokens, a stride that is not in ``1 .. seqlen - 1``.
+        UsageError: an unknown convention, a window below 2 tokens, a stride that is not in ``1 .. seqlen - 1``, BOS
+            with a tokenizer that has none.
         DataError: a window above the context, a text that is too short, ids that the model does not have.
     """
     if convention not in CONVENTIONS:
         raise unknown_name("perplexity convention", convention, CONVENTIONS)
     length = _checked_seqlen(convention, seqlen, model)
     step = _checked_stride(convention, stride, length)
-    plan = CONVENTIONS[convention](_Request(text, tokenizer, length, step, max_tokens, documents))
+    if bos and getattr(tokenizer, "bos_token_id", None) is None:
+        raise UsageError("--bos always needs a BOS token, and this tokenizer has none; leave --bos away.")
+    plan = CONVENTIONS[convention](_Request(text, tokenizer, length, step, max_tokens, documents, bos, templated))
     kept = plan if limit is None else _limited(plan, limit)
     check_vocabulary(torch.cat([window.ids for window in kept.windows]), model)
     return kept
-
-
-def starts_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a beginning-of-sequence token before a text, which is how the model was trained."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    ids = tokenize("a", tokenizer)
-    return bos is not None and len(ids) > 0 and int(ids[0]) == bos
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -146,16 +163,21 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def _segments(request: _Request) -> Plan:
-    chunks = _chunks(request, _tokens(request))
+    if request.bos:
+        bos = int(request.tokenizer.bos_token_id)
+        text = without_bos(request.tokens(), bos)
+        chunks: Sequence[Tensor] = list(with_bos(torch.stack(_chunks(request, text, request.seqlen - 1)), bos))
+    else:
+        chunks = _chunks(request, request.tokens(), request.seqlen)
     windows = tuple(Window(ids, 1, item) for item, ids in enumerate(chunks))
-    settings = {"seqlen": request.seqlen, "max_tokens": request.max_tokens}
+    settings = {"seqlen": request.seqlen, "max_tokens": request.max_tokens, **request.asked}
     return Plan("segments", settings, windows, window_bytes(windows, request.tokenizer))
 
 
 def _llamacpp(request: _Request) -> Plan:
-    bos = starts_with_bos(request.tokenizer)
+    bos = starts_with_bos(request.tokenizer) if request.bos is None else request.bos
     windows = []
-    for item, chunk in enumerate(_chunks(request, _tokens(request))):
+    for item, chunk in enumerate(_chunks(request, request.tokens(), request.seqlen)):
         ids = chunk.clone()
         if bos:
             ids[0] = request.tokenizer.bos_token_id
@@ -166,19 +188,23 @@ def _llamacpp(request: _Request) -> Plan:
 
 
 def _sliding(request: _Request) -> Plan:
-    tokens = _tokens(request)
+    tokens, front = request.tokens(), torch.empty(0, dtype=torch.int64)
+    if request.bos:
+        bos = int(request.tokenizer.bos_token_id)
+        tokens, front = without_bos(tokens, bos), torch.tensor([bos])
     if len(tokens) < 2:
         raise DataError(f"the text has {len(tokens)} tokens; at least 2 are needed.")
     windows: list[Window] = []
-    done = 1  # the text's first token has nothing before it
+    done = 1 - len(front)  # the text's first token is scored only if BOS stands before it
     for start in range(0, len(tokens), request.stride):
-        end = min(start + request.seqlen, len(tokens))
+        end = min(start + request.seqlen - len(front), len(tokens))
         if end > done:
-            windows.append(Window(tokens[start:end], done - start, len(windows)))
+            ids = torch.cat([front, tokens[start:end]])
+            windows.append(Window(ids, len(front) + done - start, len(windows)))
         done = end
         if end == len(tokens):
             break
-    settings = {"seqlen": request.seqlen, "stride": request.stride, "max_tokens": request.max_tokens}
+    settings = {"seqlen": request.seqlen, "stride": request.stride, "max_tokens": request.max_tokens, **request.asked}
     found = tuple(windows)
     return Plan("sliding", settings, found, window_bytes(found, request.tokenizer))
 
@@ -190,7 +216,7 @@ def _documents(request: _Request) -> Plan:
     kept: list[Document] = []
     used = 0
     for document in found:
-        ids = tokenize(document.shown, request.tokenizer)
+        ids = tokenize(document.shown, request.tokenizer, special_tokens=not request.templated)
         if request.max_tokens is not None and kept and used + len(ids) > request.max_tokens:
             break
         if len(ids) == 0:
@@ -226,21 +252,16 @@ def _rolling(ids: Tensor, prefix: int, length: int, item: int) -> list[Window]:
     return windows
 
 
-def _tokens(request: _Request) -> Tensor:
-    tokens = tokenize(request.text, request.tokenizer)
-    return tokens if request.max_tokens is None else tokens[: request.max_tokens]
-
-
-def _chunks(request: _Request, tokens: Tensor) -> Sequence[Tensor]:
-    """Disjoint pieces of ``seqlen`` tokens; the remainder is dropped."""
-    count = len(tokens) // request.seqlen
+def _chunks(request: _Request, tokens: Tensor, length: int) -> list[Tensor]:
+    """Disjoint pieces of ``length`` tokens; the remainder is dropped."""
+    count = len(tokens) // length
     if count == 0:
         cap = "" if request.max_tokens is None else f" (with --max-tokens {request.max_tokens})"
         raise DataError(
-            f"the text has {len(tokens)} tokens{cap}, one segment needs {request.seqlen}; "
+            f"the text has {len(tokens)} tokens{cap}, one segment needs {length}; "
             "give a longer text or a shorter --seqlen."
         )
-    return list(tokens[: count * request.seqlen].view(count, request.seqlen))
+    return list(tokens[: count * length].view(count, length))
 
 
 def window_bytes(windows: Sequence[Window], tokenizer: Any) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import torch
 from calib.errors import ModelError
 from evals.base_store import BaseStore, TextStore
 from evals.batching import BatchSize
+from evals.bos_choice import choose_bos, follow_base
 from evals.items import Items, item_hash
 from evals.logits import ModelLogits, model_device
 from evals.loglikelihood import Answer, score_requests
@@ -77,7 +78,7 @@ class Worker:
     def text(self, job: TextJob, base: Base | None, base_result: TextResult | None) -> TextResult:
         """Perplexity of a text, and divergence from a base that has been run on it."""
         started = time.monotonic()
-        plan = self._plan(job)
+        plan = self._plan(job, base_result)
         store = None if base is None else text_store(base.store, job, base.top_k)
         if base_result is not None and base_result.items.ids.tolist() != plan.hashes:
             raise ModelError(
@@ -113,9 +114,9 @@ class Worker:
         """Log-likelihoods of every answer to every question."""
         started = time.monotonic()
         context = context_length(self.model) or _NO_CONTEXT
-        flat = iter(
-            encode_pairs([pair for question in task.questions for pair in question.pairs], self.tokenizer, context)
-        )
+        pairs = [pair for question in task.questions for pair in question.pairs]
+        places = [question.where for question in task.questions for _ in question.pairs]
+        flat = iter(encode_pairs(pairs, self.tokenizer, context, places))
         requests = [[next(flat) for _ in question.pairs] for question in task.questions]
         source = self._source(torch.tensor(requests[0][0].ids))
         done = self._step(task, len(requests))
@@ -133,8 +134,23 @@ class Worker:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def _plan(self, job: TextJob) -> Plan:
-        return make_plan(job.text.text, self.tokenizer, self.model, convention=job.convention, **job.options)
+    def _plan(self, job: TextJob, base_result: TextResult | None = None) -> Plan:
+        """The windows of a text, with BOS as for the base where there is one."""
+        if base_result is None:
+            bos, notes = choose_bos(job, self.tokenizer, self.model, self._source, self.size)
+        else:
+            bos, notes = follow_base(base_result.settings)
+        options = {name: value for name, value in job.options.items() if name != "bos"}
+        plan = make_plan(
+            job.text.text,
+            self.tokenizer,
+            self.model,
+            convention=job.convention,
+            bos=bos,
+            templated=job.text.templated,
+            **options,
+        )
+        return dataclasses.replace(plan, notes=(*plan.notes, *notes))
 
     def _source(self, probe: torch.Tensor) -> ModelLogits:
         if self._logits is None:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.bos import check_bos_choice
+from calib.chat import RowReader
 from calib.errors import DataError, UsageError, unknown_name
+from calib.rows import ROW_SUFFIXES
 from calib.sources import SOURCE_NAMES, Text
 from evals.data import EVALUATION_PARTS, load_text
 from evals.questions import LoadedTask
@@ -18,12 +21,18 @@ __all__ = ["DEFAULT_TASKS", "TextJob", "Workload", "load_workload"]
 
 DEFAULT_TASKS = ("wikitext2",)
 _JSONL_TEXTS = tuple(f"{name}.jsonl" for name in EVALUATION_PARTS)
-_SUFFIXES = (".txt", ".jsonl", ".md", ".json")
+_SUFFIXES = (".txt", ".md", *ROW_SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextJob:
-    """One text, and how it will be cut: ``convention`` and ``options`` are arguments of `evals.windows.make_plan`."""
+    """One text, and how it will be cut.
+
+    Args:
+        name: as asked for.
+        text: the characters.
+        convention, options: arguments of `evals.windows.make_plan`; ``bos`` is resolved by `evals.bos_choice`.
+    """
 
     name: str
     text: Text
@@ -49,6 +58,8 @@ def load_workload(
     stride: int | None = None,
     max_tokens: int | None = None,
     documents: str = "auto",
+    bos: str = "auto",
+    rows: RowReader | None = None,
     limit: int | None = None,
     fewshot: int = 0,
     seed: int = 0,
@@ -61,6 +72,8 @@ def load_workload(
         data: folder of task and text files; without it they come from the hub.
         conventions: how texts are cut; each text is scored by each of them.
         seqlen, stride, max_tokens, documents: as `evals.windows.make_plan`.
+        bos: ``auto``, ``always`` or ``never``, of every convention but ``documents``.
+        rows: how rows of messages become text.
         limit: first rows of every task, first items of every text.
         fewshot, seed: examples in front of every question of a task, and the seed of their draw.
 
@@ -79,6 +92,9 @@ def load_workload(
             raise unknown_name("perplexity convention", convention, CONVENTIONS)
     if stride is not None and "sliding" not in conventions:
         raise UsageError("--stride belongs to --convention sliding; the others have none.")
+    check_bos_choice(bos, "--bos")
+    if bos != "auto" and set(conventions) == {"documents"}:
+        raise UsageError("--bos has no effect on --convention documents, which always has BOS or EOS in front.")
     if data is not None and not data.is_dir():
         raise DataError(f"there is no folder {data} (looked in {Path.cwd()}); give the folder of the data files.")
     known = tuple(name for name in known_tasks(data) if name not in EVALUATION_PARTS)
@@ -87,29 +103,29 @@ def load_workload(
     wanted = list(dict.fromkeys(aliases.get(name, name) for name in names))
     tasks = [load_task(n, data=data, limit=limit, fewshot=fewshot, seed=seed) for n in wanted if n in known]
     sources = [n for n in wanted if n not in known]
-    read = [(n, _text(n, data, known, max_tokens)) for n in sources]
-    read += [(n, load_text(n, limit=_characters(max_tokens))) for n in dict.fromkeys(texts)]
+    read = [(n, _text(n, data, known, max_tokens, rows)) for n in sources]
+    read += [(n, load_text(n, limit=_characters(max_tokens), rows=rows)) for n in dict.fromkeys(texts)]
     options = {"seqlen": seqlen, "max_tokens": max_tokens, "limit": limit}
     jobs = [
-        TextJob(name, text, convention, options | _special(convention, stride, documents))
+        TextJob(name, text, convention, options | _special(convention, stride, documents, bos))
         for name, text in read
         for convention in dict.fromkeys(conventions)
     ]
     return Workload(tuple(jobs), tuple(tasks))
 
 
-def _special(convention: str, stride: int | None, documents: str) -> dict[str, Any]:
+def _special(convention: str, stride: int | None, documents: str, bos: str) -> dict[str, Any]:
     if convention == "documents":
         return {"documents": documents}
-    return {"stride": stride} if convention == "sliding" else {}
+    return {"bos": bos} | ({"stride": stride} if convention == "sliding" else {})
 
 
-def _text(name: str, data: Path | None, known: Sequence[str], max_tokens: int | None) -> Text:
+def _text(name: str, data: Path | None, known: Sequence[str], max_tokens: int | None, rows: RowReader | None) -> Text:
     """A text by a name that may also have been meant as a task's."""
     plain, at, part = name.partition("@")
     local = None if data is None else _local_text(plain, data)
     if local is not None:
-        text = load_text(str(local) + at + part)
+        text = load_text(str(local) + at + part, rows=rows)
         whole = not at and plain == "c4"
         note = ("all of the file: where its beginning was calibrated on, say c4@0.8:1",) if whole else ()
         return dataclasses.replace(text, notes=(*text.notes, *note))
@@ -120,7 +136,7 @@ def _text(name: str, data: Path | None, known: Sequence[str], max_tokens: int | 
             "Add the file, give its path, or leave out --data to read it from the hub."
         )
     if _looks_like_text(plain):
-        return load_text(name, limit=_characters(max_tokens))
+        return load_text(name, limit=_characters(max_tokens), rows=rows)
     raise unknown_name("task or text", name, (*known, *SOURCE_NAMES, "FILE.txt"))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from calib.bos import window_bos
 from calib.checkpoint_reader import ModelSource, open_model
 from calib.model_map import find_blocks
 from calib.passes import pass_dtype
@@ -37,7 +38,14 @@ from ptq.window_forecast import Surroundings, check_learning
 
 __all__ = ["default_output", "forecast", "make_recipe", "quantize", "resolve_device"]
 
-_CALIBRATION_FIELDS = {"calib": "source", "calib_samples": "samples", "calib_seqlen": "seqlen", "seed": "seed"}
+_CALIBRATION_FIELDS = {
+    "calib": "source",
+    "calib_samples": "samples",
+    "calib_seqlen": "seqlen",
+    "calib_bos": "bos",
+    "calib_template": "template",
+    "seed": "seed",
+}
 
 
 def quantize(
@@ -207,7 +215,8 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
 
     Args:
         fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``), ``calib``,
-            ``calib_samples``, ``calib_seqlen``, ``seed``, and options of the method (``beam``, ``damping``, ...).
+            ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, and options of the method
+            (``beam``, ``damping``, ...).
         base: what the fields change; default ``Recipe()``.
 
     Raises:
@@ -307,7 +316,10 @@ def _calibrate(
 
     def sample(samples: int, seqlen: int, seed: int) -> Tensor:
         whole = _whole_model(source, trust_remote_code)
-        return sample_from_model(whole, samples, seqlen, seed)
+        # auto: the tokenizer's BOS, else what the model's config names, which is how it writes from nothing
+        first = window_bos(tokenizer, spec.bos, "--calib-bos")
+        own = spec.bos == "auto" and first is None
+        return sample_from_model(whole, samples, seqlen, seed, bos="config" if own else first)
 
     context = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_calibration(
@@ -318,7 +330,11 @@ def _calibrate(
         seed=spec.seed,
         context=context,
         sampler=sample,
+        bos=spec.bos,
+        template=spec.template,
     )
+    if calibration.bos:
+        listener(Event("message", "calibration: every sequence begins with BOS"))
     for note in calibration.notes:
         listener(Event("message", f"calibration: {note}"))
     return calibration

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from calib.bos import check_bos_choice
+from calib.chat import check_template_choice
 from ptq.errors import UsageError, unknown_name
 from ptq.safe_yaml import read_yaml
 from ptq.scheme import Scheme, check_dynamic
@@ -27,18 +29,23 @@ class CalibrationSpec:
     """Which tokens the statistics are gathered on.
 
     Args:
-        source: a text file, a ``.jsonl`` file with a ``text`` field, ``wikitext2``, ``c4``, ``repo:split:field`` of a
-        hub
-            data set, ``pydoc`` (the reference manual every CPython carries) or ``self`` (sampled from the model).
+        source: a text file, a file of rows (``.json``, ``.jsonl``, ``.parquet``) with a ``text`` or ``messages``,
+            ``wikitext2``, ``c4``, ``repo:split:field`` of a hub data set, ``pydoc`` (the reference manual every CPython
+            carries) or ``self`` (sampled from the model).
         samples: number of sequences.
-        seqlen: tokens in each sequence.
+        seqlen: tokens in each sequence, BOS included.
         seed: seed of the draw of sequences.
+        bos: ``auto`` begins every sequence with BOS where the tokenizer puts one before a text; ``always``, ``never``.
+        template: ``auto`` writes rows of messages by the tokenizer's chat template, ``always`` takes no other rows,
+            ``never`` joins the contents of messages as plain text.
     """
 
     source: str = "c4"
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
+    bos: str = "auto"
+    template: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
@@ -47,6 +54,13 @@ class CalibrationSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
                 raise UsageError(f"calibration {name} must be a whole number from {low} to 2^63 - 1, got {value!r}.")
+        check_bos_choice(self.bos, "calibration bos")
+        check_template_choice(self.template, "calibration template")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `bos` and `template`, which came later than the first release, only where they are set."""
+        later = {name: value for name in ("bos", "template") if (value := getattr(self, name)) != "auto"}
+        return {"source": self.source, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed, **later}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +134,7 @@ class Recipe:
             "scheme": self.scheme.to_dict(),
             "overrides": [{"pattern": pattern, **scheme.to_dict()} for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
-            "calibration": dataclasses.asdict(self.calibration),
+            "calibration": self.calibration.to_dict(),
             "compute_dtype": self.compute_dtype,
             "format": self.format,
             **({} if self.kv_bits is None else {"kv_bits": self.kv_bits, "kv_symmetric": self.kv_symmetric}),

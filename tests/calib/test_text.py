@@ -72,7 +72,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read_text("nowhere.txt")
     with pytest.raises(DataError, match=r"no file .*repo:split:field"):
         read_text("owner/name")
-    with pytest.raises(DataError, match="is a folder; give one text file"):
+    with pytest.raises(DataError, match="is a folder; give one file"):
         read_text(str(tmp_path))
 
 
@@ -155,7 +155,7 @@ def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         read_text("c4")
     monkeypatch.setattr(datasets, "load_dataset", lambda **request: Rows([{"body": "a", "id": 1}]))
-    with pytest.raises(DataError, match="no text field 'text'; its fields: body, id"):
+    with pytest.raises(DataError, match="row 1 has no text field 'text'; its fields: 'body', 'id'"):
         read_text("me/set:train:text")
 
 

@@ -174,6 +174,8 @@ def test_another_method_drops_the_files_options_aloud(
         ({"format": "natve"}, "Did you mean 'native'"),
         ({"dtype": "float31"}, "Did you mean 'float32'"),
         ({"calib_samples": 0}, "got 0"),
+        ({"calib_bos": "yes"}, "unknown choice for calibration bos 'yes'"),
+        ({"calib_template": "alwys"}, "Did you mean 'always'"),
         ({"act_bits": 16}, "act_bits must be a whole number from 2 to 8"),
         ({"act_symmetric": True}, "act_bits is not set"),
         ({"kv_bits": 1}, "kv_bits must be a whole number from 2 to 8"),
@@ -265,6 +267,8 @@ def test_help_states_the_defaults_and_choices_of_the_recipe() -> None:
         "calib": recipe.calibration.source,
         "calib_samples": recipe.calibration.samples,
         "calib_seqlen": recipe.calibration.seqlen,
+        "calib_bos": recipe.calibration.bos,
+        "calib_template": recipe.calibration.template,
         "seed": recipe.calibration.seed,
         "format": recipe.format,
     }
@@ -273,3 +277,10 @@ def test_help_states_the_defaults_and_choices_of_the_recipe() -> None:
     assert all(name in texts["format"] for name in FORMATS)
     assert all(name in texts["dtype"] for name in COMPUTE_DTYPES)
     assert all(name in texts["scale_dtype"] for name in SCALE_DTYPES)
+
+
+def test_how_sequences_begin_is_part_of_the_recipe() -> None:
+    recipe = build_recipe(Recipe(), {"calib_bos": "never", "calib_template": "never"})
+    assert recipe.to_dict()["calibration"]["bos"] == "never"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert not {"bos", "template"} & set(Recipe().to_dict()["calibration"])  # as an earlier release wrote it

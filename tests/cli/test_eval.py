@@ -456,3 +456,23 @@ def test_generate_errors(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the prompt is empty" in capsys.readouterr().err
     assert main(["generate", str(tiny_folder), "Once", "--max-new-tokens", "5000", "--device", "cpu"]) == 4
     assert "exceed the model's context of 2048" in capsys.readouterr().err
+
+
+def test_rows_of_messages_and_how_windows_begin(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "chat"))
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps([{"messages": [{"role": "user", "content": TEXT}]}]), encoding="utf-8")
+    assert run_eval(folder, str(chat), "--json") == 4
+    assert (
+        "chat.json, row 1 is a conversation, but this model's tokenizer has no chat template"
+        in (json.loads(capsys.readouterr().out)["error"]["message"])
+    )
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}")
+    assert run_eval(folder, str(chat), "--bos", "always", "--json") == 0
+    (text,) = json.loads(capsys.readouterr().out)["texts"]
+    assert text["settings"]["bos"] is True
+    assert any("1 conversations" in note for note in text["notes"])
+    assert run_eval(folder, str(chat), "--bos", "always") == 0
+    assert "each begins with BOS" in capsys.readouterr().out

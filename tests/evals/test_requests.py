@@ -172,9 +172,26 @@ def test_errors_name_the_continuation() -> None:
         encode_pairs([("yes", "")], TOKENIZERS["words"], LONG)
     with pytest.raises(DataError, match=r"after '\.\.\.(a ){19}a.' has no tokens"):
         encode_pairs([("a " * 40 + "a:", "")], TOKENIZERS["words"], LONG)
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl, line 2: the continuation '' after 'no' has no tokens .* visible"
+    ):
+        encode_pairs(
+            [("yes", " no"), ("no", "")], TOKENIZERS["words"], LONG, ["rows.jsonl, line 1", "rows.jsonl, line 2"]
+        )
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(DataError, match="neither a BOS nor an EOS token"):
         encode_pairs([("", "yes")], nothing, LONG)
+
+
+def test_a_token_over_the_seam_is_named_with_advice_that_fits() -> None:
+    """The harness stops at an assertion here; with a token more in the whole it scores that, and so do we."""
+    vocabulary = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b"), ("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(DataError, match=r"f\.jsonl, line 7: the continuation 'b' after 'ca' .* one token .*delimiter"):
+        encode_pairs([("ca", "b")], tokenizer, LONG, ["f.jsonl, line 7"])
+    (request,) = encode_pairs([("ca", "bc")], tokenizer, LONG)
+    assert parts(request) == ([3, 1], [3])  # what "ab", "c" have beyond two tokens
 
 
 def test_nothing_to_encode() -> None:

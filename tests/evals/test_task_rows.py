@@ -95,6 +95,8 @@ def test_lines_end_at_line_feeds_only_and_empty_ones_count(tmp_path: Path) -> No
         (b"[1]\n", r"line 1 is not a JSON object: '\[1\]'"),
         (b'{"query": "\xff"}\n', "is not UTF-8 text: byte 11 is 0xff"),
         (b"[" * 100_000, "line 1 is nested too deep"),
+        (b'{}\n{"query": "cut \\ud83d"}\n', r"line 2: the field 'query' has half of a surrogate pair \(\\ud83d\)"),
+        (b'{"choices": ["a", {"b": "\\udc00"}]}\n', r"line 1: the field 'choices' has half of a surrogate pair"),
     ],
 )
 def test_files_that_are_not_rows_are_refused(content: bytes, message: str, tmp_path: Path) -> None:

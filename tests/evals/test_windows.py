@@ -157,6 +157,31 @@ def test_sliding(count: int, seqlen: int, data: st.DataObject) -> None:
     assert plan.settings == {"seqlen": seqlen, "stride": stride, "max_tokens": None}
 
 
+@given(st.integers(2, 70), st.integers(3, 24), st.booleans(), st.data())
+def test_windows_that_begin_with_bos(count: int, seqlen: int, adds_bos: bool, data: st.DataObject) -> None:
+    """Every token of the text once, behind BOS; that of the tokenizer is not there twice."""
+    stride = data.draw(st.integers(1, seqlen - 1))
+    tokenizer, ids = Letters(adds_bos=adds_bos), [ord(letter) for letter in distinct(count)]
+    sliding = make_plan(
+        distinct(count), tokenizer, model(), convention="sliding", seqlen=seqlen, stride=stride, bos=True
+    )
+    found = predictions(sliding)
+    assert [token for item in found for _, token in item] == ids
+    for shown, token in (one for item in found for one in item):
+        assert shown[0] == BOS
+        assert BOS not in shown[1:]
+        assert len(shown) < seqlen
+        assert shown[1:] == tuple(ids[ids.index(token) - len(shown) + 1 : ids.index(token)])
+    assert all(len(window.ids) <= seqlen for window in sliding.windows)
+    if count >= seqlen:
+        plan = make_plan(distinct(count), tokenizer, model(), seqlen=seqlen, bos=True)
+        pieces = [ids[start : start + seqlen - 1] for start in range(0, count - seqlen + 2, seqlen - 1)]
+        assert predictions(plan) == [
+            [((BOS, *piece[:place]), piece[place]) for place in range(seqlen - 1)] for piece in pieces
+        ]
+        assert plan.settings == {"seqlen": seqlen, "max_tokens": None, "bos": True}
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), lengths, st.sampled_from([(BOS, EOS), (None, EOS)]))
 def test_documents(counts: list[int], seqlen: int, special: tuple[int | None, int]) -> None:
     tokenizer = Letters(bos=special[0], eos=special[1])

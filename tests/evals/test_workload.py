@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from calib.chat import RowReader
 from calib.errors import DataError, UsageError
 from calib.sources import Text
 from evals import workload
@@ -76,8 +77,8 @@ def test_every_text_by_every_convention(folder: Path) -> None:
     asked = [(job.name, job.convention) for job in found.texts]
     assert asked == [(name, convention) for name in ("wikitext2", "notes") for convention in CONVENTIONS]
     common = {"seqlen": 16, "max_tokens": None, "limit": 3}
-    extra = {"sliding": {"stride": 4}, "documents": {"documents": "auto"}}
-    assert all(job.options == common | extra.get(job.convention, {}) for job in found.texts)
+    extra = {"sliding": {"bos": "auto", "stride": 4}, "documents": {"documents": "auto"}}
+    assert all(job.options == common | extra.get(job.convention, {"bos": "auto"}) for job in found.texts)
 
 
 def test_limit_and_examples_go_to_tasks(folder: Path) -> None:
@@ -90,7 +91,7 @@ def test_limit_and_examples_go_to_tasks(folder: Path) -> None:
 def test_a_hub_text_is_read_as_far_as_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int | None]] = []
 
-    def load(source: str, *, limit: int | None = None) -> Text:
+    def load(source: str, *, limit: int | None = None, rows: RowReader | None = None) -> Text:
         asked.append((source, limit))
         return Text("x", source)
 

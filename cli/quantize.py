@@ -108,8 +108,9 @@ def command(
     import ptq
     from calib.workers import leave_workers
     from cli.forecast import show_forecast
-    from cli.progress import ProgressListener, console
+    from cli.progress import ProgressListener
     from cli.recipe_flags import build_recipe
+    from cli.screen import console, echo
     from cli.tables import show_summary
     from ptq.api import default_output
     from ptq.recipe import Recipe
@@ -138,10 +139,10 @@ def command(
         return
     if dry_run:
         if as_json:
-            click.echo(json.dumps(forecast.to_dict(), indent=1))
+            echo(json.dumps(forecast.to_dict(), indent=1))
         else:
             show_forecast(forecast, console())
     elif as_json:
-        click.echo(report.to_json(), nl=False)
+        echo(report.to_json(), newline=False)
     else:
         show_summary(report, target, console())

@@ -120,9 +120,24 @@ def _interrupted(arguments: Sequence[str]) -> str:
 
 
 def _with_hint(error: click.ClickException) -> str:
-    """The message of click, and where to read on."""
+    """The message of click, our name for what others call so, and where to read on."""
     path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ptq"
-    return f"{error.format_message()} See {path} --help."
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        answer = _our_name(error.option_name, error.ctx)
+        message = message if answer is None else f"No such option: {error.option_name}. {answer}"
+    return f"{message} See {path} --help."
+
+
+def _our_name(option: str, context: click.Context) -> str | None:
+    """What the command calls an option that it does not have under this name; ``None`` if nothing is known of it."""
+    own = {name for parameter in context.command.params for name in parameter.opts}
+    hyphens = option.replace("_", "-").lower()
+    if hyphens in own:
+        return f"ptq writes this {hyphens}."
+    from ptq.other_names import other_name
+
+    return other_name(context.info_name or "", option)
 
 
 def _fail(kind: str, message: str, code: int, arguments: Sequence[str]) -> int:

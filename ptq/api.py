@@ -26,6 +26,7 @@ from ptq.forecasting import forecast as make_forecast
 from ptq.formats.writer import check_output_folder
 from ptq.learning import LearnedConfig
 from ptq.methods import WindowMethod, find_method, make_config
+from ptq.other_names import other_name
 from ptq.pipeline import Run
 from ptq.plan import make_plan
 from ptq.recipe import CalibrationSpec, Recipe
@@ -231,6 +232,9 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
         elif name in option_names:
             options[name] = value
         elif name != "options":
+            answer = other_name("python", name)
+            if answer is not None:
+                raise UsageError(f"unknown argument {name!r}. {answer}")
             raise unknown_name("argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | option_names)
     return dataclasses.replace(
         base,

@@ -31,12 +31,16 @@ class ProgressListener:
     Args:
         screen: where to show; ``stderr`` in the command line, so that ``stdout`` is free for results.
         clock: seconds, monotonic.
+
+    Attributes:
+        found_finished: whether the result was there before, so that nothing was done.
     """
 
     def __init__(self, screen: Screen, clock: Callable[[], float] = time.monotonic) -> None:
         self._screen = screen
         self._clock = clock
         self._started = clock()
+        self.found_finished = False
         self._unit = "blocks"
         self._skipped = 0  # blocks that were done before this run began
         self._bar = _bar(screen) if screen.is_terminal else None
@@ -58,8 +62,9 @@ class ProgressListener:
         self._screen.print(text, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "message":
+        if event.kind in ("message", "finished"):
             self.say(event.text)
+            self.found_finished |= event.kind == "finished"
         elif event.kind == "blocks":
             self._begin(event)
         elif event.kind == "layer" and self._bar is not None and self._task is not None:

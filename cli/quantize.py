@@ -68,7 +68,7 @@ __all__ = ["command"]
 @click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
 @click.option("--format", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
-@click.option("--restart", is_flag=True, help="Start over, where an interrupted run could go on.")
+@click.option("--restart", is_flag=True, help="Start over where a run was interrupted; replace a finished result.")
 @click.option(
     "--offload",
     default="auto",
@@ -103,7 +103,8 @@ def command(
       ptq quantize --dry-run MODEL
       torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT
 
-    Killed at any moment, the same command goes on where it was (--restart starts over).
+    Killed at any moment, the same command goes on where it was (--restart starts over). A finished result of another
+    recipe or model is only replaced with --restart.
     """
     import ptq
     from calib.workers import leave_workers
@@ -144,5 +145,5 @@ def command(
             show_forecast(forecast, console())
     elif as_json:
         echo(report.to_json(), newline=False)
-    else:
+    elif not listener.found_finished:
         show_summary(report, target, console())

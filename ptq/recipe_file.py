@@ -185,7 +185,7 @@ def _insert(grown: Any, data: Any, path: KeyPath, value: Any) -> None:
     """Put a value of ``data`` into ``grown``, whose mappings and lists are made as they are needed."""
     for step in path[:-1]:
         data = data[step]
-        if isinstance(grown, Mapping) and step not in grown:
+        if isinstance(grown, dict) and step not in grown:
             grown[step] = type(data)()
         elif isinstance(grown, list) and len(grown) == step:
             grown.append(type(data)())

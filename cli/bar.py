@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cli.progress import console
+from cli.screen import console, visible
 
 __all__ = ["counter_bars"]
 
@@ -19,14 +19,14 @@ def counter_bars() -> Iterator[Callable[[str, int, int], None]]:
     if not screen.is_terminal:
         yield _silent
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=screen, transient=True) as bar:
         bars = {"loading": bar.add_task("loading", total=None)}
 
         def step(what: str, done: int, total: int) -> None:
             if what not in bars:
                 bar.update(bars["loading"], visible=False)
-                bars[what] = bar.add_task(what, total=total)
+                bars[what] = bar.add_task(visible(what, screen.file), total=total)
             bar.update(bars[what], completed=done, total=total)
 
         yield step

@@ -12,14 +12,12 @@ import click
 from calib.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
+    from cli.rows import NamedRows
+    from cli.screen import Screen
     from evals.comparison import Comparison, Difference, Standing
 
 __all__ = ["PICTURES", "command"]
 
-_LABEL = 30  # with this width of names a table stays within 100 columns
 PICTURES = (".svg", ".png", ".html")
 
 
@@ -53,7 +51,7 @@ def command(
       ptq compare base.json seed0.json seed1.json seed2.json --all
       ptq compare a.json b.json --label full --label "3 bits" -o differences.svg
     """
-    from cli.progress import console
+    from cli.screen import console, echo
 
     _check_target(out)
     from evals.compare import compare
@@ -67,7 +65,7 @@ def command(
 
         comparison_picture(found, Path(out))
     if as_json:
-        click.echo(json.dumps(found.to_dict(), allow_nan=False))
+        echo(json.dumps(found.to_dict(), allow_nan=False))
     else:
         _show(found, everything, console())
 
@@ -81,52 +79,52 @@ def _check_target(out: str | None) -> None:
         raise OutputError(f"cannot write {out}: there is no folder {Path(out).resolve().parent}; create it first.")
 
 
-def _show(found: Comparison, everything: bool, screen: Console) -> None:
+def _show(found: Comparison, everything: bool, screen: Screen) -> None:
     for table in _tables(found, everything):
         screen.print(table, "")
     if any(one.headline and one.verdict == "not established" for one in found.differences):
         screen.print("open: no difference is established, which is not to say that there is none\n")
     for sentence in found.sentences:
-        screen.print(sentence, markup=False, highlight=False)
+        screen.print(sentence)
     if found.notes:
         screen.print()
     for note in found.notes:
-        screen.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+        screen.print(f"note: {note}", style="yellow")
 
 
-def _tables(found: Comparison, everything: bool) -> list[Table]:
+def _tables(found: Comparison, everything: bool) -> list[NamedRows]:
     """One table for each target and measure."""
     names = dict.fromkeys((one.target, one.measure) for one in found.standings if one.headline or everything)
     return [_table(found, target, measure) for target, measure in names]
 
 
-def _table(found: Comparison, target: str, measure: str) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _table(found: Comparison, target: str, measure: str) -> NamedRows:
+    from cli.rows import Column, NamedRows
 
     standings = [one for one in found.standings if (one.target, one.measure) == (target, measure)]
     differences = [one for one in found.differences if (one.target, one.measure) == (target, measure)]
     flips = any(one.flips is not None for one in differences)
-    table = Table(title=_title(target, measure, differences), title_justify="left", box=None, pad_edge=False)
-    table.add_column("model", overflow="fold", max_width=_LABEL)
-    headings = ["value", "difference", f"{100 * found.confidence:.4g} % interval", "p"]
-    for heading in (*headings, *(["lost/won"] if flips else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    headings = (
+        "value",
+        "difference",
+        f"{100 * found.confidence:.4g} % interval",
+        "p",
+        *(("lost/won",) if flips else ()),
+    )
+    rows = []
     for row in _rows(found, standings, differences):
-        name, value, difference, interval, p, changed, verdict = row
-        table.add_row(escape(name), value, difference, interval, p, *([changed] if flips else []), verdict)
-    return table
+        *figures, changed, verdict = row
+        rows.append((*figures, *((changed,) if flips else ()), verdict))
+    columns = (*map(Column, headings), Column("verdict", left=True))
+    return NamedRows("model", columns, tuple(rows), title=_title(target, measure, differences))
 
 
 def _title(target: str, measure: str, differences: Sequence[Difference]) -> str:
-    from rich.markup import escape
-
     if not differences:
-        return escape(f"{target}: {measure}")
+        return f"{target}: {measure}"
     first = differences[0]
     draws = "" if first.blocks == first.items else f", {first.blocks:,} independent draws"
-    return escape(f"{target}: {measure}, {first.items:,} items{draws}")
+    return f"{target}: {measure}, {first.items:,} items{draws}"
 
 
 def _rows(

@@ -105,17 +105,18 @@ def command(**options: Any) -> None:
       ptq eval OUT --harness gsm8k,mmlu --limit 100
     """
     from cli.eval_tables import show
-    from cli.progress import console
+    from cli.screen import console, echo
 
     _check_target(options["out"])
     record = _evaluate(options)
     line = json.dumps(record.to_dict(), allow_nan=False)
-    if options["as_json"]:  # shown first: a file that cannot be written must not cost the result
-        click.echo(line)
+    problem = None if options["out"] is None else _write(Path(options["out"]), line + "\n")
+    if options["as_json"]:
+        echo(line)
     else:
         show(record, console())
-    if options["out"] is not None:
-        _write(Path(options["out"]), line + "\n")
+    if problem is not None:  # after the result: a file that cannot be written must not cost it
+        raise problem
 
 
 def _evaluate(options: dict[str, Any]) -> Record:
@@ -227,7 +228,12 @@ def _check_target(out: str | None) -> None:
         raise OutputError(f"cannot write {out}: there is no folder {Path(out).resolve().parent}; create it first.")
 
 
-def _write(path: Path, content: str) -> None:
+def _write(path: Path, content: str) -> OutputError | None:
+    """Write the record before anything is printed, also for a reader who closes the pipe; the error if that fails."""
     from calib.durable import write_file
 
-    write_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    try:
+        write_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    except OutputError as error:
+        return error
+    return None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
+from cli.rows import Column, NamedRows
+from cli.screen import Screen
 from cli.tables import size
 from evals.record import Divergence, Record, TaskResult, TextResult
 
 __all__ = ["show"]
 
 
-def show(record: Record, screen: Console) -> None:
+def show(record: Record, screen: Screen) -> None:
     """Print a record: model, texts, divergence, tasks, notes."""
     for block in (_head(record), *(_text(text, record) for text in record.texts)):
         screen.print(block, "")
@@ -22,7 +23,7 @@ def show(record: Record, screen: Console) -> None:
     texts = [f"{text.name}: {note}" for text in record.texts for note in text.notes]
     tasks = [f"{task.name}: {note}" for task in record.tasks for note in task.notes]
     for note in dict.fromkeys((*record.notes, *texts, *tasks)):
-        screen.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        screen.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
 def _block() -> Table:
@@ -105,17 +106,11 @@ def _divergence(found: Divergence) -> list[tuple[str, str]]:
     return rows
 
 
-def _tasks(record: Record) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("task", no_wrap=True)
-    for heading in ("rows", "metric", "value", "p(gold)", "chance"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
-    if record.base is not None:
-        for heading in ("base", "lost / won", "answers changed"):
-            table.add_column(heading, justify="right", no_wrap=True)
-    for task in record.tasks:
-        table.add_row(task.name, *_task_cells(task, record.base))
-    return table
+def _tasks(record: Record) -> NamedRows:
+    headings = ("rows", "metric", "value", "p(gold)", "chance")
+    more = () if record.base is None else ("base", "lost / won", "answers changed")
+    columns = tuple(Column(heading, left=heading == "metric") for heading in headings + more)
+    return NamedRows("task", columns, tuple((task.name, *_task_cells(task, record.base)) for task in record.tasks))
 
 
 def _task_cells(task: TaskResult, base: Record | None) -> list[str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from cli.progress import duration
+from cli.screen import Screen
 from cli.tables import kept_table, size
 from ptq.forecasting import Forecast
 
 __all__ = ["show_forecast"]
 
 
-def show_forecast(forecast: Forecast, screen: Console) -> None:
+def show_forecast(forecast: Forecast, screen: Screen) -> None:
     """Sizes, time, memory, and what stays in full precision."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _rows(forecast):
@@ -21,7 +21,7 @@ def show_forecast(forecast: Forecast, screen: Console) -> None:
     if forecast.kept:
         screen.print("", kept_table(forecast.kept, forecast.payload_bytes + forecast.kept_bytes))
     for warning in forecast.warnings:
-        screen.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
 
 def _rows(forecast: Forecast) -> list[tuple[str, str]]:

@@ -48,6 +48,7 @@ def command(
       ptq generate OUT "Once upon a time" --seed 1 --json
     """
     from cli.models import load_model
+    from cli.screen import echo
 
     if not prompt:
         raise UsageError('the prompt is empty; give some text to continue, for example "Once upon a time".')
@@ -57,14 +58,14 @@ def command(
     seconds = time.monotonic() - started
     text = _decode(loaded.tokenizer, prompt_ids, new)
     if not as_json:
-        click.echo(prompt + text)
+        echo(prompt + text)
         if len(new) < max_new_tokens:
-            click.echo("(the model ended the text here)", err=True)
-        click.echo(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} a second)", err=True)
+            echo("(the model ended the text here)", err=True)
+        echo(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} a second)", err=True)
         return
     record = {"model": model, "prompt": prompt, "text": text, "prompt_tokens": len(prompt_ids), "tokens": new}
     draw = {"temperature": temperature, "seed": seed}
-    click.echo(json.dumps(record | draw | {"seconds": seconds, "tokens_per_second": len(new) / seconds}))
+    echo(json.dumps(record | draw | {"seconds": seconds, "tokens_per_second": len(new) / seconds}))
 
 
 def _continue(

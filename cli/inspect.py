@@ -44,7 +44,7 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
       ptq inspect OUT --sort loss --top 10
       ptq inspect OUT --verify --json
     """
-    from cli.progress import console
+    from cli.screen import console, echo
     from cli.tables import kept_table, layer_table, totals_table, window_table
     from ptq.formats.verify import verify_files
     from ptq.report import Report
@@ -53,7 +53,7 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
     verified = verify_files(out) if verify else None
     layers = tuple(sorted(report.layers, key=SORTS[sort]))[:top]
     if as_json:
-        click.echo(dataclasses.replace(report, layers=layers).to_json(), nl=False)
+        echo(dataclasses.replace(report, layers=layers).to_json(), newline=False)
         return
     screen = console()
     screen.print(layer_table(layers), "", totals_table(report))
@@ -62,9 +62,9 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
     if report.kept:
         screen.print("", kept_table(report.kept, report.totals["payload_bytes"] + report.totals["kept_bytes"]))
     for warning in report.warnings:
-        screen.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if verified is not None:
-        screen.print(f"\n{_verified(verified)}", markup=False, soft_wrap=True)
+        screen.print(f"\n{_verified(verified)}", soft_wrap=True)
 
 
 def _verified(count: int) -> str:

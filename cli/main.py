@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import click
 
-from calib.errors import PtqError, unknown_name
+from calib.errors import OutputError, PtqError, unknown_name
 
 __all__ = ["COMMANDS", "INTERRUPTED", "cli", "main"]
 
@@ -84,7 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; those of the process by default.
     """
+    from cli.screen import CLOSED_PIPE, ClosedPipe, forgiving_streams
+
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with forgiving_streams():
+            return _run(arguments)
+    except ClosedPipe:
+        return CLOSED_PIPE
+    except OutputError as error:  # stdout cannot take the result, nor the error as JSON
+        return _fail("OutputError", str(error), error.exit_code, [])
+
+
+def _run(arguments: list[str]) -> int:
+    """Call the command; what it raises on purpose becomes a sentence and an exit code."""
     try:
         code = cli.main(args=arguments, prog_name="ptq", standalone_mode=False)
     except PtqError as error:
@@ -107,22 +120,39 @@ def _interrupted(arguments: Sequence[str]) -> str:
 
 
 def _with_hint(error: click.ClickException) -> str:
-    """The message of click, and where to read on."""
+    """The message of click, our name for what others call so, and where to read on."""
     path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ptq"
-    return f"{error.format_message()} See {path} --help."
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        answer = _our_name(error.option_name, error.ctx)
+        message = message if answer is None else f"No such option: {error.option_name}. {answer}"
+    return f"{message} See {path} --help."
+
+
+def _our_name(option: str, context: click.Context) -> str | None:
+    """What the command calls an option that it does not have under this name; ``None`` if nothing is known of it."""
+    own = {name for parameter in context.command.params for name in parameter.opts}
+    hyphens = option.replace("_", "-").lower()
+    if hyphens in own:
+        return f"ptq writes this {hyphens}."
+    from ptq.other_names import other_name
+
+    return other_name(context.info_name or "", option)
 
 
 def _fail(kind: str, message: str, code: int, arguments: Sequence[str]) -> int:
     """Say what went wrong on one line, in JSON if the arguments ask for it, and return ``code``."""
+    from cli.screen import echo
+
     line = " ".join(message.split())
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks; this one's error may be its own
-        click.secho(f"process {os.environ['RANK']}: error: {line}", fg="red", err=True)
+        echo(f"process {os.environ['RANK']}: error: {line}", color="red", err=True)
         return code
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--json" in options:
-        click.echo(json.dumps({"error": {"kind": kind, "message": line}}))
+        echo(json.dumps({"error": {"kind": kind, "message": line}}))
     else:
-        click.secho(f"error: {line}", fg="red", err=True)
+        echo(f"error: {line}", color="red", err=True)
     return code
 
 

@@ -24,11 +24,11 @@ def command(as_json: bool) -> None:
     """
     from rich.table import Table
 
-    from cli.progress import console
+    from cli.screen import console, echo
 
     rows = describe_methods()
     if as_json:
-        click.echo(json.dumps({"methods": rows}, indent=1))
+        echo(json.dumps({"methods": rows}, indent=1))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)

@@ -7,21 +7,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cli.screen import Screen, visible
 
 if TYPE_CHECKING:
     from ptq.events import Event
 
-__all__ = ["PIPE_WIDTH", "ProgressListener", "console", "duration"]
-
-PIPE_WIDTH = 160  # characters a line where there is no terminal to ask: tables stay whole in logs
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console of the terminal's width, or of `PIPE_WIDTH` where there is no terminal."""
-    screen = Console(stderr=stderr, highlight=False)
-    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
+__all__ = ["ProgressListener", "duration"]
 
 
 def duration(seconds: float) -> str:
@@ -38,12 +31,16 @@ class ProgressListener:
     Args:
         screen: where to show; ``stderr`` in the command line, so that ``stdout`` is free for results.
         clock: seconds, monotonic.
+
+    Attributes:
+        found_finished: whether the result was there before, so that nothing was done.
     """
 
-    def __init__(self, screen: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, screen: Screen, clock: Callable[[], float] = time.monotonic) -> None:
         self._screen = screen
         self._clock = clock
         self._started = clock()
+        self.found_finished = False
         self._unit = "blocks"
         self._skipped = 0  # blocks that were done before this run began
         self._bar = _bar(screen) if screen.is_terminal else None
@@ -62,15 +59,16 @@ class ProgressListener:
 
     def say(self, text: str) -> None:
         """A sentence above the bar, or a line."""
-        self._screen.print(text, markup=False, soft_wrap=True)
+        self._screen.print(text, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "message":
+        if event.kind in ("message", "finished"):
             self.say(event.text)
+            self.found_finished |= event.kind == "finished"
         elif event.kind == "blocks":
             self._begin(event)
         elif event.kind == "layer" and self._bar is not None and self._task is not None:
-            self._bar.update(self._task, layer=event.name)
+            self._bar.update(self._task, layer=visible(event.name, self._screen.file))
         elif event.kind == "block_done":
             self._advance(event)
 
@@ -91,15 +89,16 @@ class ProgressListener:
         self.say(f"{unit} {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left")
 
 
-def _bar(screen: Console) -> Progress:
+def _bar(screen: Screen) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("elapsed"),
         TimeRemainingColumn(),
-        TextColumn("left  [dim]{task.fields[layer]}"),
+        TextColumn("left "),
+        TextColumn("{task.fields[layer]}", style="dim", markup=False),
         console=screen,
         speed_estimate_period=3600,  # blocks of a large model take minutes each
     )

@@ -79,7 +79,7 @@ __all__ = ["command"]
 @click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
 @click.option("--format", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
-@click.option("--restart", is_flag=True, help="Start over, where an interrupted run could go on.")
+@click.option("--restart", is_flag=True, help="Start over where a run was interrupted; replace a finished result.")
 @click.option(
     "--offload",
     default="auto",
@@ -114,13 +114,15 @@ def command(
       ptq quantize --dry-run MODEL
       torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT
 
-    Killed at any moment, the same command goes on where it was (--restart starts over).
+    Killed at any moment, the same command goes on where it was (--restart starts over). A finished result of another
+    recipe or model is only replaced with --restart.
     """
     import ptq
     from calib.workers import leave_workers
     from cli.forecast import show_forecast
-    from cli.progress import ProgressListener, console
+    from cli.progress import ProgressListener
     from cli.recipe_flags import build_recipe
+    from cli.screen import console, echo
     from cli.tables import show_summary
     from ptq.api import default_output
     from ptq.recipe import Recipe
@@ -149,10 +151,10 @@ def command(
         return
     if dry_run:
         if as_json:
-            click.echo(json.dumps(forecast.to_dict(), indent=1))
+            echo(json.dumps(forecast.to_dict(), indent=1))
         else:
             show_forecast(forecast, console())
     elif as_json:
-        click.echo(report.to_json(), nl=False)
-    else:
+        echo(report.to_json(), newline=False)
+    elif not listener.found_finished:
         show_summary(report, target, console())

@@ -43,6 +43,7 @@ def command(sources: tuple[str, ...], target: str, title: str | None, as_json: b
     path = Path(target)
     _check_target(path)
     from calib.durable import write_file
+    from cli.screen import echo
     from cli.tables import size
     from evals.page import report_page
 
@@ -54,11 +55,11 @@ def command(sources: tuple[str, ...], target: str, title: str | None, as_json: b
     write_file(path, lambda temporary: temporary.write_bytes(content))
     if as_json:
         found = {"report": target, "bytes": len(content), "records": len(records), "compared": comparison is not None}
-        click.echo(json.dumps(found | {"notes": problem}))
+        echo(json.dumps(found | {"notes": problem}))
         return
     for note in problem:
-        click.secho(f"note: {note}", fg="yellow", err=True)
-    click.echo(f"written to {target} ({size(len(content))})")
+        echo(f"note: {note}", color="yellow", err=True)
+    echo(f"written to {target} ({size(len(content))})")
 
 
 def _sort(sources: Sequence[str]) -> tuple[str | None, list[str]]:

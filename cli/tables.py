@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from cli.progress import duration
+from cli.rows import Column, NamedRows
+from cli.screen import Screen
 from ptq.quantized import LayerRecord
 from ptq.report import KeptTensor, Report
 from ptq.scheme import Scheme
@@ -33,17 +34,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def layer_table(records: Sequence[LayerRecord], title: str | None = None) -> Table:
-    """One row a linear: scheme, bytes, real bits a weight, losses, alpha, seconds, notes."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("scheme", no_wrap=True)
-    for heading in ("bytes", "bits/weight", "loss rtn", "loss", "alpha", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("notes")
-    for record in records:
-        table.add_row(*_layer_cells(record))
-    return table
+def layer_table(records: Sequence[LayerRecord], title: str | None = None) -> NamedRows:
+    """One row per linear: scheme, bytes, real bits per weight, losses, alpha, seconds, notes."""
+    headings = ("bytes", "bits/weight", "loss rtn", "loss", "alpha", "seconds")
+    columns = (Column("scheme", left=True), *map(Column, headings))
+    return NamedRows("layer", columns, tuple(map(_layer_cells, records)), notes="notes", title=title)
 
 
 def totals_table(report: Report) -> Table:
@@ -81,19 +76,16 @@ def _left(row: Mapping[str, Any]) -> float:
     return float(row["loss_after"] / row["loss_before"]) if row["loss_before"] else 1.0
 
 
-def kept_table(kept: Sequence[KeptTensor], total_bytes: int) -> Table:
+def kept_table(kept: Sequence[KeptTensor], total_bytes: int) -> NamedRows:
     """What stayed in full precision, the largest first, with its share of all weight bytes."""
-    table = Table(title="kept in full precision", title_justify="left", box=None, pad_edge=False)
-    table.add_column("tensor", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("why")
-    for tensor in sorted(kept, key=lambda item: -item.bytes):
-        table.add_row(tensor.name, size(tensor.bytes), f"{tensor.bytes / max(total_bytes, 1):.1%}", tensor.reason)
-    return table
+    rows = tuple(
+        (tensor.name, size(tensor.bytes), f"{tensor.bytes / max(total_bytes, 1):.1%}", tensor.reason)
+        for tensor in sorted(kept, key=lambda item: -item.bytes)
+    )
+    return NamedRows("tensor", (Column("bytes"), Column("share")), rows, notes="why", title="kept in full precision")
 
 
-def show_summary(report: Report, out: Path, screen: Console) -> None:
+def show_summary(report: Report, out: Path, screen: Screen) -> None:
     """The end of ``ptq quantize``: totals, worst layers, kept tensors, warnings, where it is."""
     measured = [record for record in report.layers if record.loss is not None]
     worst = sorted(measured, key=lambda record: -(record.loss or 0.0))[:WORST]
@@ -106,8 +98,8 @@ def show_summary(report: Report, out: Path, screen: Console) -> None:
     if report.kept:
         screen.print("", kept_table(report.kept, _weight_bytes(report)))
     for warning in report.warnings:
-        screen.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    screen.print(f"\nwritten to {out}", markup=False, soft_wrap=True)
+        screen.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    screen.print(f"\nwritten to {out}", soft_wrap=True)
 
 
 def _layer_cells(record: LayerRecord) -> tuple[str, ...]:

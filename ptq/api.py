@@ -22,11 +22,13 @@ from calib.text import Calibration, load_calibration, sample_from_model
 from calib.workers import join_workers
 from ptq.errors import DataError, ModelError, PtqError, UsageError, unknown_name
 from ptq.events import Event, Listener
+from ptq.finished import Finished, find_finished
 from ptq.forecasting import Forecast
 from ptq.forecasting import forecast as make_forecast
 from ptq.formats.writer import check_output_folder
 from ptq.learning import LearnedConfig
 from ptq.methods import WindowMethod, find_method, make_config
+from ptq.other_names import other_name
 from ptq.pipeline import Run
 from ptq.plan import make_plan
 from ptq.recipe import CalibrationSpec, Recipe
@@ -68,7 +70,8 @@ def quantize(
         model: a hub id, a local folder, a ``.gguf`` file, or a transformers model in memory (which is not changed).
         recipe: everything that decides the result; or give its parts as ``fields`` (see `make_recipe`), e.g.
             ``method="coreq", bits=3, group_size=64, calib="pydoc", beam=4``.
-        out: output folder, new, empty or an earlier output of ours; default `default_output`.
+        out: output folder; default `default_output`. If it holds the finished result of the same recipe, model and
+            calibration, nothing is done and its report is returned; another result is only replaced with ``restart``.
         tokenizer: needed with a model in memory, unless ``calibration`` is given.
         calibration: tokens to use instead of the recipe's calibration source.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
@@ -76,7 +79,8 @@ def quantize(
         trust_remote_code: run modelling code that ships with the model.
         offload: where the activations of the calibration data are kept between blocks: ``none`` (the device),
             ``memory``, ``disk`` (in the output folder), or ``auto``, the first of these with room.
-        restart: start over; otherwise the same call goes on where an interrupted one stopped.
+        restart: start over, and replace a finished result; otherwise the same call goes on where an interrupted one
+            stopped.
 
     Under ``torchrun`` or ``accelerate launch`` all processes make the same call: they share the work, the first one
     writes, all get the report.
@@ -99,8 +103,9 @@ def quantize(
         trust_remote_code=trust_remote_code,
         offload=offload,
         restart=restart,
+        keep_finished=not restart,
     )
-    return run.execute(tokenizer)
+    return run if isinstance(run, Report) else run.execute(tokenizer)
 
 
 def forecast(
@@ -133,7 +138,9 @@ def forecast(
         trust_remote_code=trust_remote_code,
         offload=offload,
         restart=False,
+        keep_finished=False,
     )
+    assert isinstance(run, Run)
     run.tell(Event("message", "measuring on the first blocks; nothing is written"))
     run.tell = _ignore
     return make_forecast(run)
@@ -152,8 +159,14 @@ def _prepare(
     trust_remote_code: bool,
     offload: Offload,
     restart: bool,
-) -> tuple[Run, PreTrainedTokenizerBase | None]:
-    """Check everything, in the order of what it costs; open the model and the calibration text."""
+    keep_finished: bool,
+) -> tuple[Run | Report, PreTrainedTokenizerBase | None]:
+    """Check everything, in the order of what it costs; open the model and the calibration text.
+
+    Returns:
+        The run, or the report of a finished result that is what the run would make, if ``keep_finished``; the
+        tokenizer.
+    """
     if recipe is not None and fields:
         raise UsageError(f"give a recipe or its parts, not both: {', '.join(fields)}.")
     recipe = recipe if recipe is not None else make_recipe(fields)
@@ -163,6 +176,9 @@ def _prepare(
     config = make_config(method, recipe.options)
     target = Path(out) if out is not None else default_output(model, recipe)
     check_output_folder(target)
+    finished = find_finished(target) if keep_finished else None
+    if finished is not None:
+        finished.refuse_other_recipe(recipe)
     workers, place = join_workers(resolve_device(device))
     source = open_model(
         model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code
@@ -171,23 +187,23 @@ def _prepare(
         config.windows(len(find_blocks(source.skeleton)))  # refused before anything is read
     make_plan(source.skeleton, recipe, source.dtype)  # likewise
     listener = listener if workers.leads else _ignore
+    finished = _whole(finished, listener)
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
-    if "residual" in recipe.rotate:
-        listener(Event("message", "rotating the residual stream: norm gains go into the linears that read them"))
-        rotated = rotate_residual(source, recipe.calibration.seed)
-        for note in rotated.notes:
-            listener(Event("message", note))
-        source = rotated
+    source = _rotated(source, recipe, listener)
     plan = make_plan(source.skeleton, recipe, source.dtype)
     if "down" in recipe.rotate:
         plan = rotate_last_inputs(plan, source, recipe.calibration.seed, place, dtype)
     needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
+    if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
+        return _kept(finished, source, calibration if needs_data else None, listener), tokenizer
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if not needs_data:
         calibration = None
     elif calibration is None and workers.leads:
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
     calibration = workers.share(calibration)  # all processes work on the first one's tokens
+    if finished is not None:
+        return _kept(finished, source, calibration, listener), tokenizer
     if calibration is not None:
         _check_vocabulary(calibration, source)
     if isinstance(config, LearnedConfig) and calibration is not None:
@@ -240,6 +256,9 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
         elif name in option_names:
             options[name] = value
         elif name != "options":
+            answer = other_name("python", name)
+            if answer is not None:
+                raise UsageError(f"unknown argument {name!r}. {answer}")
             raise unknown_name("argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | option_names)
     return dataclasses.replace(
         base,
@@ -279,6 +298,33 @@ def resolve_device(device: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= count:
         raise UsageError(f"there is no device {device!r}: this machine shows {count} CUDA device(s) to PyTorch.")
     return found
+
+
+def _rotated(source: ModelSource, recipe: Recipe, listener: Listener) -> ModelSource:
+    """The model with its residual stream rotated, where the recipe says so."""
+    if "residual" not in recipe.rotate:
+        return source
+    listener(Event("message", "rotating the residual stream: norm gains go into the linears that read them"))
+    rotated = rotate_residual(source, recipe.calibration.seed)
+    for note in rotated.notes:
+        listener(Event("message", note))
+    return rotated
+
+
+def _whole(finished: Finished | None, listener: Listener) -> Finished | None:
+    """A finished result if all its files are there; one that is damaged is made again."""
+    damage = None if finished is None else finished.damage()
+    if finished is None or damage is None:
+        return finished
+    listener(Event("message", f"the result in {finished.out} is not whole ({damage}): it is made again"))
+    return None
+
+
+def _kept(finished: Finished, source: ModelSource, calibration: Calibration | None, listener: Listener) -> Report:
+    """The report of a result that stays, after a look at what it was made of."""
+    finished.refuse_other_data(source.fingerprint(), calibration)
+    listener(Event("finished", finished.sentence()))
+    return finished.report
 
 
 def _ignore(event: Event) -> None:

@@ -16,13 +16,14 @@ class Event:
     """One step of a run.
 
     Args:
-        kind: ``"message"`` (a sentence for the log), ``"blocks"`` (work starts: ``total`` of what ``text`` names,
+        kind: ``"message"`` (a sentence for the log), ``"finished"`` (likewise: the result was there, nothing is done),
+            ``"blocks"`` (work starts: ``total`` of what ``text`` names,
             blocks or, for learned methods, visits of blocks), ``"layer"`` (what is being done, in ``name``: a linear,
             or a step of a window), ``"layer_done"`` (``record`` is set), ``"block_done"`` (``done`` of ``total`` are
             over).
     """
 
-    kind: Literal["message", "blocks", "layer", "layer_done", "block_done"]
+    kind: Literal["message", "finished", "blocks", "layer", "layer_done", "block_done"]
     text: str = ""
     name: str = ""
     done: int = 0

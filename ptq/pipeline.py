@@ -34,6 +34,7 @@ from calib.walk import BlockVisit, Timing, Walk
 from calib.workers import ALONE, Workers
 from ptq.errors import ModelError, UsageError
 from ptq.events import Event, Listener
+from ptq.finished import finished_obstacles
 from ptq.formats import compressed_tensors, native
 from ptq.formats.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.formats.layout import layer_weight
@@ -492,7 +493,9 @@ class Run:
     def obstacles(self) -> list[str]:
         """Why `execute` would refuse to go on in the output folder, as far as it can be seen without a lock."""
         journal = Journal.read_only(self.out / STAGING)
-        if journal is None or journal.conditions is None:
+        if journal is None:
+            return finished_obstacles(self.out, self.recipe, self._fingerprint, self.calibration)
+        if journal.conditions is None:
             return []
         changed = changed_conditions(journal.conditions, self.conditions())
         if not changed:

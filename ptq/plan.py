@@ -90,7 +90,8 @@ def _check_matches(pattern: str, linears: list[str], outside: list[str]) -> None
         return
     if any(fnmatch.fnmatchcase(name, pattern) for name in outside):
         raise UsageError(
-            f"the pattern {pattern!r} matches only linears outside the blocks (the head), which stay in full precision."
+            f"the pattern {pattern!r} matches only linears outside the blocks (the head), which stay in full precision "
+            "in any case: leave the pattern out."
         )
     near = difflib.get_close_matches(pattern, linears, n=2, cutoff=0.3) or linears[:2]
     raise UsageError(f"the pattern {pattern!r} matches no linear of the model. Names look like {', '.join(near)}.")

@@ -13,7 +13,7 @@ import yaml
 from calib.bos import check_bos_choice
 from calib.chat import check_template_choice
 from ptq.errors import UsageError, unknown_name
-from ptq.safe_yaml import read_yaml
+from ptq.recipe_file import read_recipe
 from ptq.scheme import Scheme, check_dynamic
 
 __all__ = ["COMPUTE_DTYPES", "FORMATS", "ROTATIONS", "CalibrationSpec", "Recipe"]
@@ -168,13 +168,12 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
-        """Read a YAML file (safe loader: nothing in it is executed).
+        """Read a YAML file, its method and options checked (safe loader: nothing in it is executed).
 
         Raises:
-            UsageError: the file is missing, is not YAML, or does not describe a recipe.
+            UsageError: the file is missing, is not YAML, is empty, or does not describe a recipe.
         """
-        data = read_yaml(Path(path))
-        return cls.from_dict(data if data is not None else {}, where=str(path))
+        return read_recipe(Path(path), cls)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -12,6 +12,7 @@ import pytest
 from made_records import made_divergence, made_record, made_task, made_text, recipe
 
 from cli.main import main
+from cli.screen import PIPE_WIDTH
 from evals.record import Record
 
 RNG = np.random.default_rng(0)
@@ -52,7 +53,7 @@ def test_tables_and_sentences(paths: list[str], capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     lines = shown.splitlines()
     tables = lines[: next(i for i, line in enumerate(lines) if line.startswith("open: "))]
-    assert max(map(len, tables)) <= 100
+    assert max(map(len, tables)) <= PIPE_WIDTH
     titles = [line.strip() for line in tables if line.strip().endswith("items")]
     assert titles == [
         "words: ln ppl, 12 items",

@@ -6,9 +6,9 @@ import io
 from collections.abc import Callable
 
 import pytest
-from rich.console import Console
 
 from cli.progress import ProgressListener, duration
+from cli.screen import Screen
 from ptq.events import Event
 
 
@@ -34,7 +34,7 @@ def run(listener: ProgressListener, start: int) -> None:
 
 def test_lines_where_there_is_no_terminal() -> None:
     text = io.StringIO()
-    run(ProgressListener(Console(file=text), ticking(10)), start=0)
+    run(ProgressListener(Screen(file=text), ticking(10)), start=0)
     assert text.getvalue().splitlines() == [
         "format: [native] because",
         "4 blocks",
@@ -44,13 +44,13 @@ def test_lines_where_there_is_no_terminal() -> None:
 
 def test_blocks_done_by_an_earlier_run_do_not_flatter_the_estimate() -> None:
     text = io.StringIO()
-    run(ProgressListener(Console(file=text), ticking(10)), start=2)
+    run(ProgressListener(Screen(file=text), ticking(10)), start=2)
     assert text.getvalue().splitlines()[-1] == "block 3/4  10.0 s elapsed  10.0 s left"
 
 
 def test_a_bar_on_a_terminal_names_the_layer_and_is_taken_down() -> None:
     text = io.StringIO()
-    screen = Console(file=text, force_terminal=True, width=120)
+    screen = Screen(file=text, force_terminal=True, width=120)
     with ProgressListener(screen) as listener:
         listener(Event("blocks", total=4))
         listener(Event("layer", name="model.layers.1.mlp.down_proj"))

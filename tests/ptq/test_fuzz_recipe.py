@@ -72,7 +72,6 @@ KEYS = sorted({*FULL.to_dict(), *(f.name for f in dataclasses.fields(Scheme)), "
 
 def test_the_whole_recipe_comes_back(file: Path) -> None:
     assert read(file, FULL.to_yaml()) == FULL
-    assert read(file, "") == Recipe()
 
 
 @given(st.sampled_from(sorted(METHODS)), st.integers(2, 8), st.booleans(), st.none() | st.integers(1, 512))
@@ -157,14 +156,18 @@ def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
         ("method: rtn\nmethod: gptq", "line 2, column 1, has the key 'method' twice"),
         ("scheme: {bits: 3, bits: 4}", "the key 'bits' twice"),
         ("a: 1\n---\nb: 1", "not valid YAML"),
-        ("seed: 2001-99-99", "not valid YAML"),
+        ("", "is empty"),
+        ("# a comment", "is empty"),
+        ("{}", "is empty"),
+        ("calibration:\n  seed: 2001-99-99", "line 2: calibration: calibration seed must be a whole number"),
         ("seed: " + "9" * 5000, "not valid YAML"),
         ("? [a]\n: 1", "not valid YAML"),
         ("method: 'rtn", "not valid YAML"),
         ("\0", "not valid YAML"),
         ("- rtn", "must be a mapping of keys to values, got list"),
         ("metod: rtn", "Did you mean 'method'"),
-        ("scheme: {bit: 3}", r"Did you mean 'bits'"),
+        ("scheme: {bitz: 3}", r"line 1: unknown key under 'scheme' 'bitz'. Did you mean 'bits'"),
+        ("scheme: {wbits: 3}", r"line 1: there is no key 'wbits' under 'scheme'. ptq calls this scheme.bits."),
         ("scheme: {bits: 3.5}", "got 3.5"),
         ("calibration: {samples: .nan}", "got nan"),
         ("overrides: [{bits: 3}]", "needs a 'pattern'"),
@@ -185,3 +188,48 @@ def test_a_recipe_beyond_the_limit_is_not_parsed(tmp_path: Path) -> None:
         read_yaml(path)
     with pytest.raises(UsageError, match="cannot read the recipe"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("method: rtn\nscheme:\nbits: 4", 3, "does not stand at the top but under 'scheme': write scheme: {bits: 4}"),
+        ("method: gptq\nseqlen: 64", 2, "under 'calibration': write calibration: {seqlen: 64}."),
+        ("method: coreq\nbeam: 4", 2, "under 'options': write options: {beam: 4}."),
+        ("scheme:\n  bits: 4\n  method: gptq", 3, "but at the top, beside 'method': write method: gptq."),
+        ("calibration:\n  bits: 4", 2, "under 'scheme': write scheme: {bits: 4}."),
+        ("method: rtn\nnsamples: 4", 2, "ptq calls this calibration.samples."),
+        ("method: rtn\noutput_dir: x", 2, "That is no part of a recipe"),
+        ("method: gptq\noptions:\n\n  damping: fast", 4, "gptq.damping is a float, got 'fast'"),
+        ("method: coreq\noptions:\n  beam: 2\n  bean: 4", 4, "unknown option of coreq 'bean'. Did you mean 'beam'"),
+        ("# x\nmethod: gtpq", 2, "Did you mean 'gptq'"),
+        ("scheme:\n  symmetric: yes", 2, "symmetric must be true or false, got 'yes'"),
+        ("scheme:\n  bits: 9\n  group_size: -1", 2, "bits must be a whole number from 2 to 8, got 9"),
+        ("overrides:\n- {pattern: '*', bits: 3}\n- pattern: x\n  bits: 1", 4, "overrides[1]: bits must be"),
+        ("overrides:\n- {pattern: '*', bits: 3}\n- {bits: 3}", 3, "overrides[1] needs a 'pattern'"),
+        ("kv_bits: 8\nrotate:\n- down\n- up", 4, "unknown rotation 'up'"),
+        ("ignore: lm_head", 1, "ignore must be a list"),
+        ("method: 'rtn", 1, "is not valid YAML"),
+    ],
+)  # fmt: skip
+def test_errors_say_file_line_and_what_to_write(text: str, line: int, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_yaml(path)
+    assert f"{path}, line {line}" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_plain_values_are_those_of_yaml_1_2(file: Path) -> None:
+    file.write_text(
+        "{a: 1e-3, b: off, c: 010, d: 0x1F, e: 1:30, f: 2001-01-01, g: -1E+2, h: .5, i: yes, j: ~, k: true, l: -.inf, "
+        "m: 0o17, n: 1., o: 1_000}"
+    )
+    assert read_yaml(file).data == {
+        "a": 1e-3, "b": "off", "c": 10, "d": 31, "e": "1:30", "f": "2001-01-01", "g": -100.0, "h": 0.5, "i": "yes",
+        "j": None, "k": True, "l": float("-inf"), "m": 15, "n": 1.0, "o": "1_000",
+    }  # fmt: skip
+    recipe = read(file, "method: omniquant\noptions: {lr_clip: 1e-3, scaling: off, intra: off}")
+    assert recipe is not None
+    assert recipe.options == {"lr_clip": 1e-3, "scaling": "off", "intra": "off"}

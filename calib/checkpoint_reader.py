@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -35,21 +36,34 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from calib.errors import ModelError
 from calib.expert_tensors import ExpertTensors
 from calib.experts import expert_lists, split_experts
+from calib.model_class import find_model_class, text_config
 from calib.safe_config import check_config
 from calib.safe_files import resolve_model, stored_tensors
 from calib.safetensors_header import StoredTensor
 
-__all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
+__all__ = ["CompanionRule", "FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
 
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 _SAMPLE_BYTES = 1 << 12  # read at the start, middle and end of every tensor for the fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class CompanionRule:
+    """Which files of a model's folder may go along beside the weights.
+
+    Args:
+        code: Python files too, because the user allowed the model's code to run.
+        text_only: not those that prepare images, video or sound.
+    """
+
+    code: bool = False
+    text_only: bool = False
 
 
 class ModelSource(Protocol):
@@ -62,6 +76,15 @@ class ModelSource(Protocol):
     @property
     def folder(self) -> Path | None:
         """The folder of the checkpoint; ``None`` for a model in memory."""
+        ...
+
+    @property
+    def companions(self) -> CompanionRule:
+        """What may go along from ``folder`` beside the weights."""
+        ...
+
+    def stored_config(self) -> dict[str, Any]:
+        """What ``config.json`` of these tensors says, as plain data, without ``config_changes``."""
         ...
 
     @property
@@ -92,6 +115,10 @@ class ModelSource(Protocol):
 
     def unused(self) -> list[str]:
         """Names of tensors in the checkpoint that are no part of the model, and are left out."""
+        ...
+
+    def carried(self) -> dict[str, StoredTensor]:
+        """Tensors of the checkpoint that are no part of the model, and go along: those of a multimodal checkpoint."""
         ...
 
     def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
@@ -138,17 +165,24 @@ def read_config(folder: Path, trust_remote_code: bool = False, stored: Mapping[s
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method", "unknown")
         raise ModelError(f"{folder} is quantized already ({method}); give the full-precision model.")
-    remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     classes = config.architectures or []
     # transformers has causal heads for encoders such as BERT, and would put weights trained without a mask behind them.
     encoder = getattr(config, "is_decoder", None) is False and bool(classes)
     encoder = encoder and not any("CausalLM" in name or "LMHead" in name for name in classes)
-    if config.is_encoder_decoder or encoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    if config.is_encoder_decoder or encoder or find_model_class(config, trust_remote_code=trust_remote_code) is None:
         raise ModelError(
             f"{folder} is a {config.model_type} model, which is not a decoder-only causal language model; "
             f"ptq quantizes those."
         )
     return config
+
+
+def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model of a config: an auto class asks the config which class it is, any other one is it."""
+    found: Any = find_model_class(config, trust_remote_code=trust_remote_code)
+    if issubclass(found, PreTrainedModel):
+        return found._from_config(config, dtype=dtype)
+    return found.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 class FolderSource:
@@ -159,6 +193,7 @@ class FolderSource:
     ) -> None:
         self.folder: Path = folder
         self.config_changes: Mapping[str, Any] = {}
+        self.companions = CompanionRule(code=trust_remote_code)
         self.name = name
         self._stored = stored
         self._where = {key: tensor.file for key, tensor in stored.items()}
@@ -166,12 +201,11 @@ class FolderSource:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         try:
             with init_empty_weights(include_buffers=False):
-                model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
-                )
+                model = _build(config, self.dtype, trust_remote_code)
         except Exception as error:  # whatever modelling code raises on a config that does not fit together
             raise ModelError(f"cannot build the model that {folder / 'config.json'} describes: {error!r}") from error
         self.skeleton: PreTrainedModel = model.eval()
+        self._whole = text_config(model.config) is not model.config
         self._conversions: list[Any] = get_model_conversion_mapping(self.skeleton)
         known = dict(self.skeleton.state_dict())
         self._targets = {key: self._parameters_of(key, known) for key in self._where}
@@ -230,8 +264,20 @@ class FolderSource:
                     f"weights in full precision."
                 )
 
+    def stored_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if not self.companions.code:  # the files that it names do not go along
+            config.pop("auto_map", None)
+        return config
+
     def unused(self) -> list[str]:
         """Tensors of the checkpoint that the model does not have."""
+        return [] if self._whole else self._strangers()
+
+    def carried(self) -> dict[str, StoredTensor]:
+        return {key: self._stored[key] for key in self._strangers()} if self._whole else {}
+
+    def _strangers(self) -> list[str]:
         return sorted(key for key, targets in self._targets.items() if not targets)
 
     def tensor_names(self) -> frozenset[str]:
@@ -302,6 +348,7 @@ class ModuleSource:
     """A model in memory; see `ModelSource`. Blocks are copied, the model itself stays as it is."""
 
     folder: Path | None = None
+    companions = CompanionRule()
 
     def __init__(self, model: nn.Module, name: str) -> None:
         config = getattr(model, "config", None)
@@ -344,6 +391,13 @@ class ModuleSource:
 
     def unused(self) -> list[str]:
         return []
+
+    def carried(self) -> dict[str, StoredTensor]:
+        return {}
+
+    def stored_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(self.skeleton.config.to_json_string())
+        return config
 
     def stored_sizes(self, names: frozenset[str]) -> Iterator[tuple[str, tuple[int, ...], int]]:
         fused, torn = self._experts.fused(names), self._experts.torn(names)

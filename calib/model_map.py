@@ -1,6 +1,7 @@
 """The map of a model: its repeated blocks and their linears. What shares an input is traced in `calib.groups`.
 
-Nothing is known of model classes. Blocks are the children of the largest module list that is not inside another.
+Nothing is known of model classes. Blocks are the children of the largest module list that is not inside another; of a
+multimodal model, the largest one in its language model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calib.errors import ModelError
+from calib.model_class import language_model, other_modalities
 
 __all__ = [
     "find_blocks",
@@ -79,6 +81,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    outer = _of_language(model, outer)
     sizes = [sum(p.numel() for p in module.parameters()) for _, module in outer]
     if not sizes or max(sizes) == 0:
         raise ModelError(f"{type(model).__name__} has no list of repeated blocks; ptq quantizes decoder-only models.")
@@ -94,6 +97,14 @@ def find_blocks(model: nn.Module) -> list[str]:
             f"blocks of {type(model).__name__} share parameters with each other: ptq cannot walk through it."
         )
     return [f"{name}.{index}" for index in range(len(module))]
+
+
+def _of_language(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+    """Those of the lists that belong to the language model, if the model says which they are; all of them if not."""
+    others = tuple(f"{name}." for name in other_modalities(model))
+    text = [(name, module) for name, module in lists if not name.startswith(others)] or lists
+    inside = set(language_model(model).modules())
+    return [(name, module) for name, module in text if module in inside] or text
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from calib.errors import ModelError
+from calib.model_class import AUTO_CLASSES
 from calib.safe_json import quoted, read_json
 from calib.safetensors_header import StoredTensor
 
@@ -28,7 +29,11 @@ MAX_POSITIONS = 2**27
 # A size may exceed what the checkpoint holds up to here: configs carry numbers of parts that a checkpoint lacks.
 FREE_LAYERS, FREE_EXPERTS, FREE_WIDTH = 256, 1024, 2**17
 
-_RUN = {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}  # the entries of auto_map that we would come to run
+_RUN = {
+    "AutoConfig",
+    "AutoTokenizer",
+    *(auto.__name__ for auto in AUTO_CLASSES),
+}  # the entries of auto_map that we would come to run
 _COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"}
 _WIDTHS = {
     *("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "intermediate_size", "ffn_dim", "n_inner", "d_ff"),

@@ -13,14 +13,32 @@ from calib.errors import ModelError
 from calib.safe_json import quoted, read_json
 from calib.safetensors_header import StoredTensor, check_headers
 
-__all__ = ["INDEX_NAME", "MAX_INDEX_BYTES", "SINGLE_NAME", "checkpoint_files", "resolve_model", "stored_tensors"]
+__all__ = [
+    "INDEX_NAME",
+    "MAX_INDEX_BYTES",
+    "SINGLE_NAME",
+    "WEIGHT_SUFFIXES",
+    "checkpoint_files",
+    "resolve_model",
+    "stored_tensors",
+]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 """Ten times the index of the largest models published so far."""
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+WEIGHT_SUFFIXES = frozenset(
+    {
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp", ".h5", ".hdf5", ".keras"),
+        *(".msgpack", ".gguf", ".ggml", ".llamafile", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".pdparams"),
+        *(".nemo", ".ot", ".engine"),
+    }
+)
+"""How names of files end that hold weights, in the formats that are found beside models (casefolded)."""
+# Of a hub repository, all but weights that are not read: those in other formats and in sub-folders.
+_UNWANTED = [*(f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES - {".safetensors"})), "*/*.safetensors", "original/*"]
+_UNWANTED += ["consolidated*.safetensors", "*.onnx*", "*.zip", "*.tar", "*.tar.*", "*.parquet", "*.mp4"]
 _CONVERT = (
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers, on a machine where nothing is "
     "lost if they do, writes safetensors"
@@ -39,7 +57,7 @@ def resolve_model(model: str) -> Path:
             return path
         if path.is_file():
             raise ModelError(f"{model} is a file; give a model folder, a hub id, or a file that ends in .gguf.")
-        return Path(snapshot_download(model, allow_patterns=_WANTED))
+        return Path(snapshot_download(model, ignore_patterns=_UNWANTED))
     except RepositoryNotFoundError as error:
         raise ModelError(f"{model} is neither a local folder nor a model on the hub.{_near(path)}") from error
     except HFValidationError as error:

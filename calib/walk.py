@@ -34,6 +34,7 @@ from calib.checkpoint_reader import ModelSource
 from calib.errors import UsageError
 from calib.experts import expert_lists
 from calib.groups import BlockMap, InputGroup, merge_maps, trace_block
+from calib.model_class import other_modalities
 from calib.model_map import find_blocks
 from calib.passes import place
 from calib.streams import Place, Stream, free_memory, total_memory
@@ -170,7 +171,7 @@ class Walk:
     def _capture(self, tokens: Tensor) -> None:
         """Embed the tokens and capture how the model calls its blocks."""
         model = self.source.skeleton
-        needed = self.tensors_outside_blocks() - self._head_tensors() | self.tensors_of_block(self.block_names[0])
+        needed = self._tensors_before_blocks() | self.tensors_of_block(self.block_names[0])
         with self.timing.part("read", self.device):
             self.source.load(needed)
             place(model, self.device, self.dtype)
@@ -207,6 +208,12 @@ class Walk:
                 )
             batches = list(self.workers.part(batches))
         return (batch.to(self.device) for batch in batches)
+
+    def _tensors_before_blocks(self) -> frozenset[str]:
+        """What lies outside the blocks and is needed to call them with text: no head, no vision tower."""
+        others = tuple(f"{name}." for name in other_modalities(self.source.skeleton))
+        outside = self.tensors_outside_blocks() - self._head_tensors()
+        return frozenset(name for name in outside if not name.startswith(others))
 
     def _head_tensors(self) -> frozenset[str]:
         """The head's tensors where they are not the embedding's: calibration does not need them."""

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib.bos import window_bos
 from calib.checkpoint_reader import ModelSource, open_model
+from calib.model_class import find_model_class
 from calib.model_map import find_blocks
 from calib.passes import pass_dtype
 from calib.safe_config import check_tokenizer_config
@@ -401,7 +402,8 @@ def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:
     if source.folder is None:
         source.load(source.tensor_names())
         return source.skeleton
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    found: Any = find_model_class(source.skeleton.config, trust_remote_code=trust_remote_code)
+    model: Any = found.from_pretrained(
         source.folder, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True, local_files_only=True
     )
     return model.eval()

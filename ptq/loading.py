@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from calib.model_class import find_model_class
 from ptq.errors import OutputError
 from ptq.formats.verify import SKIP_KEY
 from ptq.integration.transformers import register
@@ -30,7 +31,8 @@ def load(
         dtype: dtype of activations and of what was not quantized; ``"auto"`` is the source model's. Scales keep theirs.
         device_map: as in ``from_pretrained``, e.g. ``"auto"`` or ``"cuda"``.
         verify: compare the weight files with the hashes in the report first; a folder without one is loaded as it is.
-        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+        kwargs: passed on to ``from_pretrained`` of the class: the causal language model of the config, or for a
+            multimodal checkpoint the class that its config names.
 
     Raises:
         OutputError: ``folder`` is not a folder or has no ``config.json``; with ``verify``, a weight file or the report
@@ -46,15 +48,12 @@ def load(
     register()
     kwargs.setdefault("local_files_only", True)
     kwargs.setdefault("use_safetensors", True)  # never a pickle
-    if not verify:
-        _skip_verification(path, kwargs)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **kwargs)
-    return model
-
-
-def _skip_verification(folder: Path, kwargs: dict[str, Any]) -> None:
-    """Let the config tell the quantizer, which sees nothing else of the call (`verify_checkpoint`)."""
     trust = kwargs.get("trust_remote_code")
-    config = kwargs.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    setattr(config, SKIP_KEY, True)
-    kwargs["config"] = config
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
+        path, trust_remote_code=trust, local_files_only=kwargs["local_files_only"]
+    )
+    found: Any = find_model_class(config, trust_remote_code=bool(trust)) or AutoModelForCausalLM
+    if not verify:
+        setattr(config, SKIP_KEY, True)  # the quantizer sees nothing else of the call (`verify_checkpoint`)
+    model: PreTrainedModel = found.from_pretrained(path, config=config, dtype=dtype, device_map=device_map, **kwargs)
+    return model

@@ -36,6 +36,7 @@ from ptq.errors import ModelError, UsageError
 from ptq.events import Event, Listener
 from ptq.finished import finished_obstacles
 from ptq.formats import compressed_tensors, native
+from ptq.formats.companions import copy_companions, find_companions
 from ptq.formats.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.formats.layout import layer_weight
 from ptq.formats.select import select_format
@@ -44,6 +45,7 @@ from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
 from ptq.learning import LearnedConfig
 from ptq.ledger import PartRecord, merge
 from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
+from ptq.passthrough import carried_parts, outside_parts, read_tensors
 from ptq.plan import Plan, chooses_experts
 from ptq.preflight import check_disk, clashing_schemes, cpu_name, peak_memory, stream_bytes, stream_place
 from ptq.quantized import QuantizedWeight
@@ -51,7 +53,7 @@ from ptq.recipe import Recipe
 from ptq.report import Report
 from ptq.runtime.key_values import supports_key_values
 from ptq.scheme import KeyValueScheme, Scheme
-from ptq.sizes import FUSED_EXPERTS, Sizes, dense_experts, model_tensor, plan_sizes
+from ptq.sizes import FUSED_EXPERTS, NOT_IN_MODEL, Sizes, dense_experts, plan_sizes
 from ptq.solving import solve_group
 from ptq.treated_inputs import treat_block
 from ptq.window_run import WindowRun
@@ -60,9 +62,7 @@ __all__ = ["Run"]
 
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
-_REST = "outside the blocks"
 _MANY_IDLE = 4  # one window in so many
-_LARGE = 1 << 29  # bytes of a tensor that gets a file of its own
 
 
 class Run:
@@ -112,7 +112,8 @@ class Run:
         self._started, self._earlier, self._noted = 0.0, PartRecord(), PartRecord()
         blocks = tuple(f"{block}." for block in plan.blocks)
         self._experts = frozenset(name for name in fused_experts(source.skeleton) if name.startswith(blocks))
-        self.linears = {name: module for name, module in source.skeleton.named_modules() if is_linear(module)}
+        modules = source.skeleton.named_modules()
+        self.linears = {name: one for name, one in modules if is_linear(one) or isinstance(one, nn.Linear)}
         self.format, self.format_reason = select_format(
             recipe.format, plan.schemes, self.linears, source.skeleton, recipe.kv_bits
         )
@@ -240,9 +241,12 @@ class Run:
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)
             shutil.rmtree(self.out / STAGING / WORK, ignore_errors=True)
-            for name, tensors in self._rest_parts(rest).items():
+            for name, tensors in outside_parts(self.source.skeleton, rest).items():
                 if name not in parts:
                     parts[name] = self._do_rest(name, tensors, writer)
+            for name, carried in carried_parts(self.source.carried()).items():
+                if name not in parts:
+                    parts[name] = self._do_carried(name, carried, writer)
         return list(parts.values())
 
     def _sum_flops(self) -> None:
@@ -478,16 +482,9 @@ class Run:
             return FUSED_EXPERTS
         return "no linear of a block"
 
-    def _rest_parts(self, names: frozenset[str]) -> dict[str, frozenset[str]]:
-        """What lies outside the blocks by part: large tensors one by one, so that two are never in memory at once."""
-        model = self.source.skeleton
-        tensors = {name: model_tensor(model, name) for name in sorted(names)}
-        large = {name for name, tensor in tensors.items() if tensor is not None and tensor.nbytes > _LARGE}
-        return {f"{_REST}: {name}": frozenset({name}) for name in sorted(large)} | {_REST: names - large}
-
     def largest_part_outside(self, outside: frozenset[str]) -> int:
         """Bytes of the largest part that is written after the blocks, of the tensors ``outside`` them."""
-        parts = self._rest_parts(outside).values()
+        parts = outside_parts(self.source.skeleton, outside).values()
         return max(sum(size for _, _, size in self.source.stored_sizes(names)) for names in parts)
 
     def obstacles(self) -> list[str]:
@@ -511,18 +508,32 @@ class Run:
                 writer.write_part(part_name, rest, part.payload())
         return part
 
+    def _do_carried(self, part_name: str, names: list[str], writer: CheckpointWriter) -> PartRecord:
+        part = PartRecord()
+        with self.timing.part("write", self.device):
+            tensors = read_tensors(self.source.carried(), names)
+            for name, tensor in tensors.items():
+                part.keep(name, NOT_IN_MODEL, tensor.numel(), tensor.nbytes)
+            self._note_cost(part)
+            writer.write_part(part_name, tensors, part.payload())
+        return part
+
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _finish(
         self, writer: CheckpointWriter, parts: list[PartRecord], tokenizer: PreTrainedTokenizerBase | None
     ) -> Report:
         if self.source.folder is not None:
-            writer.copy_companions(self.source.folder)
+            rule = self.source.companions
+            found = find_companions(self.source.folder, self.out, code=rule.code, text_only=rule.text_only)
+            copy_companions(found, writer.companions)
+            for note in found.notes():
+                self.tell(Event("message", note))
         else:
             generation = getattr(self.source.skeleton, "generation_config", None)
             for companion in (tokenizer, generation):
                 if companion is not None:
-                    companion.save_pretrained(writer.staging)
+                    companion.save_pretrained(writer.companions)
         total = merge(parts)
         unused = self.source.unused()
         if unused:
@@ -541,15 +552,16 @@ class Run:
     def _quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         if self.format == "native":
             return native.quantization_config(schemes, self.linears, self.key_values)
-        return compressed_tensors.quantization_config(schemes, self.linears)
+        return compressed_tensors.quantization_config(schemes, self.linears, self._carried_modules())
+
+    def _carried_modules(self) -> list[str]:
+        """Modules that a reader other than transformers may have for tensors that are no part of the model."""
+        carried = self.source.carried().items()
+        return [n.removesuffix(".weight") for n, t in carried if n.endswith(".weight") and len(t.shape) == 2]
 
     def _model_config(self) -> dict[str, Any]:
-        model = self.source.skeleton
-        if self.source.folder is not None:
-            config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
-        else:
-            config = json.loads(model.config.to_json_string())
-        architectures = config.get("architectures") or [type(model).__name__]
+        config = self.source.stored_config()
+        architectures = config.get("architectures") or [type(self.source.skeleton).__name__]
         return {**config, "architectures": architectures, **self.source.config_changes}
 
     def _report(self, writer: CheckpointWriter, total: PartRecord) -> Report:
@@ -589,6 +601,7 @@ class Run:
             tuple(total.warnings),
             writer.files(),
             tuple(total.windows),
+            companions=tuple(writer.companion_names()),
         )
 
     def _peaks(self) -> dict[str, int]:

@@ -47,6 +47,7 @@ class Report:
         files: ``{"bytes", "sha256"}`` of every weight file by its name; empty in reports of earlier releases.
         windows: of learned methods, one row a stage of a window: ``sweep``, ``window``, ``start``, ``stop``, ``share``,
             ``loss_before``, ``loss_after``, ``steps``, ``seconds``, ``captured``, ``notes``.
+        companions: names of the files that went along from the source, relative to the folder.
     """
 
     model: dict[str, Any]
@@ -62,6 +63,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     windows: tuple[dict[str, Any], ...] = ()
+    companions: tuple[str, ...] = ()
     version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Report:
         data["kept"] = [dataclasses.asdict(tensor) for tensor in self.kept]
         data["warnings"] = list(self.warnings)
         data["windows"] = list(self.windows)
+        data["companions"] = list(self.companions)
         return data | {"sha256": _checksum(data)}
 
     def to_json(self) -> str:
@@ -87,6 +90,7 @@ class Report:
         }
         changed = {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"]), "files": files}
         changed["windows"] = tuple(data.get("windows", ()))
+        changed["companions"] = tuple(data.get("companions", ()))
         return cls(**(fields | changed))
 
     @classmethod

@@ -16,9 +16,10 @@ from ptq.plan import Plan
 from ptq.report import KeptTensor
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["FUSED_EXPERTS", "Sizes", "dense_experts", "model_tensor", "plan_sizes"]
+__all__ = ["FUSED_EXPERTS", "NOT_IN_MODEL", "Sizes", "dense_experts", "model_tensor", "plan_sizes"]
 
 FUSED_EXPERTS = "fused experts of a kind that cannot be taken apart"  # why a tensor is kept
+NOT_IN_MODEL = "no part of the model"  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
     part = PartRecord()
     for name, shape, size in source.stored_sizes(source.tensor_names() - taken):
         part.keep(*label(name, len(shape)), math.prod(shape), size)
+    for name, tensor in source.carried().items():
+        part.keep(name, NOT_IN_MODEL, math.prod(tensor.shape), tensor.nbytes)
     kept = tuple(sorted(part.kept.values(), key=lambda tensor: -tensor.bytes))
     return Sizes(quantized, payload, packed, linears, kept, part.kept_parameters)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import compressed_tensors
@@ -52,13 +52,16 @@ def why_not(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Modul
     return None
 
 
-def quantization_config(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module], others: Iterable[str] = ()
+) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``, made and validated by the library's own classes.
 
     Args:
         schemes: the scheme of every linear by full name, ``None`` (or no entry) for full precision.
         linears: every linear of the model by full name, the head included: those without a scheme are listed under
             ``ignore``.
+        others: names of more modules in full precision, which the model as we build it does not have.
     """
     by_scheme: dict[tuple[int, bool, int | None], list[str]] = {}  # the scales' dtype is the tensor's own affair
     for name, scheme in schemes.items():
@@ -72,7 +75,7 @@ def quantization_config(schemes: Mapping[str, Scheme | None], linears: Mapping[s
         for i, (key, names) in enumerate(by_scheme.items())
     }
     config = QuantizationConfig(
-        config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=sorted(dense)
+        config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=sorted({*dense, *others})
     )
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
 

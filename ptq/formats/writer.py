@@ -9,6 +9,7 @@ with the same conditions takes over what is finished, wherever the last one was 
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import shutil
@@ -29,22 +30,11 @@ from ptq.formats.native import GUARD_KEY, GUARD_SENTENCE, QUANT_METHOD
 from ptq.formats.resume import open_journal, shard_name
 from ptq.report import REPORT_NAME, STAGING, Report
 
-__all__ = ["COMPANIONS", "STAGING", "CheckpointWriter", "check_output_folder", "read_shard"]
+__all__ = ["STAGING", "CheckpointWriter", "check_output_folder", "read_shard"]
 
 LOCK = ".ptq_lock"
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-)
-"""Patterns of the files that are copied unchanged from the source model's folder."""
+COMPANIONS = "companions"  # in the staging folder
 _DENSE_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -188,17 +178,17 @@ class CheckpointWriter:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def copy_companions(self, source: Path) -> None:
-        """Copy tokenizer and generation files from a model folder (`COMPANIONS`); other files may be put in `staging`.
+    @property
+    def companions(self) -> Path:
+        """The folder for the files that will lie beside the weights (`ptq.formats.companions`)."""
+        folder = self.staging / COMPANIONS
+        with os_errors(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
 
-        Raises:
-            OutputError: a file cannot be copied.
-        """
-        for pattern in COMPANIONS:
-            for path in sorted(source.glob(pattern)):
-                if path.is_file():
-                    with os_errors(self.staging / path.name):
-                        shutil.copyfile(path, self.staging / path.name)
+    def companion_names(self) -> list[str]:
+        """Names of these files, relative to the output folder."""
+        return _files_below(self.staging / COMPANIONS)
 
     def finish(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any], report: Report) -> None:
         """Write ``config.json``, the index and the report, and move everything into place.
@@ -239,23 +229,46 @@ class CheckpointWriter:
     def _move_into_place(self, names: Sequence[str]) -> None:
         (self.out / "config.json").unlink(missing_ok=True)  # from here to the end, the folder does not load
         sync(self.out)
-        companions = [path for pattern in COMPANIONS for path in self.out.glob(pattern) if path.is_file()]
-        for stale in [*self.out.glob("model*.safetensors"), self.out / INDEX, *companions]:
+        for stale in [*self.out.glob("model*.safetensors"), self.out / INDEX, *_earlier_companions(self.out)]:
             stale.unlink(missing_ok=True)
         for part, name in zip(self._journal.parts, names, strict=True):
             os.replace(self.staging / part.file, self.out / name)
+        self._move_companions()
         last, journal = self.staging / "config.json", self.staging / JOURNAL_NAME
         for path in sorted(set(self.staging.iterdir()) - {last, journal}):
-            target = self.out / path.name
-            if path.is_dir() and target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+            os.replace(path, self.out / path.name)
         sync(self.out)
         os.replace(last, self.out / "config.json")
         sync(self.out)
         journal.unlink()  # the result is whole: from here on nothing is left to be done again
         self.staging.rmdir()
         sync(self.out)
+
+    def _move_companions(self) -> None:
+        beside = self.staging / COMPANIONS
+        names = self.companion_names()
+        for name in names:
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, self.out / name)
+        for folder in {(self.out / name).parent for name in names} - {self.out}:
+            sync(folder)
+        shutil.rmtree(beside, ignore_errors=True)  # folders that are empty by now
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it, with ``/`` on every system."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _earlier_companions(out: Path) -> list[Path]:
+    """The files that an earlier run put beside its weights, by its report: never one outside the folder."""
+    try:
+        names = json.loads((out / REPORT_NAME).read_text(encoding="utf-8"))["companions"]
+        paths = [out / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError):  # no report, or one that does not list them
+        return []
+    inside = [path for path in paths if path.parent.resolve().is_relative_to(out.resolve())]
+    return [path for path in inside if path.is_file() or path.is_symlink()]
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.checkpoint_reader import ModelSource
+from calib.checkpoint_reader import CompanionRule, ModelSource
 from calib.errors import ModelError
 from calib.experts import expert_lists
+from calib.safetensors_header import StoredTensor
 from ptq.transforms.hadamard import ResidualRotation
 from ptq.transforms.residual_map import Part, cannot_rotate
 
@@ -87,8 +88,18 @@ class RotatedSource:
             for _, shape, size in self._source.stored_sizes(frozenset({self._tied})):
                 yield name, shape, size
 
+    @property
+    def companions(self) -> CompanionRule:
+        return self._source.companions
+
+    def stored_config(self) -> dict[str, Any]:
+        return self._source.stored_config()
+
     def unused(self) -> list[str]:
         return self._source.unused()
+
+    def carried(self) -> dict[str, StoredTensor]:
+        return self._source.carried()
 
     def fingerprint(self) -> str:
         text = f"{self._source.fingerprint()} residual rotation 1, seed {self.rotation.seed}"

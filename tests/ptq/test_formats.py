@@ -240,9 +240,9 @@ def write(out: Path, shards: int, method: str = "ptq", value: float = 1.0) -> Ch
     checkpoint = CheckpointWriter(out)
     for i in range(shards):
         checkpoint.write_part(str(i), {f"t{i}": torch.full((4,), value), f"s{i}.weight_scale": torch.zeros(100).half()})
-    (checkpoint.staging / "tokenizer.json").write_text("{}")
-    (checkpoint.staging / "templates").mkdir()
-    (checkpoint.staging / "templates" / "tool.jinja").touch()
+    (checkpoint.companions / "tokenizer.json").write_text("{}")
+    (checkpoint.companions / "templates").mkdir()
+    (checkpoint.companions / "templates" / "tool.jinja").touch()
     checkpoint.finish(CONFIG, {"quant_method": method}, REPORT)
     return checkpoint
 
@@ -339,15 +339,6 @@ def test_a_tensor_is_written_once(tmp_path: Path) -> None:
     checkpoint.write_part("a", {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"^a was written before"):
         checkpoint.write_part("b", {"a": torch.zeros(1)})
-
-
-def test_companions_are_copied(tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    for name in ("tokenizer.json", "merges.txt", "modeling_evil.py", "model.safetensors"):
-        (tmp_path / "source" / name).write_text(name)
-    checkpoint = CheckpointWriter(tmp_path / "out")
-    checkpoint.copy_companions(tmp_path / "source")
-    assert names(checkpoint.staging) == {"tokenizer.json", "merges.txt", JOURNAL_NAME}
 
 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def complete(out: Path, parts: dict[str, dict[str, Tensor]] = NEW, **options: An
             else:
                 checkpoint.write_part(name, tensors, {"index": index})
         assert [part.payload["index"] for part in checkpoint.finished] == list(range(len(parts)))
-        (checkpoint.staging / "tokenizer.json").write_text("{}")
-        (checkpoint.staging / "templates").mkdir()
-        (checkpoint.staging / "templates" / "tool.jinja").write_text("x")
+        (checkpoint.companions / "tokenizer.json").write_text("{}")
+        (checkpoint.companions / "templates").mkdir()
+        (checkpoint.companions / "templates" / "tool.jinja").write_text("x")
         report = Report({}, {}, None, "native", "", (), (), {}, {}, {}, files=checkpoint.files())
         checkpoint.finish({"model_type": "llama"}, {"quant_method": "ptq"}, report)
     return found
@@ -274,7 +274,7 @@ def test_disk_full_in_finish(tmp_path: Path, whole: dict[str, bytes], monkeypatc
         real(source, target)
 
     monkeypatch.setattr(os, "replace", sometimes)
-    for failing in range(1, 9):  # noqa: B007  # three shards, index, report, tokenizer, templates, config
+    for failing in range(1, 8):  # noqa: B007  # three shards, index, report, tokenizer, config
         calls = 0
         with pytest.raises(OutputError, match="No space left"):
             complete(tmp_path)

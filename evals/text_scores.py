@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from calib.errors import NumericalError
 from evals.batching import BatchSize, run_batches
 from evals.logits import LogitSource
-from evals.reference import Kept, Scores, join, keep, score_against, score_alone
+from evals.reference import Kept, Scores, join, keep, put, reserve, score_against, score_alone
 from evals.windows import Window
 
 __all__ = ["Base", "keep_base", "score_windows"]
@@ -46,15 +47,20 @@ def score_windows(
 
     def work(batch: list[int]) -> None:
         ids, scored, targets = _stack([windows[index] for index in batch])
-        kept = None if base is None else join([base.window(index) for index in batch])
-        parts = []
+        edges = _edges(windows, batch)
+        kept = None if base is None else _BaseRows(base, batch, edges)
+        room: Scores | None = None
         for place, logits in source.chunks(ids, scored=scored):
             wanted = targets[place].to(logits.device)
             if kept is None:
-                parts.append(score_alone(logits, wanted))
+                part = score_alone(logits, wanted)
             else:
-                parts.append(score_against(logits, wanted, kept.part(place, logits.device)))
-        for index, scores in zip(batch, _split(join(parts), [windows[i].scored for i in batch]), strict=True):
+                part = score_against(logits, wanted, kept.at(place).part(slice(None), logits.device))
+            room = reserve(part, len(targets)) if room is None else room
+            put(room, place, part)
+        assert room is not None  # a window scores at least one token
+        for number, index in enumerate(batch):
+            scores = room.part(slice(edges[number], edges[number + 1]))
             _require_finite(scores, index)
             found[index] = scores
 
@@ -81,20 +87,63 @@ def keep_base(
 
     def work(batch: list[int]) -> None:
         ids, scored, targets = _stack([windows[index] for index in batch])
-        parts = []
+        edges, room = _edges(windows, batch), None
         for place, logits in source.chunks(ids, scored=scored):
             device = logits.device
             generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
             kept = keep(logits, targets[place].to(device), top_k, generator)
-            parts.append(kept.part(slice(None), torch.device("cpu")))
-        whole, start = join(parts), 0
-        for index in batch:
-            part = whole.part(slice(start, start + windows[index].scored), torch.device("cpu"))
-            _require_finite(Scores(part.nll.double()), index)
-            store(index, part)
-            start += windows[index].scored
+            for number, rows in _pieces(edges, place):
+                start, stop = edges[number], edges[number + 1]
+                room = reserve(kept, stop - start) if room is None else room
+                put(room, _shifted(rows, start), kept.part(_shifted(rows, place.start), torch.device("cpu")))
+                if rows.stop == stop:
+                    _require_finite(Scores(room.nll.double()), batch[number])
+                    store(batch[number], room)
+                    room = None
 
     run_batches([len(window.ids) for window in windows], work, size, progress)
+
+
+class _BaseRows:
+    """What was kept of a base for a batch of windows, one window in memory at a time.
+
+    Args:
+        base: where the windows are.
+        batch: which windows, one behind the other.
+        edges: where each begins, see `_edges`.
+    """
+
+    def __init__(self, base: Base, batch: Sequence[int], edges: Sequence[int]) -> None:
+        self._base, self._batch, self._edges = base, batch, edges
+        self._number = -1
+        self._window: Kept | None = None
+
+    def at(self, place: slice) -> Kept:
+        """Rows ``place`` of the batch, on the CPU; they are asked for in order."""
+        parts = []
+        for number, rows in _pieces(self._edges, place):
+            if number != self._number or self._window is None:
+                self._number, self._window = number, self._base.window(self._batch[number])
+            parts.append(self._window.part(_shifted(rows, self._edges[number]), torch.device("cpu")))
+        return join(parts)
+
+
+def _edges(windows: Sequence[Window], batch: Sequence[int]) -> list[int]:
+    """Where the scored tokens of each window of a batch begin among those of all, and their number."""
+    return [0, *itertools.accumulate(windows[index].scored for index in batch)]
+
+
+def _pieces(edges: Sequence[int], place: slice) -> Iterator[tuple[int, slice]]:
+    """The windows that ``place`` reaches into, by their number in the batch, and what of ``place`` lies in each."""
+    number, start = bisect.bisect_right(edges, place.start) - 1, place.start
+    while start < place.stop:
+        stop = min(place.stop, edges[number + 1])
+        yield number, slice(start, stop)
+        number, start = number + 1, stop
+
+
+def _shifted(rows: slice, start: int) -> slice:
+    return slice(rows.start - start, rows.stop - start)
 
 
 def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,12 +157,6 @@ def _stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     for row, window in enumerate(windows):
         scored[row, window.first - 1 : len(window.ids) - 1] = True
     return ids, scored, ids[:, 1:][scored]
-
-
-def _split(scores: Scores, counts: Sequence[int]) -> list[Scores]:
-    names = [field.name for field in dataclasses.fields(Scores) if getattr(scores, field.name) is not None]
-    parts = {name: torch.split(getattr(scores, name), list(counts)) for name in names}
-    return [Scores(**{name: parts[name][index] for name in names}) for index in range(len(counts))]
 
 
 def _require_finite(scores: Scores, window: int) -> None:

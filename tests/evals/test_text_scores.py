@@ -11,9 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from calib.errors import ModelError, NumericalError
 from evals import batching, divergence, evaluate
@@ -344,3 +346,23 @@ def test_a_model_against_itself(
     assert found.kl_max < 1e-5
     assert (found.top1_agreement, found.log_ratio, found.dp_rms) == (1, 0, 0)
     json.dumps(record.to_dict(), allow_nan=False)
+
+
+def test_the_heap_does_not_grow_with_the_text() -> None:
+    """Small results that stay between large logits that go would cost 30 to 50 MB per chunk of 16 MB."""
+    config = LlamaConfig(
+        vocab_size=1 << 18,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=True,
+    )
+    source = ModelLogits(LlamaForCausalLM(config).eval(), torch.arange(8))
+    first = [Window(torch.arange(17), 1, 0)]
+    score_windows(source, first, BatchSize(1, CPU), base=keep_all(source, first, 16))
+    windows = [Window(torch.arange(item, item + 97), 1, item) for item in range(2)]
+    before = psutil.Process().memory_info().rss
+    score_windows(source, windows, BatchSize(2, CPU), base=keep_all(source, windows, 16))
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 150e6, f"{grown / 1e6:.0f} MB"

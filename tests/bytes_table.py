@@ -124,7 +124,7 @@ def write_case(name: str, folder: Path, listener: Callable[[Event], None] = lamb
 def environment() -> str:
     """What the bytes depend on besides this code: equal strings, equal floating-point results."""
     versions = (("torch", torch), ("transformers", transformers), ("safetensors", safetensors))
-    names = [f"{name} {module.__version__}" for name, module in versions]
+    names = [f"{name} {str(module.__version__).partition('+')[0]}" for name, module in versions]  # any build of it
     return ", ".join([*names, torch.backends.cpu.get_cpu_capability(), f"probe {_probe()}"])
 
 

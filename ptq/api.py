@@ -32,10 +32,11 @@ from ptq.methods import WindowMethod, find_method, make_config
 from ptq.other_names import other_name
 from ptq.pipeline import Run
 from ptq.plan import make_plan
+from ptq.proof import settle_format
 from ptq.recipe import CalibrationSpec, Recipe
 from ptq.report import Report
 from ptq.rotated_plan import rotate_last_inputs
-from ptq.scheme import Scheme
+from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.residual import rotate_residual
 from ptq.window_forecast import Surroundings, check_learning
 
@@ -194,6 +195,13 @@ def _prepare(
     plan = make_plan(source.skeleton, recipe, source.dtype)
     if "down" in recipe.rotate:
         plan = rotate_last_inputs(plan, source, recipe.calibration.seed, place, dtype)
+    kv = None if recipe.kv_bits is None else KeyValueScheme(recipe.kv_bits, recipe.kv_symmetric)
+    settled = (
+        [settle_format(recipe.format, plan.schemes, source, kv, trust_remote_code=trust_remote_code)]
+        if workers.leads
+        else []
+    )
+    (choice,) = workers.share(settled)
     needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
     if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
         return _kept(finished, source, calibration if needs_data else None, listener), tokenizer
@@ -217,6 +225,7 @@ def _prepare(
         config,
         calibration,
         target,
+        choice,
         device=place,
         dtype=dtype,
         listener=listener,

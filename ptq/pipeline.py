@@ -39,7 +39,6 @@ from ptq.formats import compressed_tensors, native
 from ptq.formats.companions import copy_companions, find_companions
 from ptq.formats.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.formats.layout import layer_weight
-from ptq.formats.select import select_format
 from ptq.formats.workspace import WORK
 from ptq.formats.writer import STAGING, CheckpointWriter, read_shard
 from ptq.learning import LearnedConfig
@@ -48,6 +47,7 @@ from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
 from ptq.passthrough import carried_parts, outside_parts, read_tensors
 from ptq.plan import Plan, chooses_experts
 from ptq.preflight import check_disk, clashing_schemes, cpu_name, peak_memory, stream_bytes, stream_place
+from ptq.proof import FormatChoice
 from ptq.quantized import QuantizedWeight
 from ptq.recipe import Recipe
 from ptq.report import Report
@@ -73,6 +73,7 @@ class Run:
         method: the method; config: its options.
         calibration: tokens, or ``None`` for a method that needs none.
         out: the output folder.
+        choice: its format.
         device: where to work; dtype: of the passes.
         listener: told of every step.
         offload: where activations are kept.
@@ -89,6 +90,7 @@ class Run:
         config: Any,
         calibration: Calibration | None,
         out: Path,
+        choice: FormatChoice,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -114,9 +116,7 @@ class Run:
         self._experts = frozenset(name for name in fused_experts(source.skeleton) if name.startswith(blocks))
         modules = source.skeleton.named_modules()
         self.linears = {name: one for name, one in modules if is_linear(one) or isinstance(one, nn.Linear)}
-        self.format, self.format_reason = select_format(
-            recipe.format, plan.schemes, self.linears, source.skeleton, recipe.kv_bits
-        )
+        self.choice, self.format, self.format_reason = choice, choice.name, choice.reason
         tokens = None if calibration is None else calibration.tokens
         self._streams = 3 if isinstance(method, WindowMethod) else 2
         self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size, self._streams)
@@ -414,7 +414,8 @@ class Run:
         first, self._kernels_checked = not self._kernels_checked, self._kernels_checked | {names}
         clashes = clashing_schemes(self.plan, groups)
         if clashes and self.recipe.format == "auto" and first:
-            self.format, self.format_reason = "native", clashes[0]
+            self.choice = self.choice.native_instead(clashes[0])
+            self.format, self.format_reason = self.choice.name, self.choice.reason
             self.tell(Event("message", f"format native instead: {clashes[0]}"))
         elif clashes:
             raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --format native.")
@@ -597,7 +598,9 @@ class Run:
             kept,
             totals,
             total.timing,
-            self._environment() | {"flops": total.flops, "offload": self.offload} | self._peaks(),
+            self._environment()
+            | {"flops": total.flops, "offload": self.offload, "proofs": self.choice.to_dict()}
+            | self._peaks(),
             tuple(total.warnings),
             writer.files(),
             tuple(total.windows),

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptq.proof import settle
+from ptq.proof.prover import StockProver
 from ptq.quantized import LayerRecord
 from ptq.report import KeptTensor, Report
 from ptq.scheme import Scheme
@@ -27,6 +31,18 @@ TRAINING_TEXT = (
     "Once upon a time there was a model that had more bits than it needed. ",
     "def function(argument): return the value of the expression if it is true else None\n",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_prover(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockProver]:
+    """One process per worker loads all skeletons, and what it found is kept for all workers and for commands that tests
+    start: hundreds of tests quantize, and a start of transformers takes five seconds."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ptq-cache"
+    with StockProver() as prover, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTQ_CACHE", str(cache))
+        patch.setattr(settle, "stock_prover", lambda: contextlib.nullcontext(prover))
+        yield prover
 
 
 @pytest.fixture(scope="session")

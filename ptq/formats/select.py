@@ -1,4 +1,4 @@
-"""Which format an output is written in, and why."""
+"""Which format an output is written in, and why, as far as rules say; `ptq.proof` then tries it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def select_format(
         or _split_experts(schemes, model)
     )
     if problem is None:
-        return "compressed-tensors", "stock transformers and vLLM can load it"
+        return "compressed-tensors", "it carries every scheme here"
     if requested == "auto":
         return "native", problem
     raise UsageError(f"the compressed-tensors format cannot carry this: {problem}. Use format 'native' or 'auto'.")

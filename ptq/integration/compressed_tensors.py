@@ -7,7 +7,9 @@ left to the stock code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from compressed_tensors.utils.match import match_named_modules, match_targets
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from calib.experts import join_experts
@@ -28,6 +31,7 @@ from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
 __all__ = ["PackedCompressedTensorsQuantizer", "is_scale"]
 
 _PACKED = ".weight_packed"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
@@ -35,12 +39,14 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
 
     packed = False
     """Whether this model was taken over; known once its skeleton has been built."""
+    _stored_packed: Sequence[str] = ()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         verify_checkpoint(model.config, kwargs.get("checkpoint_files"))
         schemes = None
         if not self._wants_stock():
-            split_named_experts(model, packed_linears(kwargs.get("checkpoint_files")))
+            self._stored_packed = packed_linears(kwargs.get("checkpoint_files"))
+            split_named_experts(model, self._stored_packed)
             schemes = packed_schemes(model, self.compressor.quantization_config)
         if schemes is None:
             join_experts(model)
@@ -51,9 +57,18 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
             swap_linear(model, name, scheme, guard=False)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        # Experts that stay fused are still decompressed by the stock conversions.
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
-        return leave_split_experts(conversions, model)
+        # Experts that stay fused are still decompressed by the stock conversions, which find nothing where what they
+        # merge is stored in full precision: those stay what they are without a quantizer.
+        stock = super().update_weight_conversions
+        general: list[Any] = stock([], model)  # type: ignore[no-untyped-call]
+        conversions: list[Any] = []
+        for conversion in weight_conversions:
+            if self.packed and _merges_dense(conversion, weight_conversions, self._stored_packed):
+                conversions.append(conversion)
+            else:
+                updated = stock([conversion], model)  # type: ignore[no-untyped-call]
+                conversions += updated[: len(updated) - len(general)]
+        return leave_split_experts(conversions + general, model)
 
     def _wants_stock(self) -> bool:
         config = self.quantization_config
@@ -86,6 +101,22 @@ def packed_linears(files: Iterable[str] | None) -> list[str]:
             keys = handle.keys()
         found += [key.removesuffix(_PACKED) for key in keys if key.endswith(_PACKED)]
     return found
+
+
+def _merges_dense(conversion: Any, conversions: Iterable[Any], packed: Iterable[str]) -> bool:
+    """Whether a step of loading merges or splits weights, and none of those is stored packed.
+
+    Args:
+        conversion: the step.
+        conversions: all steps of the model: its renamings come before it.
+        packed: names of the modules that are stored packed.
+    """
+    if not isinstance(conversion, WeightConverter):
+        return False
+    renamings = [copy.copy(one) for one in conversions if isinstance(one, WeightRenaming)]  # asking leaves a mark
+    probe = [copy.copy(conversion)]
+    weights = {f"{_NUMBER.sub('0', name)}.weight" for name in packed}  # one of all blocks and experts
+    return all(rename_source_key(weight, renamings, probe)[1] is None for weight in weights)
 
 
 def is_scale(converter: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What goes along from a model's folder: everything that is neither weights nor their index, and nothing from outside."""
+"""What goes along from a model's folder: all but weights and their index, and nothing from outside."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import OutputError, UsageError
 from ptq.formats import compressed_tensors, layout, native, writer
-from ptq.formats.journal import JOURNAL_NAME
 from ptq.formats.select import select_format
 from ptq.formats.writer import LOCK, CheckpointWriter, check_output_folder
 from ptq.quantized import QuantizedWeight

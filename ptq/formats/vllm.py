@@ -1,0 +1,40 @@
+"""What vLLM reads of a compressed-tensors checkpoint, as far as its loader's source says so. It was not run here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ptq.scheme import Scheme
+
+__all__ = ["vllm_phrase", "vllm_problem"]
+
+BITS = (4, 8)
+GROUP_SIZES = (None, 32, 64, 128)
+OUTPUT_MULTIPLE, INPUT_MULTIPLE = 64, 128
+
+
+def vllm_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str | None:
+    """What of a checkpoint the loader of vLLM for packed integers (``CompressedTensorsWNA16``, Marlin) would not take.
+
+    Args:
+        schemes: of all linears in the blocks by full name, ``None`` for full precision.
+        linears: the modules, ``torch.nn.Linear``.
+    """
+    for name, scheme in schemes.items():
+        if scheme is None:
+            continue
+        if scheme.bits not in BITS:
+            return f"{scheme.bits} bits, and it reads 4 and 8"
+        if scheme.group_size not in GROUP_SIZES:
+            return f"groups of {scheme.group_size}, and it reads 32, 64, 128 and whole channels"
+        out_features, in_features = linears[name].out_features, linears[name].in_features
+        if out_features % OUTPUT_MULTIPLE or in_features % INPUT_MULTIPLE:
+            return f"{name} is {out_features} x {in_features}, and its kernel takes multiples of 64 x 128"
+    return None
+
+
+def vllm_phrase(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str:
+    """The half sentence on vLLM in a report's ``format_reason``."""
+    problem = vllm_problem(schemes, linears)
+    return "vLLM reads these fields (not run here)" if problem is None else f"vLLM does not read it ({problem})"

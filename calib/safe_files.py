@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 """Ten times the index of the largest models published so far."""
+ADAPTER_NAME = "adapter_config.json"
+MAX_ADAPTER_BYTES = 8 << 20
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -87,13 +90,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
         ModelError: no config or weights, pickle files only, an adapter, an index that is damaged, leaves the folder or
             names a file that is not there.
     """
+    if (folder / ADAPTER_NAME).exists():
+        raise ModelError(_adapter_sentence(folder))
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder} holds an adapter (adapter_config.json), whose base model lies elsewhere. Merge them first with "
-            "peft's merge_and_unload() and save the result; if the folder is a whole model, remove that file."
-        )
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
@@ -105,6 +105,22 @@ def checkpoint_files(folder: Path) -> list[Path]:
             f"if you trust them: {_CONVERT}."
         )
     raise ModelError(f"{folder} has no weights ({SINGLE_NAME} or {INDEX_NAME}). Is the download complete?")
+
+
+def _adapter_sentence(folder: Path) -> str:
+    """What to do with a folder that holds a peft adapter, alone or beside a model."""
+    whole = (folder / "config.json").is_file()
+    base: Any = None
+    with contextlib.suppress(ModelError):  # damaged or not, it is an adapter
+        base = read_json(folder / ADAPTER_NAME, MAX_ADAPTER_BYTES)
+    base = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+    of = f" of {quoted(base)}" if isinstance(base, str) and base else ""
+    return (
+        f"{folder} holds an adapter{of} ({ADAPTER_NAME}), which is only the difference to its base model. Merge them "
+        "first: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), and "
+        "save the tokenizer to NEW as well; then give NEW."
+        + (f" If the folder is a whole model already, remove {ADAPTER_NAME}." if whole else "")
+    )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -82,9 +82,11 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return not self.packed and bool(super().is_trainable)
+        """True for packed layers: adapters on them can be trained (gradients flow through them)."""
+        return self.packed or bool(super().is_trainable)
 
-    def is_qat_trainable(self) -> bool:  # type: ignore[override]  # a method in the stock class too
+    @property
+    def is_qat_trainable(self) -> bool:  # type: ignore[override]  # a method in the stock class, so that it reads as true
         return not self.packed and bool(super().is_qat_trainable())
 
     @property

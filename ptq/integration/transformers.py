@@ -108,7 +108,8 @@ class PtqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """True: adapters on packed layers can be trained (gradients flow through them); see docs/formats.md."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptq.errors import OutputError
+from ptq.errors import OutputError, UsageError
 from ptq.formats.layout import layer_tensors, layer_weight, tensor_specs, unpack_zeros
 from ptq.packing import unpack_rows
 from ptq.quantized import QuantizedWeight
@@ -25,13 +26,37 @@ value, 2 a half-precision value), while a tile is still large enough for an effi
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class QuantLinear(nn.Module):
+class _NoDenseWeight(Tensor):
+    """The empty tensor that `QuantLinear.weight` gives: dtype and device are right, values there are none.
+
+    Whatever fails on it for that reason (merging an adapter adds to it, DoRA takes its norm) fails with a sentence.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs or {})
+        except (IndexError, RuntimeError) as error:
+            raise UsageError(
+                "a packed linear has no dense weight that could be read or changed. Merging an adapter into it, DoRA "
+                "and adapters that start from the weight (PiSSA, OLoRA, LoftQ) need one: keep the adapter beside the "
+                "packed model, or merge it into the full-precision model and quantize the result."
+            ) from error
+        empty = isinstance(result, Tensor) and result.shape == (0,)  # a copy or a view of it
+        return result.as_subclass(cls) if empty else result
+
+
+class QuantLinear(nn.Linear):
     """``y = x W^T + bias`` with ``W [out_features, in_features]`` kept as the checkpoint's own tensors.
 
     The buffers are those of `ptq.formats.layout`. The forward unpacks a tile of output rows, dequantizes it in float32,
     casts it to the dtype of ``x`` and multiplies: every weight has exactly the value of
     ``quantized().dequantize(x.dtype)``. Where the scheme asks for it, ``x`` is first rotated (the stored weight is that
     for rotated inputs), then rounded token by token.
+
+    It is a subclass of ``nn.Linear`` because adapters (peft) and other tools find linears by that class. Gradients flow
+    to the input; the weight has none.
 
     Args:
         in_features: length of an input vector.
@@ -48,7 +73,7 @@ class QuantLinear(nn.Module):
     weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor | None
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -61,7 +86,7 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Linear, which allocates a dense weight
         self.in_features, self.out_features = in_features, out_features
         self._activations = dtype or torch.get_default_dtype()
         self.bits, self.symmetric, self.group_size = scheme.bits, scheme.symmetric, scheme.group_size
@@ -92,9 +117,9 @@ class QuantLinear(nn.Module):
         return layer
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """An empty tensor with the dtype and device of activations, for models that ask ``linear.weight`` for these."""
-        empty = torch.empty(0, dtype=self._activations, device=self.weight_scale.device)
+        empty = torch.empty(0, dtype=self._activations, device=self.weight_scale.device).as_subclass(_NoDenseWeight)
         empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: nothing to draw here
         return empty
 

@@ -235,8 +235,18 @@ def test_pickles_are_refused_with_the_way_to_convert(name: str, tmp_path: Path) 
 
 def test_an_adapter_is_not_a_model(sharded: Path) -> None:
     (sharded / "adapter_config.json").write_text('{"base_model_name_or_path": "some/repository"}')
-    with pytest.raises(ModelError, match="merge_and_unload"):
+    with pytest.raises(ModelError, match=r"adapter of 'some/repository'.*merge_and_unload.*remove adapter_config"):
         checkpoint_files(sharded)
+
+
+@pytest.mark.parametrize("content", ['{"base_model_name_or_path": "some/repository"}', "{}", "[]", "no json"])
+def test_an_adapter_alone_is_named_and_told_how_to_be_merged(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    (tmp_path / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelError, match=r"holds an adapter.*merge_and_unload\(\)") as raised:
+        checkpoint_files(tmp_path)
+    assert ("some/repository" in str(raised.value)) == ("some" in content)
+    assert "whole model" not in str(raised.value)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -316,13 +316,14 @@ def treatment(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
     return treat
 
 
-def test_packed_models_say_that_they_do_not_train(tmp_path: Path) -> None:
+def test_packed_models_say_what_can_be_done_with_them(tmp_path: Path) -> None:
     model = llama()
     write(model, tmp_path / "a", blocks(model, SYM))
     write(llama(), tmp_path / "b", blocks(model, ASYM))
     for folder in ("a", "b"):
         quantizer: Any = ptq.loading.load(tmp_path / folder).hf_quantizer
-        assert not quantizer.is_trainable
+        assert quantizer.is_trainable  # with adapters: test_adapters.py
+        assert not quantizer.is_qat_trainable
         assert not quantizer.is_compileable
         assert quantizer.is_serializable()
 

@@ -25,7 +25,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,12 +35,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from calib.errors import ModelError
 from calib.expert_tensors import ExpertTensors
 from calib.experts import expert_lists, split_experts
 from calib.model_class import find_model_class, text_config
+from calib.quantized_checkpoint import SourceQuantization, StoredWeights, open_weights
 from calib.safe_config import check_config
 from calib.safe_files import resolve_model, stored_tensors
 from calib.safetensors_header import StoredTensor
@@ -72,6 +73,8 @@ class ModelSource(Protocol):
     skeleton: PreTrainedModel
     name: str
     dtype: torch.dtype
+    quantization: SourceQuantization | None
+    """Of a checkpoint that was quantized already and is dequantized as it is read."""
 
     @property
     def folder(self) -> Path | None:
@@ -138,7 +141,8 @@ def open_model(model: str | Path | nn.Module, *, trust_remote_code: bool = False
         trust_remote_code: run modelling code that ships with the model.
 
     Raises:
-        ModelError: no weights, pickle files only, not a causal language model, already quantized, damaged files.
+        ModelError: no weights, pickle files only, not a causal language model, a quantization that is not read,
+            damaged files.
     """
     if isinstance(model, nn.Module):
         return ModuleSource(model, getattr(model, "name_or_path", "") or type(model).__name__)
@@ -147,11 +151,11 @@ def open_model(model: str | Path | nn.Module, *, trust_remote_code: bool = False
     folder = resolve_model(str(model))
     stored = stored_tensors(folder)
     config = read_config(folder, trust_remote_code, stored)
-    return FolderSource(folder, str(model), config, trust_remote_code, stored)
+    return FolderSource(folder, str(model), config, trust_remote_code, open_weights(folder, stored, config))
 
 
 def read_config(folder: Path, trust_remote_code: bool = False, stored: Mapping[str, StoredTensor] | None = None) -> Any:
-    """The model's config, checked to be that of a causal language model in full precision.
+    """The model's config, checked to be that of a causal language model.
 
     Raises:
         ModelError: there is none, it cannot be read, or it is not one we quantize.
@@ -162,9 +166,6 @@ def read_config(folder: Path, trust_remote_code: bool = False, stored: Mapping[s
         config._attn_implementation = config._experts_implementation = None  # ours to choose, not the file's
     except Exception as error:  # config classes raise errors of many unrelated kinds
         raise ModelError(f"cannot read the config of {folder}: {type(error).__name__}: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise ModelError(f"{folder} is quantized already ({method}); give the full-precision model.")
     classes = config.architectures or []
     # transformers has causal heads for encoders such as BERT, and would put weights trained without a mask behind them.
     encoder = getattr(config, "is_decoder", None) is False and bool(classes)
@@ -188,15 +189,12 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 class FolderSource:
     """A folder of safetensors; see `ModelSource`."""
 
-    def __init__(
-        self, folder: Path, name: str, config: Any, trust_remote_code: bool, stored: Mapping[str, StoredTensor]
-    ) -> None:
+    def __init__(self, folder: Path, name: str, config: Any, trust_remote_code: bool, stored: StoredWeights) -> None:
         self.folder: Path = folder
         self.config_changes: Mapping[str, Any] = {}
         self.companions = CompanionRule(code=trust_remote_code)
         self.name = name
-        self._stored = stored
-        self._where = {key: tensor.file for key, tensor in stored.items()}
+        self._stored, self.quantization = stored, stored.quantization
         dtype = getattr(config, "dtype", None) or self._stored_dtype()
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         try:
@@ -208,7 +206,8 @@ class FolderSource:
         self._whole = text_config(model.config) is not model.config
         self._conversions: list[Any] = get_model_conversion_mapping(self.skeleton)
         known = dict(self.skeleton.state_dict())
-        self._targets = {key: self._parameters_of(key, known) for key in self._where}
+        self._targets = {key: self._parameters_of(key, known) for key in self._stored}
+        self._rename_tied(known)
         self._check_complete()
         self._check_dtypes()
         split_experts(self.skeleton)
@@ -216,11 +215,9 @@ class FolderSource:
         self._names = self._experts.split(frozenset().union(*self._targets.values()))
 
     def _stored_dtype(self) -> torch.dtype:
-        for key, file in self._where.items():
-            with safe_open(file, framework="pt") as handle:
-                dtype = handle.get_slice(key).get_dtype()
-            if dtype in ("BF16", "F16", "F32"):
-                return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+        for tensor in self._stored.values():
+            if tensor.dtype in ("BF16", "F16", "F32"):
+                return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.dtype]
         return torch.float32
 
     def _parameters_of(self, key: str, known: dict[str, Tensor]) -> frozenset[str]:
@@ -232,6 +229,8 @@ class FolderSource:
         if name not in known and key in known:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
         if pattern is None:
+            if self._stored.is_packed(key) and self._is_conv1d(name.rpartition(".")[0]):
+                self._stored.transpose(key)
             stored, wanted = self._stored[key], known.get(name)
             if wanted is not None and stored.shape != tuple(wanted.shape):
                 raise ModelError(
@@ -242,6 +241,21 @@ class FolderSource:
         converter = next(c for c in converters if pattern in c.source_patterns)
         first = converter.target_patterns[0]
         return frozenset({name.replace(first, target) for target in converter.target_patterns} & known.keys())
+
+    def _is_conv1d(self, name: str) -> bool:
+        return isinstance(dict(self.skeleton.named_modules()).get(name), Conv1D)
+
+    def _rename_tied(self, known: dict[str, Tensor]) -> None:
+        """Show a tied weight under the name that the others are tied to, where only another of its names is stored."""
+        present = frozenset().union(*self._targets.values())
+        for tied, origin in (getattr(self.skeleton, "all_tied_weights_keys", {}) or {}).items():
+            key = next((key for key, targets in self._targets.items() if targets == {tied}), None)
+            if key is None or origin in present or known[origin].shape != known[tied].shape:
+                continue
+            self._stored.rename(key, origin)
+            del self._targets[key]
+            self._targets[origin] = self._parameters_of(origin, known)
+            present |= {origin}
 
     def _check_complete(self) -> None:
         present = frozenset().union(*self._targets.values())
@@ -291,13 +305,8 @@ class FolderSource:
 
     def _convert(self, fused: frozenset[str]) -> None:
         """Fill parameters of the model as transformers builds it, by their names in that model."""
-        slices: dict[str, Any] = {}
         keys = [key for key, targets in self._targets.items() if targets & fused]
-        with contextlib.ExitStack() as stack, _quiet_transformers(), self._experts.fused_in_place():
-            files = {self._where[key] for key in keys}
-            handles = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-            for key in keys:
-                slices[key] = handles[self._where[key]].get_slice(key)
+        with self._stored.slices(keys) as slices, _quiet_transformers(), self._experts.fused_in_place():
             config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=copy.deepcopy(self._conversions))
             info, _ = convert_and_load_state_dict_in_model(self.skeleton, slices, config)
         problems = [*info.error_msgs, *info.conversion_errors.values()]
@@ -315,8 +324,7 @@ class FolderSource:
                 continue
             if not targets <= fused - torn:
                 raise ModelError(f"the tensor {key} holds linears that are quantized and some that are not.")
-            with safe_open(self._where[key], framework="pt") as handle:
-                yield key, min(self._experts.split(targets)), handle.get_tensor(key)
+            yield key, min(self._experts.split(targets)), self._stored.tensor(key)
         for one in sorted(torn):
             self._convert(frozenset({one}))
             for _, tensor in self._experts.take():
@@ -333,13 +341,15 @@ class FolderSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update((self.folder / "config.json").read_bytes())
-        for file in sorted(set(self._where.values())):
-            tensors = sorted((t.start, t.end, key) for key, t in self._stored.items() if t.file == file)
+        files = self._stored.files
+        for file in sorted({tensor.file for tensor in files.values()}):
+            tensors = sorted((t.start, t.end, key) for key, t in files.items() if t.file == file)
             with file.open("rb") as handle:
+                data = 8 + int.from_bytes(handle.read(8), "little")  # where it starts, behind the header
                 for start, end, key in tensors:
-                    digest.update(f"{key} {self._stored[key].dtype} {self._stored[key].shape}".encode())
+                    digest.update(f"{key} {files[key].dtype} {files[key].shape}".encode())
                     for offset in (start, (start + end) // 2, max(start, end - _SAMPLE_BYTES)):
-                        handle.seek(offset)
+                        handle.seek(data + offset)
                         digest.update(handle.read(min(_SAMPLE_BYTES, end - start)))
         return digest.hexdigest()
 
@@ -349,6 +359,7 @@ class ModuleSource:
 
     folder: Path | None = None
     companions = CompanionRule()
+    quantization: SourceQuantization | None = None
 
     def __init__(self, model: nn.Module, name: str) -> None:
         config = getattr(model, "config", None)

@@ -190,6 +190,8 @@ def _prepare(
     make_plan(source.skeleton, recipe, source.dtype)  # likewise
     listener = listener if workers.leads else _ignore
     finished = _whole(finished, listener)
+    if source.quantization is not None:
+        listener(Event("message", source.quantization.describe()))
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
     source = _rotated(source, recipe, listener)
     plan = make_plan(source.skeleton, recipe, source.dtype)
@@ -408,7 +410,7 @@ def _check_vocabulary(calibration: Calibration, source: ModelSource) -> None:
 
 def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:
     """The full-precision model in memory, for sampling from it."""
-    if source.folder is None:
+    if source.folder is None or source.quantization is not None:
         source.load(source.tensor_names())
         return source.skeleton
     found: Any = find_model_class(source.skeleton.config, trust_remote_code=trust_remote_code)

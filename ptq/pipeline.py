@@ -588,6 +588,8 @@ class Run:
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "fingerprint": self._fingerprint,
         }
+        if self.source.quantization is not None:
+            description["quantization"] = self.source.quantization.to_dict()
         return Report(
             description,
             self.recipe.to_dict(),

@@ -46,6 +46,7 @@ class RotatedSource:
         self._source, self.rotation, self._parts = source, rotation, parts
         self._head, self._tied = head, tied
         self.skeleton, self.name, self.dtype = source.skeleton, source.name, source.dtype
+        self.quantization = source.quantization
         self.config_changes: Mapping[str, Any] = {"tie_word_embeddings": False} if tied else {}
         self.notes: tuple[str, ...] = ()
         if tied:

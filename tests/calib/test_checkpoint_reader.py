@@ -47,6 +47,9 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
         tiny_model("llama", seed=seed).save_pretrained(tmp_path)
         prints.add(open_model(tmp_path).fingerprint())
     assert len(prints) == 2
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2] + b"\x00\x3f")  # the last number of the last tensor
+    assert open_model(tmp_path).fingerprint() not in prints
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
@@ -106,10 +109,24 @@ def test_an_index_cannot_leave_the_folder(tmp_path: Path, name: object) -> None:
         open_model(tmp_path)
 
 
-def test_quantized_models_are_not_quantized_again(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"already \(gptq\)"):
+def test_a_tied_model_may_store_only_its_head(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.bfloat16)  # tied
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": embedding}, file, metadata={"format": "pt"})
+    source = open_model(tmp_path)
+    assert source.tensor_names() == frozenset(tensors) | {"model.embed_tokens.weight"}
+    assert source.unused() == []
+    source.load(source.tensor_names())
+    assert torch.equal(source.skeleton.get_input_embeddings().weight, embedding)
+    assert source.skeleton.get_output_embeddings().weight is source.skeleton.get_input_embeddings().weight
+    raw = {key: tensor for key, _, tensor in source.raw_tensors(frozenset({"model.embed_tokens.weight"}))}
+    assert torch.equal(raw["model.embed_tokens.weight"], embedding)
+    assert dict(source.skeleton.state_dict())["lm_head.weight"].shape == embedding.shape
+    [(_, shape, size)] = source.stored_sizes(frozenset({"model.embed_tokens.weight"}))
+    assert (shape, size) == (tuple(embedding.shape), embedding.nbytes)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks 1 of"):
         open_model(tmp_path)

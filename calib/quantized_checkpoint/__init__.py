@@ -1,0 +1,15 @@
+"""Checkpoints that are quantized already, read as if they were in full precision.
+
+`open_weights` shows a folder's tensors under the names and shapes of the dense model. A weight that is stored as codes,
+scales and zero points (FP8, compressed-tensors, GPTQ, AWQ) is dequantized when it is read and not before, so that
+memory holds the block that is worked on, as with any other model: computed in float32 and rounded once to the model's
+dtype.
+"""
+
+from __future__ import annotations
+
+from calib.quantized_checkpoint.methods import source_method
+from calib.quantized_checkpoint.packed import SourceQuantization
+from calib.quantized_checkpoint.weights import StoredWeights, open_weights
+
+__all__ = ["SourceQuantization", "StoredWeights", "open_weights", "source_method"]

@@ -1,0 +1,437 @@
+"""Checkpoints that are quantized already: every layout against a slow formula of its own, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from torch import Tensor
+
+from calib.checkpoint_reader import open_model
+from calib.errors import ModelError
+
+GROUP = 32
+UP = "model.layers.0.mlp.up_proj"
+LINEARS = ("model.layers.0.self_attn.k_proj", UP, "model.layers.0.mlp.down_proj")
+
+
+class Packed(NamedTuple):
+    """A weight in some layout: its tensors by their role, and the dense weight ``[out, in]`` by a slow formula."""
+
+    tensors: dict[str, Tensor]
+    dense: Tensor
+
+
+def words(codes: list[int], bits: int) -> list[int]:
+    """A little-endian bit stream cut into signed words of 32 bits, by one large integer."""
+    stream = sum(code << (bits * place) for place, code in enumerate(codes))
+    count = math.ceil(len(codes) * bits / 32)
+    unsigned = [(stream >> (32 * place)) & 0xFFFFFFFF for place in range(count)]
+    return [word - (1 << 32) if word >> 31 else word for word in unsigned]
+
+
+def drawn(shape: tuple[int, ...], top: int, seed: int) -> Tensor:
+    return torch.randint(0, top, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales_of(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 0.02 + 0.001
+
+
+def gptq(out: int, width: int, seed: int, bits: int, *, off: int = 1, act_order: bool = False) -> Packed:
+    groups = math.ceil(width / GROUP)
+    codes, zeros = drawn((width, out), 2**bits, seed), drawn((groups, out), 2**bits, seed + 1)
+    scales = scales_of((groups, out), seed).half()
+    index = torch.arange(width) // GROUP
+    if act_order:
+        index = index[torch.randperm(width, generator=torch.Generator().manual_seed(seed))]
+    dense = torch.empty(out, width)
+    for i in range(width):
+        for j in range(out):
+            group = int(index[i])
+            dense[j, i] = (int(codes[i, j]) - int(zeros[group, j])) * float(scales[group, j])
+    stored = (zeros - off) % 2**bits
+    tensors = {
+        "qweight": torch.tensor([words(column.tolist(), bits) for column in codes.T], dtype=torch.int32).T.contiguous(),
+        "qzeros": torch.tensor([words(row.tolist(), bits) for row in stored], dtype=torch.int32),
+        "scales": scales,
+        "g_idx": index.to(torch.int32),
+    }
+    return Packed(tensors, dense)
+
+
+def awq(out: int, width: int, seed: int) -> Packed:
+    groups = math.ceil(width / GROUP)
+    codes, zeros = drawn((width, out), 16, seed), drawn((groups, out), 16, seed + 1)
+    scales = scales_of((groups, out), seed).half()
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ's order_map: nibble i of a word holds channel order[i]
+
+    def pack(matrix: Tensor) -> Tensor:
+        rows = [[row[8 * word + order[i]] for word in range(out // 8) for i in range(8)] for row in matrix.tolist()]
+        return torch.tensor([words(row, 4) for row in rows], dtype=torch.int32)
+
+    dense = torch.empty(out, width)
+    for i in range(width):
+        for j in range(out):
+            group = i // GROUP
+            dense[j, i] = (int(codes[i, j]) - int(zeros[group, j])) * float(scales[group, j])
+    return Packed({"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}, dense)
+
+
+def fp8(out: int, width: int, seed: int, block: tuple[int, int] | None, *, inverse: bool = True) -> Packed:
+    weight = (torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 100).to(torch.float8_e4m3fn)
+    suffix = "weight_scale_inv" if inverse else "weight_scale"
+    if block is None:
+        return Packed({"weight": weight, suffix: torch.tensor(0.001)}, weight.float() * 0.001)
+    scale = scales_of((math.ceil(out / block[0]), math.ceil(width / block[1])), seed)
+    dense = torch.empty(out, width)
+    for i in range(out):
+        for j in range(width):
+            dense[i, j] = float(weight[i, j].float()) * float(scale[i // block[0], j // block[1]])
+    return Packed({"weight": weight, suffix: scale}, dense)
+
+
+def compressed(out: int, width: int, seed: int, bits: int, *, symmetric: bool, channel: bool = False) -> Packed:
+    """``pack-quantized``: ``u = q + 2^(bits-1)`` along the input, zero points likewise along the output."""
+    size = width if channel else GROUP
+    groups = math.ceil(width / size)
+    codes, zeros = drawn((out, width), 2**bits, seed), drawn((out, groups), 2**bits, seed + 1)
+    if symmetric:
+        zeros = torch.full((out, groups), 2 ** (bits - 1))
+    scale = scales_of((out, groups), seed).bfloat16()
+    dense = torch.empty(out, width)
+    for i in range(out):
+        for j in range(width):
+            dense[i, j] = (int(codes[i, j]) - int(zeros[i, j // size])) * float(scale[i, j // size])
+    tensors = {
+        "weight_packed": torch.tensor([words(row.tolist(), bits) for row in codes], dtype=torch.int32),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([out, width]),
+    }
+    if not symmetric:
+        packed = [words(column.tolist(), bits) for column in zeros.T]
+        tensors["weight_zero_point"] = torch.tensor(packed, dtype=torch.int32).T.contiguous()
+    return Packed(tensors, dense)
+
+
+def eight_bits(out: int, width: int, seed: int, dtype: torch.dtype, per: str) -> Packed:
+    """``int-quantized`` and ``float-quantized``: a byte a weight, a scale per tensor or per channel."""
+    weight = (torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 30).clamp(-120, 120).to(dtype)
+    scale = scales_of((out, 1) if per == "channel" else (1,), seed).bfloat16()
+    return Packed({"weight": weight, "weight_scale": scale}, weight.float() * scale.float())
+
+
+def group(bits: int, kind: str = "int", **changes: Any) -> dict[str, Any]:
+    args = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group", "group_size": GROUP} | changes
+    return {"group_0": {"targets": ["Linear"], "weights": args}}
+
+
+def ct(layout: str, groups: dict[str, Any]) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"], "config_groups": groups}
+
+
+@functools.cache
+def llama(dtype: torch.dtype) -> Any:
+    return tiny_model("llama", dtype, num_hidden_layers=1)
+
+
+Make = Callable[[int, int, int], Packed]
+GPTQ = {"quant_method": "gptq", "group_size": GROUP, "desc_act": False, "sym": False}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [32, 40]}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+CHANNEL = {"strategy": "channel", "group_size": None}
+CASES: dict[str, tuple[dict[str, Any], float, Make]] = {
+    **{f"gptq-{b}": (GPTQ | {"bits": b}, b, lambda o, i, s, b=b: gptq(o, i, s, b)) for b in (2, 3, 4, 8)},
+    "gptq-act-order": (GPTQ | {"bits": 4, "desc_act": True}, 4, lambda o, i, s: gptq(o, i, s, 4, act_order=True)),
+    "gptq-v2": (GPTQ | {"bits": 4, "checkpoint_format": "gptq_v2"}, 4, lambda o, i, s: gptq(o, i, s, 4, off=0)),
+    "awq": (AWQ, 4, awq),
+    "fp8-tensor": ({"quant_method": "fp8"}, 8, lambda o, i, s: fp8(o, i, s, None, inverse=False)),
+    "fp8-block": (BLOCKS, 8, lambda o, i, s: fp8(o, i, s, (32, 40))),
+    "fp8-128": (BLOCKS | {"weight_block_size": [128, 128]}, 8, lambda o, i, s: fp8(o, i, s, (128, 128))),
+    "fp8-channel": ({"quant_method": "fbgemm_fp8"}, 8, lambda o, i, s: fp8(o, i, s, (1, i), inverse=False)),
+    "fp8-modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8, lambda o, i, s: fp8(o, i, s, None)),
+    **{
+        f"ct-{b}-{'sym' if y else 'asym'}": (
+            ct("pack-quantized", group(b, symmetric=y)),
+            b,
+            lambda o, i, s, b=b, y=y: compressed(o, i, s, b, symmetric=y),
+        )
+        for b in (3, 4, 8)
+        for y in (True, False)
+    },
+    "ct-channel": (
+        ct("pack-quantized", group(4, **CHANNEL)),
+        4,
+        lambda o, i, s: compressed(o, i, s, 4, symmetric=True, channel=True),
+    ),
+    "ct-int8": (
+        ct("int-quantized", group(8, **CHANNEL)),
+        8,
+        lambda o, i, s: eight_bits(o, i, s, torch.int8, "channel"),
+    ),
+    "ct-fp8-channel": (
+        ct("float-quantized", group(8, "float", **CHANNEL)),
+        8,
+        lambda o, i, s: eight_bits(o, i, s, torch.float8_e4m3fn, "channel"),
+    ),
+    "ct-fp8-tensor": (
+        ct("float-quantized", group(8, "float", strategy="tensor", group_size=None)),
+        8,
+        lambda o, i, s: eight_bits(o, i, s, torch.float8_e4m3fn, "tensor"),
+    ),
+}
+
+
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    make: Make,
+    dtype: torch.dtype = torch.float32,
+    linears: tuple[str, ...] = LINEARS,
+) -> dict[str, Tensor]:
+    """A one-block Llama of which some linears are packed; returns their dense weights by name."""
+    llama(dtype).save_pretrained(folder)
+    tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+    dense = {}
+    for seed, name in enumerate(linears):
+        out, width = tensors.pop(f"{name}.weight").shape
+        packed = make(out, width, seed)
+        dense[f"{name}.weight"] = packed.dense
+        tensors |= {f"{name}.{role}": tensor for role, tensor in packed.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, quantization_config=config)
+    return dense
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def change(folder: Path, name: str, tensor: Tensor | None) -> None:
+    """Replace a tensor of the folder, or take it out."""
+    file = folder / "model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(file).items() if key != name}
+    save_file(tensors | ({} if tensor is None else {name: tensor}), file, metadata={"format": "pt"})
+
+
+def loaded(folder: Path) -> Any:
+    source = open_model(folder)
+    source.load(source.tensor_names())
+    return source
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_those_of_the_slow_formula(case: str, tmp_path: Path) -> None:
+    config, bits, make = CASES[case]
+    dense = write(tmp_path, config, make)
+    source = open_model(tmp_path)
+    assert source.quantization is not None
+    assert source.quantization.to_dict() == {
+        "method": config["quant_method"],
+        "bits": bits,
+        "weights": 3,
+        "dtype": "float32",
+    }
+    assert getattr(source.skeleton.config, "quantization_config", None) is None
+    assert source.unused() == []
+    source.load(source.tensor_names())
+    for name, weight in dense.items():
+        torch.testing.assert_close(source.skeleton.get_parameter(name).data, weight, rtol=1e-6, atol=1e-9)
+    raw = {key: tensor for key, _, tensor in source.raw_tensors(frozenset(dense))}
+    assert raw.keys() == dense.keys()
+    assert all(torch.equal(raw[name], source.skeleton.get_parameter(name)) for name in dense)
+    sizes = {name: (shape, size) for name, shape, size in source.stored_sizes(frozenset(dense))}
+    assert sizes == {name: (tuple(weight.shape), 4 * weight.numel()) for name, weight in dense.items()}
+
+
+@pytest.mark.parametrize(
+    ("stated", "plain", "wanted"),
+    [("float16", torch.bfloat16, torch.float16), (None, torch.bfloat16, torch.bfloat16), (None, torch.float16, None)],
+)
+def test_the_dtype_is_the_configs_or_that_of_what_is_not_quantized(
+    stated: str | None, plain: torch.dtype, wanted: torch.dtype | None, tmp_path: Path
+) -> None:
+    dense = write(tmp_path, AWQ, awq, plain)
+    change_config(tmp_path, dtype=stated)
+    source = open_model(tmp_path)
+    source.load(source.tensor_names())
+    name = f"{UP}.weight"
+    assert source.dtype == (wanted or plain)
+    assert torch.equal(source.skeleton.get_parameter(name), dense[name].to(wanted or plain))  # rounded once
+
+
+def test_zero_points_that_gptqmodel_wrapped_by_words(tmp_path: Path) -> None:
+    """GPTQModel takes one off every code of a word at once, with a borrow where a code is 0; it says who it is."""
+
+    def by_words(out: int, width: int, seed: int) -> Packed:
+        packed = gptq(out, width, seed, 4, off=0)
+        v1 = packed.tensors["qzeros"].long() - 0x11111111
+        return Packed(packed.tensors | {"qzeros": ((v1 + 2**31) % 2**32 - 2**31).to(torch.int32)}, packed.dense)
+
+    dense = write(tmp_path, GPTQ | {"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}, by_words)
+    source = open_model(tmp_path)
+    source.load(source.tensor_names())
+    for name, weight in dense.items():
+        torch.testing.assert_close(source.skeleton.get_parameter(name).data, weight, rtol=1e-6, atol=1e-9)
+
+
+def test_gptq_without_an_index_and_with_its_config_in_a_file_of_its_own(tmp_path: Path) -> None:
+    def make(out: int, width: int, seed: int) -> Packed:
+        packed = gptq(out, width, seed, 4)
+        return Packed({role: t for role, t in packed.tensors.items() if role != "g_idx"}, packed.dense)
+
+    dense = write(tmp_path, {}, make)
+    change_config(tmp_path, quantization_config=None)
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": GROUP, "desc_act": False}))
+    source = open_model(tmp_path)
+    source.load(source.tensor_names())
+    torch.testing.assert_close(source.skeleton.get_parameter(f"{UP}.weight").data, dense[f"{UP}.weight"])
+
+
+def test_gptq_of_transposed_linears(tmp_path: Path) -> None:
+    """GPT-2 stores its weights ``[in, out]``; square ones must be turned as well."""
+    tiny_model("gpt2", num_hidden_layers=1, n_layer=1).save_pretrained(tmp_path)
+    tensors = {name: value.clone() for name, value in load_file(tmp_path / "model.safetensors").items()}
+    name = "transformer.h.0.attn.c_proj"
+    del tensors[f"{name}.weight"]
+    packed = gptq(64, 64, 0, 4)
+    tensors |= {f"{name}.{role}": tensor for role, tensor in packed.tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, quantization_config=GPTQ | {"bits": 4})
+    source = open_model(tmp_path)
+    source.load(source.tensor_names())
+    torch.testing.assert_close(source.skeleton.get_parameter(f"{name}.weight").data, packed.dense.T)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_fp8(family: str, tmp_path: Path) -> None:
+    """One tensor an expert in the file, dequantized and then merged and split as in full precision."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    tensors = {name: value.clone() for name, value in load_file(tmp_path / "model.safetensors").items()}
+    plain, dense = open_model(tmp_path), dict(tensors)
+    for name in [name for name in tensors if ".experts." in name]:
+        scale = torch.rand(math.ceil(tensors[name].shape[0] / 32), math.ceil(tensors[name].shape[1] / 32)) * 0.01
+        weight = (tensors.pop(name) / 0.01).to(torch.float8_e4m3fn)
+        full = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)[: weight.shape[0], : weight.shape[1]]
+        dense[name] = weight.float() * full
+        tensors |= {name: weight, f"{name}_scale_inv": scale}
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text((tmp_path / "config.json").read_text())
+    save_file(dense, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
+    packed, dense_source = open_model(tmp_path), open_model(tmp_path / "dense")
+    assert packed.tensor_names() == dense_source.tensor_names() == plain.tensor_names()
+    for source in (packed, dense_source):
+        source.load(source.tensor_names())
+    wanted = dense_source.skeleton.state_dict()
+    for name, value in packed.skeleton.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_nothing_is_dequantized_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calib.quantized_checkpoint import weights
+
+    write(tmp_path, AWQ, awq)
+    read = []
+    monkeypatch.setattr(weights._PackedSlice, "__getitem__", lambda self, index: read.append(self) or torch.zeros(1))
+    source = open_model(tmp_path)
+    list(source.stored_sizes(source.tensor_names()))
+    source.fingerprint()
+    assert read == []
+
+
+def test_the_fingerprint_follows_the_packed_weights(tmp_path: Path) -> None:
+    write(tmp_path, AWQ, awq)
+    before = open_model(tmp_path).fingerprint()
+    change(tmp_path, f"{UP}.scales", scales_of((2, 96), 9).half())
+    assert open_model(tmp_path).fingerprint() != before
+
+
+BROKEN: list[tuple[str, str, Tensor | None, str]] = [
+    ("gptq-4", "scales", None, r"up_proj.*scales is missing"),
+    ("gptq-4", "qzeros", None, r"up_proj.*qzeros is missing"),
+    ("gptq-4", "qzeros", torch.zeros(2, 11, dtype=torch.int32), r"qzeros has the shape \[2, 11\].*\[2, 12\]"),
+    ("gptq-4", "qweight", torch.zeros(9, 96, dtype=torch.int32), r"qweight has the shape \[9, 96\].*\[8, 96\]"),
+    ("gptq-4", "qweight", torch.zeros(8, dtype=torch.int32), r"not two sizes"),
+    ("gptq-4", "g_idx", torch.full((64,), 7, dtype=torch.int32), r"g_idx names groups 7 to 7 of 2"),
+    ("gptq-4", "weight", torch.zeros(96, 64), r"twice, dense and quantized"),
+    ("awq", "scales", torch.zeros(2, 90).half(), r"scales has the shape.*AWQ"),
+    ("awq", "qzeros", torch.zeros(1, 12, dtype=torch.int32), r"qzeros has the shape"),
+    ("fp8-tensor", "weight_scale", None, r"up_proj\.weight is stored in FP8, but"),
+    ("fp8-tensor", "weight_scale", torch.zeros(3), r"shape \[3\].*one per channel"),
+    ("fp8-block", "weight_scale_inv", torch.zeros(2, 2), r"shape \[2, 2\].*\[3, 2\] for blocks of \[32, 40\]"),
+    ("fp8-block", "weight", torch.zeros(96, 64), r"up_proj\.weight has a scale .*not as FP8"),
+    ("ct-4-asym", "weight_zero_point", None, r"weight_zero_point is missing"),
+    ("ct-4-sym", "weight_packed", torch.zeros(96, 9, dtype=torch.int32), r"weight_packed has the shape \[96, 9\]"),
+    ("ct-4-sym", "weight_scale", torch.zeros(96, 3), r"weight_scale has the shape \[96, 3\].*\[96, 2\]"),
+    ("ct-4-sym", "weight_shape", torch.tensor([96, 0]), r"not two sizes"),
+    ("ct-4-sym", "weight_shape", torch.tensor([96, 32]), r"shape"),
+    ("ct-4-sym", "weight_g_idx", torch.zeros(64, dtype=torch.int32), r"weight_g_idx"),
+    ("ct-3-sym", "weight_packed", torch.zeros(96, 7, dtype=torch.int32), r"\[96, 7\].*\[96, 6\]"),
+]
+
+
+@pytest.mark.parametrize(("case", "role", "tensor", "message"), BROKEN)
+def test_tensors_that_are_missing_or_do_not_fit_are_refused(
+    case: str, role: str, tensor: Tensor | None, message: str, tmp_path: Path
+) -> None:
+    config, _, make = CASES[case]
+    write(tmp_path, config, make, linears=(UP,))
+    change(tmp_path, f"{UP}.{role}", tensor)
+    with pytest.raises(ModelError, match=message):
+        loaded(tmp_path)
+
+
+NOT_READ: list[tuple[str, dict[str, Any], str]] = [
+    ("awq", {"quant_method": "bitsandbytes"}, r"already \(bitsandbytes\).*dequantize\(\)\.save_pretrained"),
+    ("awq", {"load_in_4bit": True}, r"already \(bitsandbytes\)"),
+    ("awq", {"quant_method": "hqq"}, r"already \(hqq\).*full-precision model"),
+    ("awq", {"quant_method": "mxfp4"}, r"already \(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
+    ("awq", {"quant_method": "auto-round"}, r"already \(auto-round\).*full-precision model"),
+    ("awq", {"quant_method": 7}, r"already \(7\)"),
+    ("awq", {"bits": 4}, r"already \(None\)"),
+    ("awq", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"modelopt NVFP4"),
+    ("awq", {"quant_method": "ptq", "version": 2}, r"output of ptq in its native format.*ptq report"),
+    ("awq", {"quant_method": "fp8"}, r"hold no such weights"),
+    ("awq", AWQ | {"version": "gemv"}, r"layout 'gemv'"),
+    ("awq", AWQ | {"group_size": 16}, r"2 groups for 64 channels.*16"),
+    ("awq", AWQ | {"group_size": "x"}, r"group_size 'x'"),
+    ("gptq-4", GPTQ | {"bits": 4, "format": "marlin"}, r"layout 'marlin'"),
+    ("gptq-4", GPTQ | {"bits": 5}, r"5 bits.*2, 3, 4, 8"),
+    ("gptq-4", GPTQ | {"bits": 8}, r"qweight has the shape"),
+    ("gptq-4", GPTQ, r"None bits"),
+    ("fp8-block", BLOCKS | {"weight_block_size": [128]}, r"not two sizes such as"),
+    ("fp8-block", BLOCKS | {"weight_block_size": None}, r"one per channel"),
+    ("ct-4-sym", ct("nvfp4-pack-quantized", group(4)), r"'nvfp4-pack-quantized'.*pack-quantized"),
+    ("ct-4-sym", ct("pack-quantized", group(4, strategy="rows")), r"does not accept the quantization_config"),
+    ("ct-4-sym", ct("pack-quantized", group(4, actorder="group")), r"does not accept"),
+    (
+        "ct-4-sym",
+        ct("pack-quantized", group(4)) | {"transform_config": {"config_groups": {"R1": 1}}},
+        r"transform_config",
+    ),
+    (
+        "ct-4-sym",
+        ct("pack-quantized", {"g": {"targets": ["re:.*q_proj"], "weights": group(4)["group_0"]["weights"]}}),
+        r"no group of the quantization_config",
+    ),
+    ("ct-4-sym", ct("pack-quantized", group(4, strategy="tensor_group")), r"by 'tensor_group'"),
+]
+
+
+@pytest.mark.parametrize(("case", "config", "message"), NOT_READ)
+def test_what_is_not_read_is_refused_by_name(case: str, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, config, CASES[case][2], linears=(UP,))
+    with pytest.raises(ModelError, match=message):
+        open_model(tmp_path)

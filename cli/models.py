@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from calib.checkpoint_reader import open_model
 from calib.durable import file_sha256
 from calib.errors import ModelError, unknown_name
 from calib.precision import has_fast_bfloat16
+from calib.quantized_checkpoint import read_dense
 from calib.safe_config import check_config, check_tokenizer_config
 from calib.safe_files import checkpoint_files, resolve_model, stored_tensors
 from evals.evaluate import model_info
@@ -47,6 +49,8 @@ _DECISIVE = (
     "merges.txt",
     "*.py",
 )
+# What quantizers of transformers raise besides, on a checkpoint or an installation that they cannot work with.
+_OF_OTHERS = (AttributeError, KeyError, RuntimeError, TypeError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -64,7 +68,8 @@ def load_model(
     """Load a causal language model, packed or plain, and the tokenizer beside it.
 
     Args:
-        source: a folder of ``ptq quantize`` or of transformers, a ``.gguf`` file (dequantized on loading), a hub id.
+        source: a folder of ``ptq quantize`` or of transformers, a ``.gguf`` file, a hub id. GGUF, FP8, GPTQ and AWQ are
+            dequantized on loading.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
         dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's, or
             float32 where the device has no native bfloat16.
@@ -82,12 +87,16 @@ def load_model(
     folder, extra = locate(source, trust_remote_code)
     extra |= {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
-    read = AutoModelForCausalLM.from_pretrained if "gguf_file" in extra else load
+    read: Any = AutoModelForCausalLM.from_pretrained if "gguf_file" in extra else load
+    quantized = "gguf_file" not in extra and bool(stated := _quantization(folder, trust_remote_code))
+    if quantized and read_dense(stated):
+        read = _load_dense
+    expected = (OSError, ValueError, ImportError, *(_OF_OTHERS if quantized else ()))
     with _quiet_unless_terminal():
         try:
             model: Any = read(folder, **placed, **extra)
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        except (OSError, ValueError, ImportError) as error:
+        except expected as error:
             if "Unrecognized configuration class" in str(error):
                 raise ModelError(f"{source} is not a causal language model: ptq evaluates and runs those.") from error
             raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
@@ -105,6 +114,22 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+
+
+def _quantization(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    return dict(check_config(folder, trust_remote_code=trust_remote_code).get("quantization_config") or {})
+
+
+def _load_dense(folder: Path, *, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
+    """A model whose weights are quantized in a way for which transformers needs packages or kernels: dequantized."""
+    source = open_model(folder, trust_remote_code=trust_remote_code)
+    source.load(source.tensor_names())
+    model: Any = source.skeleton
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(
+        "cpu" if device_map is None else device_map[""], source.dtype if dtype == "auto" else getattr(torch, dtype)
+    )
 
 
 def describe(loaded: LoadedModel) -> ModelInfo:

@@ -7,7 +7,7 @@ from typing import Any
 
 from calib.errors import ModelError
 
-__all__ = ["METHODS", "OWN_METHOD", "source_method"]
+__all__ = ["METHODS", "OWN_METHOD", "read_dense", "source_method"]
 
 METHODS = ("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors", "gptq", "awq")
 OWN_METHOD = "ptq"
@@ -49,3 +49,9 @@ def source_method(folder: str, config: Mapping[str, Any]) -> str:
             f"{_ADVICE.get(str(method), _ELSE)}."
         )
     return str(method)
+
+
+def read_dense(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this ``quantization_config`` is dequantized to be run, too: transformers would need packages
+    or kernels for it. That of compressed-tensors it runs as it is."""
+    return config.get("quant_method") in METHODS and config.get("quant_method") != "compressed-tensors"

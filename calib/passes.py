@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from calib.errors import NumericalError
 from calib.precision import has_fast_bfloat16, share_not_finite
 
-__all__ = ["check_finite", "check_weight", "pass_dtype", "place", "three_dims"]
+__all__ = ["MAX_WEIGHT", "check_finite", "check_range", "check_weight", "pass_dtype", "place", "three_dims"]
+
+MAX_WEIGHT = 1e12
+"""Largest weight that is quantized. Powers of errors up to the 2.4th, summed over a row, stay within float32 below it;
+real models have weights below 1e4."""
 
 
 def pass_dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -59,6 +63,21 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise NumericalError(
             f"{name}: {bad:.2%} of the weights are NaN or Inf. The checkpoint is damaged, or was saved in a dtype it "
             f"overflows."
+        )
+
+
+def check_range(weight: Tensor, name: str) -> None:
+    """Refuse a weight that is to be quantized if it holds NaN or Inf, or numbers beyond `MAX_WEIGHT`.
+
+    Raises:
+        NumericalError: names it, the largest number and the limit.
+    """
+    check_weight(weight, name)
+    largest = max(abs(float(edge)) for edge in weight.aminmax()) if weight.numel() else 0.0
+    if largest > MAX_WEIGHT:
+        raise NumericalError(
+            f"{name}: the largest weight is {largest:.3g}, and up to {MAX_WEIGHT:g} are quantized: the squared errors "
+            f"of larger ones overflow float32. Is the checkpoint damaged? If not, leave the layer out: --ignore {name}."
         )
 
 

@@ -277,7 +277,11 @@ class StatisticsAccumulator:
             all_reduce(tensor)
 
     def finish(self) -> GroupStatistics:
-        """The statistics; the accumulator must not be used after this."""
+        """The statistics; the accumulator must not be used after this.
+
+        Raises:
+            NumericalError: a sum overflows float32.
+        """
         folds = tuple(sums.moments() for sums in self._sums)
         total = folds[0]
         if len(folds) > 1:
@@ -287,9 +291,23 @@ class StatisticsAccumulator:
         if self._mismatch_gram is not None:
             gram = self._mismatch_gram.full()
             energy = {name: _quadratic(weight.float(), gram) for name, weight in self._weights.items()}
+        for part in (*folds, total):
+            _check_sum(part.hessian, "squares of the inputs", self.name)
+            _check_sum(part.mismatch, "products of inputs and mismatch", self.name)
+        block = self.name.removesuffix(next(iter(self._weights)))
+        for name, values in energy.items():
+            _check_sum(values, "squares of the mismatch at the outputs", block + name)
         tokens, sequences = (int(count) for count in self._counts)
         spread = {name: spread.effective_tokens() for name, spread in self._spread.items()}
         return GroupStatistics(tokens, sequences, total, folds if len(folds) > 1 else (), energy, spread)
+
+
+def _check_sum(values: Tensor | None, what: str, linear: str) -> None:
+    if values is not None and share_not_finite(values):  # a sum of all can overflow where no entry does
+        raise NumericalError(
+            f"the {what} of {linear} overflow float32: numbers beyond 1e18 go through this block. Is the checkpoint "
+            f"damaged? If not, leave the layer out: --ignore {linear}."
+        )
 
 
 def _quadratic(weight: Tensor, gram: Tensor) -> Tensor:

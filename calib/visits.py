@@ -17,7 +17,7 @@ from calib.block_calls import BlockCall
 from calib.groups import BlockMap, InputGroup
 from calib.lockstep import BlockPasses
 from calib.model_map import find_linears, linear_weight, set_linear_weight
-from calib.passes import check_finite, check_weight, place, three_dims
+from calib.passes import check_finite, check_range, place, three_dims
 from calib.routed import RoutedRows
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
 from calib.streams import Stream
@@ -355,10 +355,10 @@ class GroupVisit:
         """A linear's original weight, float32 ``[out, in]`` on the walk's device, for what it gets (`treat_inputs`).
 
         Raises:
-            NumericalError: it holds NaN or Inf.
+            NumericalError: it holds NaN or Inf, or numbers whose squared errors would overflow.
         """
         weight = self.block.original(name).to(self.block.walk.device, torch.float32)
-        check_weight(weight, self.full_name(name))
+        check_range(weight, self.full_name(name))
         return self.block.for_treated(name, weight)
 
     def statistics(self) -> GroupStatistics | None:
@@ -368,6 +368,8 @@ class GroupVisit:
         if not self._needs or not walk.has_tokens:
             return None
         weights = {name: self.block.full(name) for name in self.names}
+        for name, weight in weights.items():
+            check_range(weight, self.full_name(name))
         accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
         with walk.timing.part("passes", walk.device):
             self._prepare()

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from calib.precision import gram_bounds, product
 from calib.stats import LinearStatistics
+from ptq.errors import NumericalError
 from ptq.quantized import QuantizedWeight
 
-__all__ = ["layer_losses", "losses_flops"]
+__all__ = ["MAX_ENERGY", "check_energy", "layer_losses", "losses_flops"]
+
+MAX_ENERGY = 1e34
+"""Largest output energy ``||W||^2 ||X~||^2`` of a linear: float32 ends at 3e38, and solvers need some orders of
+magnitude above what they start from."""
+
+
+def check_energy(weight: Tensor, stats: LinearStatistics | None) -> None:
+    """Refuse a linear for whose outputs float32 is too narrow, before a solver works on it.
+
+    The bound is taken from norms in float64, which cannot overflow here.
+
+    Args:
+        weight: float32 ``[out, in]``.
+        stats: what was gathered on its inputs; without, there is nothing to check.
+
+    Raises:
+        NumericalError: states the bound and the limit; the caller knows the linear's name.
+    """
+    if stats is None:
+        return
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    energy = norm**2 * float(stats.hessian.diagonal().sum(dtype=torch.float64))
+    if not energy <= MAX_ENERGY:
+        raise NumericalError(
+            f"the squares of its outputs reach {energy:.3g}, and up to {MAX_ENERGY:g} fit a solve in float32 (norm of "
+            f"the weight {norm:.3g}). Is the checkpoint damaged? If not, leave the layer out with --ignore."
+        )
 
 
 def layer_losses(
@@ -23,10 +54,15 @@ def layer_losses(
     with one stream only, ``||(W - Q) X~||^2 / ||W X~||^2``.
 
     Args:
-        weight: float32 ``[out, in]``; quantized: the result; stats: what was gathered.
+        weight: float32 ``[out, in]``.
+        quantized: the result.
+        stats: what was gathered.
 
     Returns:
         ``(nearest, chosen)``, or ``(None, None)`` without statistics.
+
+    Raises:
+        NumericalError: an error is not finite; the caller knows the linear's name.
     """
     if stats is None:
         return None, None
@@ -42,7 +78,13 @@ def layer_losses(
         return 0.0, 0.0
     grid = quantized.bound_grid()
     nearest = grid.dequantize(grid.round(weight))
-    return error(weight - nearest) / size, error(weight - grid.dequantize(quantized.codes)) / size
+    found = error(weight - nearest) / size, error(weight - grid.dequantize(quantized.codes)) / size
+    if not all(map(math.isfinite, (size, *found))):
+        raise NumericalError(
+            f"its output error is not finite ({found[0]:g} for nearest rounding, {found[1]:g} for what was chosen, of "
+            f"{size:g}). Is the checkpoint damaged? If not, leave the layer out with --ignore."
+        )
+    return found
 
 
 def losses_flops(rows: int, width: int, *, mismatch: bool) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from calib.stats import GroupStatistics
 from calib.walk import GroupVisit, Timing
 from calib.workers import Workers
 from ptq.errors import NumericalError, PtqError
-from ptq.losses import layer_losses, losses_flops
-from ptq.methods import LayerMethod, LayerResult
+from ptq.losses import check_energy, layer_losses, losses_flops
+from ptq.methods import LayerMethod
 from ptq.quantized import LayerRecord, QuantizedWeight
 from ptq.scheme import Scheme
 from ptq.treated_inputs import stored_scheme
@@ -92,10 +93,11 @@ def _solve(
     device = group.block.walk.device
     weight = group.weight(name)
     own = None if stats is None else stats.of(name)
-    with timing.part("solve", device):
-        result = _quantize(full, weight, own, scheme, method, config)
+    with timing.part("solve", device), _named(full):
+        check_energy(weight, own)
+        result = method.quantize(weight, own, scheme, config)
     quantized = dataclasses.replace(result.weight, scheme=stored_scheme(group.block, name, result.weight.scheme))
-    with timing.part("losses", device):
+    with timing.part("losses", device), _named(full):
         nearest, loss = layer_losses(weight, quantized, own)
     checked = 0 if own is None else losses_flops(*quantized.shape, mismatch=own.has_mismatch)
     notes = (*group.notes, *result.notes)
@@ -120,9 +122,11 @@ def _solve(
     return Solved(quantized, record, float(result.flops + checked))
 
 
-def _quantize(full: str, weight: Tensor, own: Any, scheme: Scheme, method: LayerMethod, config: Any) -> LayerResult:
+@contextlib.contextmanager
+def _named(full: str) -> Iterator[None]:
+    """Errors about one linear name it."""
     try:
-        return method.quantize(weight, own, scheme, config)
+        yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericalError(f"{full}: {error}") from error
     except PtqError as error:

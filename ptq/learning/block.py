@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from calib.block_calls import BlockCall, first_tensor
-from calib.passes import check_weight
+from calib.passes import check_range
 from calib.visits import BlockVisit
 from ptq.learning.config import LearnedConfig
 from ptq.learning.linear import KINDS, LinearLearner, round_together
@@ -44,7 +44,7 @@ class BlockLearner:
         share: of the input channels that are quantized at the moment; linears' inputs follow it, too.
 
     Raises:
-        NumericalError: a weight holds NaN or Inf.
+        NumericalError: a weight holds NaN or Inf, or numbers whose squared errors would overflow.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class BlockLearner:
         self.visit, self.config, self._share = visit, config, 1.0
         anchors = anchors or {}
         for name in schemes:
-            check_weight(visit.full(name), f"{visit.name}.{name}")
+            check_range(visit.full(name), f"{visit.name}.{name}")
         self.linears = {
             name: LinearLearner(
                 visit.full(name), scheme, config, _generator(seed, f"{visit.name}.{name}"), anchors.get(name)

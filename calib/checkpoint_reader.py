@@ -285,11 +285,12 @@ class FolderSource:
         return config
 
     def unused(self) -> list[str]:
-        """Tensors of the checkpoint that the model does not have."""
-        return [] if self._whole else self._strangers()
+        """Tensors of the checkpoint that the model does not have, and that do not go along."""
+        return sorted(set(self._strangers()) - self.carried().keys())
 
     def carried(self) -> dict[str, StoredTensor]:
-        return {key: self._stored[key] for key in self._strangers()} if self._whole else {}
+        strangers = self._strangers() if self._whole else []
+        return {key: self._stored[key] for key in strangers if not self._stored.is_quantized_part(key)}
 
     def _strangers(self) -> list[str]:
         return sorted(key for key, targets in self._targets.items() if not targets)

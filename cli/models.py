@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from calib.checkpoint_reader import open_model
 from calib.durable import file_sha256
 from calib.errors import ModelError, unknown_name
+from calib.passes import place
 from calib.precision import has_fast_bfloat16
 from calib.quantized_checkpoint import read_dense
 from calib.safe_config import check_config, check_tokenizer_config
@@ -82,11 +83,11 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    place = resolve_device(device)
-    dtype = resolved_dtype(dtype, place)
+    where = resolve_device(device)
+    dtype = resolved_dtype(dtype, where)
     folder, extra = locate(source, trust_remote_code)
     extra |= {"trust_remote_code": trust_remote_code}
-    placed: dict[str, Any] = {"dtype": dtype, "device_map": None if place.type == "cpu" else {"": str(place)}}
+    placed: dict[str, Any] = {"dtype": dtype, "device_map": None if where.type == "cpu" else {"": str(where)}}
     read: Any = AutoModelForCausalLM.from_pretrained if "gguf_file" in extra else load
     quantized = "gguf_file" not in extra and bool(stated := _quantization(folder, trust_remote_code))
     if quantized and read_dense(stated):
@@ -127,9 +128,10 @@ def _load_dense(folder: Path, *, dtype: str, device_map: Any, trust_remote_code:
     model: Any = source.skeleton
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(
-        "cpu" if device_map is None else device_map[""], source.dtype if dtype == "auto" else getattr(torch, dtype)
-    )
+    device = torch.device("cpu" if device_map is None else device_map[""])
+    place(model, device, source.dtype if dtype == "auto" else getattr(torch, dtype))  # rotary frequencies stay float32
+    model.tie_weights()
+    return model
 
 
 def describe(loaded: LoadedModel) -> ModelInfo:

@@ -26,6 +26,7 @@ __all__ = ["StoredWeights", "open_weights"]
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _PLAIN.items()}
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where config.json says nothing
+_SCALES = ("_scale", "_scale_inv", "_zero_point")  # of activations and the cache of keys and values
 _MAX_BESIDE_BYTES = 8 << 20
 
 
@@ -84,6 +85,10 @@ class StoredWeights(Mapping[str, StoredTensor]):
         """Whether this tensor is dequantized when it is read."""
         return self._stored_as[name] in self._packed
 
+    def is_quantized_part(self, name: str) -> bool:
+        """Whether this tensor has no meaning in a dense checkpoint: packed, or a scale that belongs to no weight."""
+        return self.is_packed(name) or (self.quantization is not None and name.endswith(_SCALES))
+
     @contextlib.contextmanager
     def slices(self, names: list[str]) -> Iterator[dict[str, Any]]:
         """These tensors by name, each read (and dequantized) when it is indexed with ``[...]``, not before."""
@@ -139,7 +144,9 @@ def open_weights(folder: Path, files: Mapping[str, StoredTensor], config: Any) -
     Raises:
         ModelError: a quantization that is not read, tensors that are missing or do not fit it.
     """
-    stated = getattr(config, "quantization_config", None) or _beside(folder, files)
+    holders = {id(one): one for one in (config, config.get_text_config())}.values()
+    stated = next((found for one in holders if (found := getattr(one, "quantization_config", None))), None)
+    stated = stated or _beside(folder, files)
     if not stated:
         return StoredWeights(files)
     stated = stated if isinstance(stated, Mapping) else stated.to_dict()
@@ -153,8 +160,9 @@ def open_weights(folder: Path, files: Mapping[str, StoredTensor], config: Any) -
     if both is not None:
         raise ModelError(f"{folder} holds {both} twice, dense and quantized: which one counts cannot be known.")
     dtype = _dense_dtype(config, files, parts)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for one in holders:
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
     config.dtype = dtype
     summary = SourceQuantization.of(method, packed, str(dtype).removeprefix("torch."))
     return StoredWeights(files, names, dtype, summary)

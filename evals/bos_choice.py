@@ -27,8 +27,8 @@ __all__ = ["LEAST_GAIN_NATS", "choose_bos", "follow_base"]
 
 LEAST_GAIN_NATS = 0.05
 """Per token; BOS that is worth less is left to the convention. A factor of 1.05 of the perplexity."""
-_TRIAL_TOKENS = 512
-_TRIAL_WINDOWS = 4
+_TRIAL_SEQLEN = 512
+_TRIAL_TOKENS = 2048
 _CUT = ("segments", "sliding")
 """Conventions that the literature computes without BOS; `llamacpp` and `documents` have rules of their own."""
 
@@ -100,12 +100,12 @@ def _trial(job: TextJob, tokenizer: Any, bos: int, model: Any) -> tuple[list[Win
     """The first tokens of a text as windows without and with BOS, of which the same tokens are scored."""
     tokens = without_bos(tokenize(job.text.text, tokenizer, special_tokens=not job.text.templated), bos)
     tokens = tokens[: job.options.get("max_tokens")]
-    length = min(_TRIAL_TOKENS, context_length(model) or _TRIAL_TOKENS) - 1
-    if len(tokens) < length:
-        length = len(tokens)
+    # windows as short as those that will be scored: what BOS is worth lies at their beginning
+    seqlen = min(job.options.get("seqlen") or _TRIAL_SEQLEN, context_length(model) or _TRIAL_SEQLEN, _TRIAL_SEQLEN)
+    length = min(max(2, seqlen - 1), len(tokens))
     if length < 2:
         return None
-    count = min(_TRIAL_WINDOWS, len(tokens) // length)
+    count = min(_TRIAL_TOKENS, len(tokens)) // length
     cut = tokens[: count * length].view(count, length)
     begun = with_bos(cut, bos)
     check_vocabulary(begun, model)

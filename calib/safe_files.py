@@ -9,8 +9,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils._validators import validate_repo_id
 
 from calib.errors import ModelError
+from calib.hub import hub_access, no_hub
 from calib.safe_json import quoted, read_json
 from calib.safetensors_header import StoredTensor, check_headers
 
@@ -60,17 +62,21 @@ def resolve_model(model: str) -> Path:
             return path
         if path.is_file():
             raise ModelError(f"{model} is a file; give a model folder, a hub id, or a file that ends in .gguf.")
-        return Path(snapshot_download(model, ignore_patterns=_UNWANTED))
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"{model} is neither a local folder nor a model on the hub.{_near(path)}") from error
+        validate_repo_id(model)
     except HFValidationError as error:
         raise ModelError(
             f"there is no folder {model}, and that is not the form of a hub id (owner/name).{_near(path)}"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"there is no folder {model}.{_near(path)} The hub cannot be reached for it: {error}"
-        ) from error
+    except OSError as error:  # a name that no file can have
+        raise ModelError(f"there is no folder {model}: {error.strerror}.") from error
+    with hub_access() as unreachable:
+        try:
+            return Path(snapshot_download(model, ignore_patterns=_UNWANTED))
+        except RepositoryNotFoundError as error:
+            raise ModelError(f"{model} is neither a local folder nor a model on the hub.{_near(path)}") from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            why = f"the hub cannot be reached for it: {error}" if unreachable is None else no_hub(unreachable, "it")
+            raise ModelError(f"there is no folder {model}.{_near(path)} As a hub id: {why}.") from error
 
 
 def _near(path: Path) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 from calib.chat import RowReader
 from calib.errors import DataError, UsageError, unknown_name
+from calib.hub import hub_access, no_hub
 from calib.rows import ROW_SUFFIXES, decoded, file_rows
 
 __all__ = ["PYDOC_CALIBRATION", "SELF", "SOURCE_NAMES", "Text", "read_text"]
@@ -222,16 +223,16 @@ def _hub_request(name: str) -> tuple[dict[str, Any], str] | None:
 def _read_hub(source: str, request: dict[str, Any], field: str, limit: int | None, reader: RowReader) -> _Found:
     import datasets  # imported here: it takes a second, and most runs do not need it
 
-    try:
-        rows = datasets.load_dataset(**request)
-        texts, cut = _take(rows, source, field, limit if request.get("streaming") else None, reader)
-    except (DataError, UsageError):
-        raise
-    except Exception as error:  # the library and what it reads through raise errors of many unrelated classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise DataError(
-            f"cannot read the hub data set {source!r} ({type(error).__name__}: {reason}). {_OFFLINE}"
-        ) from error
+    with hub_access() as unreachable:
+        try:
+            rows = datasets.load_dataset(**request)
+            texts, cut = _take(rows, source, field, limit if request.get("streaming") else None, reader)
+        except (DataError, UsageError):
+            raise
+        except Exception as error:  # the library and what it reads through raise errors of many unrelated classes
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            why = f"{type(error).__name__}: {reason}" if unreachable is None else no_hub(unreachable, "it")
+            raise DataError(f"cannot read the hub data set {source!r} ({why}). {_OFFLINE}") from error
     notes = (f"hub data set {request['path']}, split {request['split']}",)
     return _joined(texts, notes + ((f"the first {len(texts)} documents only",) if cut else ()))
 

@@ -14,13 +14,14 @@ fingerprint is another than the one that is stored, the folder is emptied, and t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def default_cache() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq"
 
 
+@contextlib.contextmanager
+def _cache_errors(folder: Path, verb: str) -> Iterator[None]:
+    """Errors of the cache name the way to choose another one."""
+    try:
+        with os_errors(folder, verb):
+            yield
+    except OutputError as error:
+        raise OutputError(
+            f"{error} The base's results are kept there; --cache DIR or $PTQ_CACHE names another place."
+        ) from error
+
+
 class BaseStore:
     """Results of one base.
 
@@ -65,23 +78,25 @@ class BaseStore:
         self.folder = root / f"{name}-{key}"
         self.fingerprint = fingerprint
         self.notes: tuple[str, ...] = ()
+        with _cache_errors(root, "create"):  # before the base is loaded and run
+            root.mkdir(parents=True, exist_ok=True)
         found = _read_json(self.folder / _CARD)
         if found is not None and not {"model", "tokenizer_hash", "environment"} <= set(found):
             found = None  # damaged
         unknown = found is None and any(self.folder.glob("t*-*"))  # texts and tasks, but of which weights?
         if unknown or (found is not None and found.get("fingerprint") != fingerprint):
             self.notes = (f"{source} is not what it was when its results were kept: they are computed again",)
-            with os_errors(self.folder, "empty"):
+            with _cache_errors(self.folder, "empty"):
                 shutil.rmtree(self.folder)
             found = None
         self.card: dict[str, Any] | None = found
 
     def describe(self, card: Mapping[str, Any]) -> None:
         """Keep what the base is, so that it need not be loaded again."""
-        with os_errors(self.folder, "create"):
+        with _cache_errors(self.folder, "create"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.card = dict(card) | {"fingerprint": self.fingerprint}
-        write_json(self.folder / _CARD, self.card, shared=True)
+            self.card = dict(card) | {"fingerprint": self.fingerprint}
+            write_json(self.folder / _CARD, self.card, shared=True)
 
     def text(self, question: Mapping[str, Any]) -> TextStore:
         """Where a text's windows are; ``question`` is everything that decides them."""
@@ -104,9 +119,9 @@ class ResultFile:
 
     def write(self, result: Mapping[str, Any]) -> None:
         """Keep a result."""
-        with os_errors(self.path.parent, "create"):
+        with _cache_errors(self.path.parent, "create"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, result, shared=True)
+            write_json(self.path, result, shared=True)
 
 
 class TextStore(ResultFile):
@@ -119,9 +134,9 @@ class TextStore(ResultFile):
 
     def begin(self, windows: int) -> None:
         """Say how many windows there will be."""
-        with os_errors(self.folder, "create"):
+        with _cache_errors(self.folder, "create"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._count, {"windows": windows}, shared=True)
+            write_json(self._count, {"windows": windows}, shared=True)
 
     def missing(self) -> list[int]:
         """Windows that are not there yet."""
@@ -165,7 +180,8 @@ class TextStore(ResultFile):
         tensors["top"] = kept.top.to(torch.int32)
         metadata = {"vocab": str(kept.vocab)}
         path = self._file(index)
-        write_file(path, lambda temporary: save_file(_contiguous(tensors), temporary, metadata), shared=True)
+        with _cache_errors(path, "write"):
+            write_file(path, lambda temporary: save_file(_contiguous(tensors), temporary, metadata), shared=True)
 
     def window(self, index: int) -> Kept:
         """What `write_window` kept.

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from calib.errors import DataError
+from calib.hub import hub_access, no_hub
 from evals.questions import HubSource, Row
 
 __all__ = [
@@ -61,14 +62,16 @@ def read_split(name: str, hub: HubSource, split: str) -> tuple[str, list[tuple[s
 def _load(name: str, hub: HubSource, split: str) -> Any:
     import datasets  # imported here: it takes a second, and most runs read files
 
-    try:
-        return datasets.load_dataset(hub.repo, hub.config, split=split)
-    except Exception as error:  # the library and what it reads through raise errors of many unrelated classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise DataError(
-            f"cannot read the rows of {name!r} from the hub data set {hub.repo!r} ({type(error).__name__}: {reason}). "
-            f"Without a network, put them as {name}.jsonl into a folder and name it with --data."
-        ) from error
+    with hub_access() as unreachable:
+        try:
+            return datasets.load_dataset(hub.repo, hub.config, split=split)
+        except Exception as error:  # the library and what it reads through raise errors of many unrelated classes
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            why = f"{type(error).__name__}: {reason}" if unreachable is None else no_hub(unreachable, "it")
+            raise DataError(
+                f"cannot read the rows of {name!r} from the hub data set {hub.repo!r} ({why}). Without a network, put "
+                f"them as {name}.jsonl into a folder and name it with --data."
+            ) from error
 
 
 def arc(row: Row) -> Row:

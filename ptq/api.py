@@ -36,6 +36,7 @@ from ptq.proof import settle_format
 from ptq.recipe import CalibrationSpec, Recipe
 from ptq.report import Report
 from ptq.rotated_plan import rotate_last_inputs
+from ptq.rough_time import long_run_notices
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.residual import rotate_residual
 from ptq.window_forecast import Surroundings, check_learning
@@ -208,6 +209,11 @@ def _prepare(
     if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
         return _kept(finished, source, calibration if needs_data else None, listener), tokenizer
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
+    if needs_data and place.type == "cpu":
+        spec = recipe.calibration
+        shape = (spec.samples, spec.seqlen) if calibration is None else tuple(calibration.tokens.shape)
+        for notice in long_run_notices(source.skeleton, plan, method, config, *shape):
+            listener(Event("message", notice))
     if not needs_data:
         calibration = None
     elif calibration is None and workers.leads:

@@ -215,8 +215,12 @@ def test_space_is_reckoned_as_it_is_used(
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    store = BaseStore(tmp_path / "file", "M", LOADED, "print")
     with pytest.raises(OutputError, match=r"cannot create .*file.*"):
+        BaseStore(tmp_path / "file", "M", LOADED, "print")
+    store = BaseStore(tmp_path / "cache", "M", LOADED, "print")
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"cannot create .*cache.*"):
         store.describe({})
     with pytest.raises(OutputError, match="cannot create"):
         store.task({}).write({})
@@ -416,3 +420,16 @@ def test_sizes_that_are_documented() -> None:
     """About two kilobytes of a prediction (docs/evaluation.md)."""
     assert 1500 < base_store._bytes_each(256, 49_152) < 2100
     assert base_store._bytes_each(256, 49_152) == (256 + DRAWS) * 6 + 20
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out_before_anything_is_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        OutputError, match=r"cannot create .*file/cache.*--cache DIR or \$PTQ_CACHE names another place"
+    ):
+        BaseStore(tmp_path / "file" / "cache", "base", {}, "fingerprint")
+    store = BaseStore(tmp_path / "cache", "base", {}, "fingerprint")
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(OutputError, match=r"--cache DIR or \$PTQ_CACHE"):
+        store.task({}).write({})

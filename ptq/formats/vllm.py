@@ -39,4 +39,8 @@ def vllm_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any
 def vllm_phrase(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str:
     """The half sentence on vLLM in a report's ``format_reason``."""
     problem = vllm_problem(schemes, linears)
-    return "vLLM reads these fields (not run here)" if problem is None else f"not every version of vLLM reads it ({problem})"
+    return (
+        "vLLM reads these fields (not run here)"
+        if problem is None
+        else f"not every version of vLLM reads it ({problem})"
+    )

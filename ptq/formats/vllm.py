@@ -15,7 +15,9 @@ OUTPUT_MULTIPLE, INPUT_MULTIPLE = 64, 128
 
 
 def vllm_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str | None:
-    """What of a checkpoint the loader of vLLM for packed integers (``CompressedTensorsWNA16``, Marlin) would not take.
+    """What of a checkpoint is beyond vLLM's loader for packed integers (``CompressedTensorsWNA16``, Marlin).
+
+    Later versions have kernels for more, e.g. for 2 to 8 bits.
 
     Args:
         schemes: of all linears in the blocks by full name, ``None`` for full precision.
@@ -25,16 +27,20 @@ def vllm_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any
         if scheme is None:
             continue
         if scheme.bits not in BITS:
-            return f"{scheme.bits} bits, and it reads 4 and 8"
+            return f"{scheme.bits} bits; all read 4 and 8"
         if scheme.group_size not in GROUP_SIZES:
-            return f"groups of {scheme.group_size}, and it reads 32, 64, 128 and whole channels"
+            return f"groups of {scheme.group_size}; all read 32, 64, 128 and whole channels"
         out_features, in_features = linears[name].out_features, linears[name].in_features
         if out_features % OUTPUT_MULTIPLE or in_features % INPUT_MULTIPLE:
-            return f"{name} is {out_features} x {in_features}, and its kernel takes multiples of 64 x 128"
+            return f"{name} is {out_features} x {in_features}; all read multiples of 64 x 128"
     return None
 
 
 def vllm_phrase(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str:
     """The half sentence on vLLM in a report's ``format_reason``."""
     problem = vllm_problem(schemes, linears)
-    return "vLLM reads these fields (not run here)" if problem is None else f"vLLM does not read it ({problem})"
+    return (
+        "vLLM reads these fields (not run here)"
+        if problem is None
+        else f"not every version of vLLM reads it ({problem})"
+    )

@@ -67,9 +67,14 @@ def shrink_config(config: Mapping[str, Any], blocks: int, kept: int, *, widths: 
 def _walk(data: dict[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
     """The config with every entry changed, those of configs inside it too."""
     return {
-        key: _walk(value, change) if isinstance(value, dict) and key not in _ROTARY else change(key, value)
+        key: _walk(value, change) if _is_config(value) and key not in _ROTARY else change(key, value)
         for key, value in data.items()
     }
+
+
+def _is_config(value: Any) -> bool:
+    """Whether a value holds entries by name; labels, for one, are numbered."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _cut_depth(key: str, value: Any, blocks: int, kept: int) -> Any:
@@ -82,7 +87,7 @@ def _cut_depth(key: str, value: Any, blocks: int, kept: int) -> Any:
 def _shrink_widths(config: dict[str, Any]) -> dict[str, Any]:
     """The widths of a config and of those inside it."""
     small: dict[str, Any] = {
-        key: _shrink_widths(value) if isinstance(value, dict) else value for key, value in config.items()
+        key: _shrink_widths(value) if _is_config(value) else value for key, value in config.items()
     }
     for key, size in _SMALL.items():
         if type(small.get(key)) is int and small[key] > size:

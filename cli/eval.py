@@ -180,7 +180,7 @@ def _base(options: dict[str, Any], workload: Workload, top_k: int | None, progre
 
     source = options["against"]
     place = resolve_device(options["device"])
-    loaded = {"dtype": resolved_dtype(options["dtype"], place), "device": place.type}
+    loaded = {"dtype": resolved_dtype(options["dtype"], place, source), "device": place.type}
     path = Path(source)
     name = str(path.resolve()) if path.exists() else source
     store = BaseStore(options["cache"] or default_cache(), name, loaded, files_fingerprint(source))

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 import click
 
 from calib.errors import OutputError, PtqError, unknown_name
+from cli.waiting import wait_asleep
 
 __all__ = ["COMMANDS", "INTERRUPTED", "cli", "main"]
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from cli.screen import CLOSED_PIPE, ClosedPipe, forgiving_streams
 
+    wait_asleep()  # before a command imports torch
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with forgiving_streams():

@@ -52,6 +52,7 @@ _DECISIVE = (
 )
 # What quantizers of transformers raise besides, on a checkpoint or an installation that they cannot work with.
 _OF_OTHERS = (AttributeError, KeyError, RuntimeError, TypeError)
+GGUF_DTYPE = "bfloat16"  # what `calib.checkpoint_reader` dequantizes a .gguf file to
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -72,8 +73,8 @@ def load_model(
         source: a folder of ``ptq quantize`` or of transformers, a ``.gguf`` file, a hub id. GGUF, FP8, GPTQ and AWQ are
             dequantized on loading.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
-        dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's, or
-            float32 where the device has no native bfloat16.
+        dtype: of activations and of what is not quantized; ``auto`` is the checkpoint's (bfloat16 for a ``.gguf``
+            file), or float32 where the device has no native bfloat16.
         trust_remote_code: allow model code that comes with the model.
 
     Raises:
@@ -84,7 +85,7 @@ def load_model(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     where = resolve_device(device)
-    dtype = resolved_dtype(dtype, where)
+    dtype = resolved_dtype(dtype, where, source)
     folder, extra = locate(source, trust_remote_code)
     extra |= {"trust_remote_code": trust_remote_code}
     placed: dict[str, Any] = {"dtype": dtype, "device_map": None if where.type == "cpu" else {"": str(where)}}
@@ -164,9 +165,16 @@ def files_fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def resolved_dtype(dtype: str, place: torch.device) -> str:
-    """What ``auto`` means on a device: the checkpoint's type, or float32 where half precision is emulated."""
-    return "float32" if dtype == "auto" and not has_fast_bfloat16(place) else dtype
+def resolved_dtype(dtype: str, place: torch.device, source: str) -> str:
+    """What ``auto`` means for a model on a device: the checkpoint's type, or float32 where half precision is emulated.
+
+    A ``.gguf`` file names no type for what it holds: bfloat16, as in the folder that ``ptq quantize`` makes of it.
+    """
+    if dtype != "auto":
+        return dtype
+    if not has_fast_bfloat16(place):
+        return "float32"
+    return GGUF_DTYPE if Path(source).suffix == ".gguf" else "auto"
 
 
 def _weight_files(source: str) -> list[Path]:

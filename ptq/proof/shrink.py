@@ -105,7 +105,7 @@ def _shrink_widths(config: dict[str, Any]) -> dict[str, Any]:
         if type(small.get(key)) is int:
             small[key] = min(small[key], 512)
     for key, value in small.items():
-        if key.endswith("_token_id"):
+        if str(key).endswith("_token_id"):  # labels of a config have numbers as keys
             small[key] = _in_vocabulary(value)
         if key in _ROTARY and isinstance(value, dict):
             small[key] = _shrink_rotary(value, config)

@@ -94,7 +94,7 @@ def load_model(
     if quantized and read_dense(stated):
         read = _load_dense
     expected = (OSError, ValueError, ImportError, *(_OF_OTHERS if quantized else ()))
-    with _quiet_unless_terminal():
+    with _quiet_unless_terminal(), _errors_only("gguf_file" in extra):
         try:
             model: Any = read(folder, **placed, **extra)
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
@@ -198,6 +198,18 @@ def locate(source: str, trust_remote_code: bool = False) -> tuple[Path, dict[str
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _errors_only(gguf: bool) -> Iterator[None]:
+    """transformers advises float32 for packed ``.gguf`` weights; here they are dequantized, and the type is ours."""
+    level = transformers_logging.get_verbosity()
+    if gguf:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 @contextmanager

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from calib.errors import ModelError, NumericalError
-from evals import batching, divergence, evaluate
+from evals import batching, divergence, evaluate, text_scores
 from evals.batching import BatchSize
 from evals.logits import ModelLogits
-from evals.reference import Kept, Scores
+from evals.reference import Kept, Scores, score_alone
 from evals.text_scores import keep_base, score_windows
 from evals.windows import CONVENTIONS, Window, make_plan
 
@@ -348,21 +347,28 @@ def test_a_model_against_itself(
     json.dumps(record.to_dict(), allow_nan=False)
 
 
-def test_the_heap_does_not_grow_with_the_text() -> None:
-    """Small results that stay between large logits that go would cost 30 to 50 MB per chunk of 16 MB."""
-    config = LlamaConfig(
-        vocab_size=1 << 18,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        tie_word_embeddings=True,
-    )
-    source = ModelLogits(LlamaForCausalLM(config).eval(), torch.arange(8))
-    first = [Window(torch.arange(17), 1, 0)]
-    score_windows(source, first, BatchSize(1, CPU), base=keep_all(source, first, 16))
-    windows = [Window(torch.arange(item, item + 97), 1, item) for item in range(2)]
-    before = psutil.Process().memory_info().rss
-    score_windows(source, windows, BatchSize(2, CPU), base=keep_all(source, windows, 16))
-    grown = psutil.Process().memory_info().rss - before
-    assert grown < 150e6, f"{grown / 1e6:.0f} MB"
+def test_no_scores_outlive_their_chunk(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors that stay between large ones that go leave the heap in pieces: 30 to 50 MB per chunk of 16 MB."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def scored(logits: Tensor, targets: Tensor) -> Scores:
+        alive.append(sum(old() is not None for old in made))
+        scores = score_alone(logits, targets)
+        made.append(weakref.ref(scores.nll))
+        return scores
+
+    monkeypatch.setattr(text_scores, "score_alone", scored)
+    windows = some_windows()
+    found = score_windows(InPieces(make_model("llama"), 4), windows, BatchSize(6, CPU))
+    assert len(made) > 10
+    assert max(alive) <= 1  # the one before
+    assert len({part.nll.untyped_storage().data_ptr() for part in found}) == 1  # room for the whole batch
+
+
+def test_a_window_that_is_kept_holds_no_other(make_model: Callable[..., Any]) -> None:
+    base = keep_all(InPieces(make_model("llama"), 4), some_windows(), 7, 6)
+    for kept in base.values():
+        for tensor in (kept.log_p, kept.ids, kept.drawn, kept.nll):
+            assert tensor is not None
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes

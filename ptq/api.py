@@ -23,7 +23,7 @@ from calib.text import Calibration, load_calibration, sample_from_model
 from calib.workers import join_workers
 from ptq.effects import without_effect
 from ptq.errors import ModelError, PtqError, UsageError, unknown_name
-from ptq.events import Event, Listener
+from ptq.events import Event, Listener, ignore_events
 from ptq.finished import find_finished
 from ptq.forecasting import Forecast
 from ptq.forecasting import forecast as make_forecast
@@ -104,7 +104,7 @@ def quantize(
         tokenizer=tokenizer,
         calibration=calibration,
         device=device,
-        listener=on_event or _ignore,
+        listener=on_event or ignore_events,
         trust_remote_code=trust_remote_code,
         offload=offload,
         restart=restart,
@@ -139,7 +139,7 @@ def forecast(
         tokenizer=tokenizer,
         calibration=calibration,
         device=device,
-        listener=on_event or _ignore,
+        listener=on_event or ignore_events,
         trust_remote_code=trust_remote_code,
         offload=offload,
         restart=False,
@@ -147,7 +147,7 @@ def forecast(
     )
     assert isinstance(run, Run)
     run.tell(Event("message", "measuring on the first blocks; nothing is written"))
-    run.tell = _ignore
+    run.tell = ignore_events
     return make_forecast(run)
 
 
@@ -191,7 +191,7 @@ def _prepare(
     if isinstance(config, LearnedConfig):
         config.windows(len(find_blocks(source.skeleton)))  # refused before anything is read
     make_plan(source.skeleton, recipe, source.dtype)  # likewise
-    listener = listener if workers.leads else _ignore
+    listener = listener if workers.leads else ignore_events
     finished = None if finished is None or not finished.is_whole(listener) else finished
     for name, reason in without_effect(fields, recipe).items():
         listener(Event("message", f"{name} has no effect: {reason}"))
@@ -331,10 +331,6 @@ def _rotated(source: ModelSource, recipe: Recipe, listener: Listener) -> ModelSo
     for note in rotated.notes:
         listener(Event("message", note))
     return rotated
-
-
-def _ignore(event: Event) -> None:
-    """The listener of a caller who does not listen."""
 
 
 def _load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bool) -> PreTrainedTokenizerBase | None:

@@ -122,7 +122,9 @@ def command(**options: Any) -> None:
 def _evaluate(options: dict[str, Any]) -> Record:
     """Read the data, then the models, one after the other, and score."""
     from cli.bar import counter_bars
+    from cli.idle import given_options, idle_sentences
     from cli.models import describe, load_model, locate
+    from cli.screen import echo
     from evals.evaluate import measure
 
     top_k = _top_k(options["base_top_k"])
@@ -130,6 +132,8 @@ def _evaluate(options: dict[str, Any]) -> Record:
     for source in sources:
         locate(source, options["trust_remote_code"])
     workload = _workload(options)  # before the models: a wrong name must not cost loading them
+    for sentence in idle_sentences(given_options(click.get_current_context()), _idle(options, workload)):
+        echo(sentence, err=True)
     with counter_bars() as progress:
         base = None if options["against"] is None else _base(options, workload, top_k, progress)
         subject = load_model(options["model"], **_loading(options))
@@ -147,6 +151,21 @@ def _evaluate(options: dict[str, Any]) -> Record:
             progress=progress,
         )
     return dataclasses.replace(record, notes=(*record.notes, *_seen_before(info, workload)))
+
+
+def _idle(options: dict[str, Any], workload: Workload) -> dict[str, str]:
+    """Why options have no effect on this workload, by parameter."""
+    reasons: dict[str, str] = {}
+    if options["against"] is None:
+        reasons |= dict.fromkeys(("base_top_k", "cache"), "it is about the base, and there is no --against")
+    if not workload.texts:
+        names = ("convention", "seqlen", "stride", "documents", "max_tokens", "bos")
+        reasons |= dict.fromkeys(names, "no text is scored")
+    elif "documents" not in _names(options["convention"]):
+        reasons["documents"] = "it belongs to --convention documents"
+    if not workload.tasks and not options["harness"]:
+        reasons["fewshot"] = "no task is scored"
+    return reasons
 
 
 def _workload(options: dict[str, Any]) -> Workload:

@@ -47,9 +47,13 @@ def command(
       ptq generate OUT "The capital of France is" --temperature 0 --max-new-tokens 8
       ptq generate OUT "Once upon a time" --seed 1 --json
     """
+    from cli.idle import given_options, idle_sentences
     from cli.models import load_model
     from cli.screen import echo
 
+    drawn = {"seed": "at temperature 0 nothing is drawn"} if temperature == 0 else {}
+    for sentence in idle_sentences(given_options(click.get_current_context()), drawn):
+        echo(sentence, err=True)
     if not prompt:
         raise UsageError('the prompt is empty; give some text to continue, for example "Once upon a time".')
     loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

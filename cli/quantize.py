@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.method_flags import method_flags
+
+if TYPE_CHECKING:
+    from ptq.recipe import Recipe
 
 __all__ = ["command"]
 
@@ -120,6 +124,7 @@ def command(
     import ptq
     from calib.workers import leave_workers
     from cli.forecast import show_forecast
+    from cli.idle import idle_sentences
     from cli.progress import ProgressListener
     from cli.recipe_flags import build_recipe
     from cli.screen import console, echo
@@ -142,6 +147,8 @@ def command(
             listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
         if leads and base.options and recipe.method != base.method:
             listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
+        for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)) if leads else ():
+            listener.say(sentence)
         if dry_run:
             forecast = ptq.forecast(model, recipe, on_event=listener, **arguments)
         else:
@@ -158,3 +165,17 @@ def command(
         echo(report.to_json(), newline=False)
     elif not listener.found_finished:
         show_summary(report, target, console())
+
+
+def _idle(recipe: Recipe, flags: Mapping[str, Any], restarts_nothing: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """The options that were given, and why some of them have no effect."""
+    from cli.idle import given_options
+    from ptq.effects import without_effect
+
+    given = given_options(click.get_current_context())
+    if "dtype" in given:
+        given["compute_dtype"] = given.pop("dtype")
+    keys = [text.partition("=")[0].strip().replace("-", "_") for text in flags.get("options", ())]
+    given |= {key: f"-O {key}" for key in keys}
+    reasons = without_effect(given, recipe)
+    return given, reasons | ({"restart": "--dry-run writes nothing"} if restarts_nothing else {})

@@ -21,9 +21,10 @@ from calib.safe_config import check_tokenizer_config
 from calib.streams import OFFLOADS, Offload
 from calib.text import Calibration, load_calibration, sample_from_model
 from calib.workers import join_workers
-from ptq.errors import DataError, ModelError, PtqError, UsageError, unknown_name
-from ptq.events import Event, Listener
-from ptq.finished import Finished, find_finished
+from ptq.effects import without_effect
+from ptq.errors import ModelError, PtqError, UsageError, unknown_name
+from ptq.events import Event, Listener, ignore_events
+from ptq.finished import find_finished
 from ptq.forecasting import Forecast
 from ptq.forecasting import forecast as make_forecast
 from ptq.formats.writer import check_output_folder
@@ -32,6 +33,7 @@ from ptq.methods import WindowMethod, find_method, make_config
 from ptq.other_names import other_name
 from ptq.pipeline import Run
 from ptq.plan import make_plan
+from ptq.preflight import check_vocabulary
 from ptq.proof import settle_format
 from ptq.recipe import CalibrationSpec, Recipe
 from ptq.report import Report
@@ -102,7 +104,7 @@ def quantize(
         tokenizer=tokenizer,
         calibration=calibration,
         device=device,
-        listener=on_event or _ignore,
+        listener=on_event or ignore_events,
         trust_remote_code=trust_remote_code,
         offload=offload,
         restart=restart,
@@ -137,7 +139,7 @@ def forecast(
         tokenizer=tokenizer,
         calibration=calibration,
         device=device,
-        listener=on_event or _ignore,
+        listener=on_event or ignore_events,
         trust_remote_code=trust_remote_code,
         offload=offload,
         restart=False,
@@ -145,7 +147,7 @@ def forecast(
     )
     assert isinstance(run, Run)
     run.tell(Event("message", "measuring on the first blocks; nothing is written"))
-    run.tell = _ignore
+    run.tell = ignore_events
     return make_forecast(run)
 
 
@@ -189,8 +191,10 @@ def _prepare(
     if isinstance(config, LearnedConfig):
         config.windows(len(find_blocks(source.skeleton)))  # refused before anything is read
     make_plan(source.skeleton, recipe, source.dtype)  # likewise
-    listener = listener if workers.leads else _ignore
-    finished = _whole(finished, listener)
+    listener = listener if workers.leads else ignore_events
+    finished = None if finished is None or not finished.is_whole(listener) else finished
+    for name, reason in without_effect(fields, recipe).items():
+        listener(Event("message", f"{name} has no effect: {reason}"))
     if source.quantization is not None:
         listener(Event("message", source.quantization.describe()))
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
@@ -207,7 +211,7 @@ def _prepare(
     (choice,) = workers.share(settled)
     needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
     if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
-        return _kept(finished, source, calibration if needs_data else None, listener), tokenizer
+        return finished.kept(source.fingerprint(), calibration if needs_data else None, listener), tokenizer
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if needs_data and place.type == "cpu":
         spec = recipe.calibration
@@ -220,9 +224,9 @@ def _prepare(
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
     calibration = workers.share(calibration)  # all processes work on the first one's tokens
     if finished is not None:
-        return _kept(finished, source, calibration, listener), tokenizer
+        return finished.kept(source.fingerprint(), calibration, listener), tokenizer
     if calibration is not None:
-        _check_vocabulary(calibration, source)
+        check_vocabulary(source.skeleton, calibration.tokens)
     if isinstance(config, LearnedConfig) and calibration is not None:
         check_learning(source, config, calibration.tokens, Surroundings(place, dtype, workers.size))
     run = Run(
@@ -329,26 +333,6 @@ def _rotated(source: ModelSource, recipe: Recipe, listener: Listener) -> ModelSo
     return rotated
 
 
-def _whole(finished: Finished | None, listener: Listener) -> Finished | None:
-    """A finished result if all its files are there; one that is damaged is made again."""
-    damage = None if finished is None else finished.damage()
-    if finished is None or damage is None:
-        return finished
-    listener(Event("message", f"the result in {finished.out} is not whole ({damage}): it is made again"))
-    return None
-
-
-def _kept(finished: Finished, source: ModelSource, calibration: Calibration | None, listener: Listener) -> Report:
-    """The report of a result that stays, after a look at what it was made of."""
-    finished.refuse_other_data(source.fingerprint(), calibration)
-    listener(Event("finished", finished.sentence()))
-    return finished.report
-
-
-def _ignore(event: Event) -> None:
-    """The listener of a caller who does not listen."""
-
-
 def _load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bool) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; ``None`` for a model in memory or where it is not needed and not there."""
     path = Path(source.name)
@@ -402,16 +386,6 @@ def _calibrate(
     for note in calibration.notes:
         listener(Event("message", f"calibration: {note}"))
     return calibration
-
-
-def _check_vocabulary(calibration: Calibration, source: ModelSource) -> None:
-    embedding: Any = source.skeleton.get_input_embeddings()
-    rows, largest = int(embedding.weight.shape[0]), int(calibration.tokens.max())
-    if largest >= rows:
-        raise DataError(
-            f"the calibration has token {largest}, but the model's embedding has {rows} rows: the tokenizer and the "
-            f"model do not belong together."
-        )
 
 
 def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ptq.quantized import LayerRecord
 
-__all__ = ["Event", "Listener"]
+__all__ = ["Event", "Listener", "ignore_events"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,3 +32,7 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+
+def ignore_events(event: Event) -> None:
+    """The listener of a caller who does not listen."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from calib.text import Calibration
 from ptq.errors import OutputError, UsageError
+from ptq.events import Event, Listener
 from ptq.formats.journal import JOURNAL_NAME, changed_conditions, flatten
 from ptq.recipe import Recipe
 from ptq.report import REPORT_NAME, STAGING, Report
@@ -69,6 +70,19 @@ class Finished:
             if not path.is_file() or path.stat().st_size != row["bytes"]:
                 return f"{path} is missing or has not its {row['bytes']} bytes"
         return None if (self.out / "config.json").is_file() else f"{self.out / 'config.json'} is missing"
+
+    def is_whole(self, listener: Listener) -> bool:
+        """Whether all its files are there; a result that is damaged is made again, and the listener gets the reason."""
+        damage = self.damage()
+        if damage is not None:
+            listener(Event("message", f"the result in {self.out} is not whole ({damage}): it is made again"))
+        return damage is None
+
+    def kept(self, fingerprint: str, calibration: Calibration | None, listener: Listener) -> Report:
+        """The report of a result that stays, after a look at what it was made of (`refuse_other_data`)."""
+        self.refuse_other_data(fingerprint, calibration)
+        listener(Event("finished", self.sentence()))
+        return self.report
 
     def needs_tokens(self, recipe: Recipe) -> bool:
         """Whether the calibration text has to be read to see that it is the same.

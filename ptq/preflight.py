@@ -15,11 +15,19 @@ from torch import Tensor
 
 from calib.groups import InputGroup
 from calib.streams import Offload, Place, settle_offload
-from ptq.errors import OutputError
+from ptq.errors import DataError, OutputError
 from ptq.plan import Plan
 from ptq.scheme import Scheme
 
-__all__ = ["check_disk", "clashing_schemes", "cpu_name", "peak_memory", "stream_bytes", "stream_place"]
+__all__ = [
+    "check_disk",
+    "check_vocabulary",
+    "clashing_schemes",
+    "cpu_name",
+    "peak_memory",
+    "stream_bytes",
+    "stream_place",
+]
 
 
 def stream_place(
@@ -70,6 +78,20 @@ def check_disk(out: Path, needed: int) -> int:
             f"folder on another disk with -o."
         )
     return free
+
+
+def check_vocabulary(model: Any, tokens: Tensor) -> None:
+    """Refuse calibration tokens that the model's embedding does not have.
+
+    Raises:
+        DataError: there is such a token.
+    """
+    rows, largest = int(model.get_input_embeddings().weight.shape[0]), int(tokens.max())
+    if largest >= rows:
+        raise DataError(
+            f"the calibration has token {largest}, but the model's embedding has {rows} rows: the tokenizer and the "
+            f"model do not belong together."
+        )
 
 
 def clashing_schemes(plan: Plan, groups: Sequence[InputGroup]) -> list[str]:

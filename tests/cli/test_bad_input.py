@@ -379,7 +379,7 @@ def test_a_disk_that_fills_up_loses_nothing(
     old = content(out)
     capsys.readouterr()
     small_disk(30_000)  # room for the blocks, not for the embedding after them
-    assert quantize(tiny_folder, out, "--method", "gptq", "--bits", "3", text=text) == 6
+    assert quantize(tiny_folder, out, "--method", "gptq", "--bits", "3", "--restart", text=text) == 6
     small_disk(-1)
     line = sentence(capsys)
     assert "cannot write" in line

@@ -183,7 +183,7 @@ def test_from_folder_with_text(tiny_folder: Path, tmp_path: Path) -> None:
     assert messages.count("block_done") == 2
     assert messages.count("layer_done") == 14
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    again = ptq.quantize(tiny_folder, out=tmp_path / "out", method="rtn", bits=2)  # our own folder may be replaced
+    again = ptq.quantize(tiny_folder, out=tmp_path / "out", method="rtn", bits=2, restart=True)  # replaces our own
     assert again.totals["file_bytes"] < report.totals["file_bytes"]
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_weight_ends_the_run_and_keeps_the_old_result(tmp_path: Path) 
     before = logits(ptq.load(tmp_path / "out"))
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.down_proj"):
-        run(model, tmp_path / "out", "gptq")
+        run(model, tmp_path / "out", "gptq", restart=True)
     assert torch.equal(logits(ptq.load(tmp_path / "out")), before)
 
 

@@ -73,7 +73,7 @@ def test_companions_of_an_earlier_model_do_not_stay(tmp_path: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ first }}")
     ptq.quantize(model, out=tmp_path / "out", method="rtn", **OPTIONS)
     assert (tmp_path / "out" / "chat_template.jinja").exists()
-    ptq.quantize(saved(tmp_path / "other"), out=tmp_path / "out", method="rtn", **OPTIONS)
+    ptq.quantize(saved(tmp_path / "other"), out=tmp_path / "out", method="rtn", restart=True, **OPTIONS)
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 

@@ -7,6 +7,7 @@ which is tried in this process, where ptq is imported as it will be in the user'
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Mapping
@@ -146,15 +147,15 @@ class _Trial:
     ) -> None:
         self.source, self.schemes, self.key_values = source, schemes, key_values
         self.trust_remote_code = trust_remote_code
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._open = contextlib.ExitStack()
+        self._prover: StockProver | None = None
         self._made: Skeleton | str | None = None
 
     def __enter__(self) -> _Trial:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._open.close()
 
     def verdict(self, form: str) -> Verdict:
         """Whether the output loads in that format, remembered or tried."""
@@ -167,11 +168,11 @@ class _Trial:
 
     def _try(self, form: str) -> Verdict:
         if self._made is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="ptq-proof-")
+            folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ptq-proof-"))
             self._made = make_skeleton(
                 self.source,
                 self.schemes,
-                Path(self._folder.name) / "full",
+                Path(folder) / "full",
                 trust_remote_code=self.trust_remote_code,
             )
         loader = _loader(self.source, self.trust_remote_code)
@@ -207,8 +208,9 @@ class _Trial:
 
     def _tried(self, form: str, request: dict[str, Any]) -> dict[str, Any]:
         if form == "compressed-tensors":
-            with stock_prover() as prover:
-                return prover.try_to_load(**request)
+            if self._prover is None:
+                self._prover = self._open.enter_context(stock_prover())
+            return self._prover.try_to_load(**request)
         register()
         return try_to_load(**request)
 
@@ -222,5 +224,7 @@ def _loader(source: ModelSource, trust_remote_code: bool) -> str | None:
     """The class of transformers that users would load this model with."""
     model: Any = source.skeleton
     found = find_model_class(model.config, trust_remote_code=trust_remote_code)
-    named: Any = type(model) if found is None else found
-    return named.__name__ if getattr(transformers, named.__name__, None) is named else None
+    if found is None:
+        found = type(model)
+    name = str(found.__name__)
+    return name if getattr(transformers, name, None) is found else None

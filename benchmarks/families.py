@@ -82,7 +82,8 @@ def sweep(options: argparse.Namespace) -> None:
     end, worker = time.monotonic() + 60 * options.minutes, None
     for family, class_name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
         wanted = family in options.only if options.only else True
-        if not wanted or (family in record["families"] and not options.again) or time.monotonic() > end:
+        done = record["families"].get(family, {}).get("status") in ("tried", "not built") and not options.again
+        if not wanted or done or time.monotonic() > end:
             continue
         if worker is None or not worker.alive:
             worker = Server("families", options.work)

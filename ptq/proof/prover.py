@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -53,8 +54,9 @@ class StockProver:
         assert process.stdout is not None
         process.kill()  # it has nothing to lose, and its regular end takes a second
         process.wait()
-        process.stdin.close()
         process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
 
     def try_to_load(self, **request: Any) -> dict[str, Any]:
         """`ptq.proof.loader.try_to_load` in the other process; a process that dies or hangs is a problem like others.
@@ -65,8 +67,9 @@ class StockProver:
         try:
             process = self._started()
             assert process.stdin is not None
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, and the answer says so
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
             return self._answer(process)
         except OSError as error:
             self.close()

@@ -7,6 +7,7 @@ which is tried in this process, where ptq is imported as it will be in the user'
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Mapping
@@ -16,9 +17,9 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from calib.checkpoint_reader import ModelSource
+from calib.model_class import find_model_class
 from calib.model_map import is_linear
 from ptq.errors import ModelError, UsageError
 from ptq.formats.select import select_format
@@ -146,15 +147,15 @@ class _Trial:
     ) -> None:
         self.source, self.schemes, self.key_values = source, schemes, key_values
         self.trust_remote_code = trust_remote_code
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._open = contextlib.ExitStack()
+        self._prover: StockProver | None = None
         self._made: Skeleton | str | None = None
 
     def __enter__(self) -> _Trial:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._open.close()
 
     def verdict(self, form: str) -> Verdict:
         """Whether the output loads in that format, remembered or tried."""
@@ -167,14 +168,14 @@ class _Trial:
 
     def _try(self, form: str) -> Verdict:
         if self._made is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="ptq-proof-")
+            folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ptq-proof-"))
             self._made = make_skeleton(
                 self.source,
                 self.schemes,
-                Path(self._folder.name) / "full",
+                Path(folder) / "full",
                 trust_remote_code=self.trust_remote_code,
             )
-        loader = _loader(self.source)
+        loader = _loader(self.source, self.trust_remote_code)
         if isinstance(self._made, str):
             return Verdict(None, self._made)
         if loader is None:
@@ -207,8 +208,9 @@ class _Trial:
 
     def _tried(self, form: str, request: dict[str, Any]) -> dict[str, Any]:
         if form == "compressed-tensors":
-            with stock_prover() as prover:
-                return prover.try_to_load(**request)
+            if self._prover is None:
+                self._prover = self._open.enter_context(stock_prover())
+            return self._prover.try_to_load(**request)
         register()
         return try_to_load(**request)
 
@@ -218,12 +220,11 @@ def stock_prover() -> StockProver:
     return StockProver()
 
 
-def _loader(source: ModelSource) -> str | None:
+def _loader(source: ModelSource, trust_remote_code: bool) -> str | None:
     """The class of transformers that users would load this model with."""
     model: Any = source.skeleton
-    if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(
-        model.config, "auto_map", {}
-    ):
-        return "AutoModelForCausalLM"
-    name = type(model).__name__
-    return name if getattr(transformers, name, None) is type(model) else None
+    found = find_model_class(model.config, trust_remote_code=trust_remote_code)
+    if found is None:
+        found = type(model)
+    name = str(found.__name__)
+    return name if getattr(transformers, name, None) is found else None

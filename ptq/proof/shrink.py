@@ -18,7 +18,9 @@ HEADS, HEAD, HIDDEN, INNER, VOCABULARY, EXPERTS = 4, 16, 64, 128, 512, 4
 
 _DEPTH = re.compile(r"(^|_)(n_|num_|hidden_)*(layers?|blocks?|depth)($|_)")
 _SMALL: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), HIDDEN),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size", "embed_dim"), HIDDEN
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"), INNER),
     **dict.fromkeys(("inner_dim", "intermediate_size_mlp", "dense_intermediate_size"), INNER),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "expert_dim"), 32),

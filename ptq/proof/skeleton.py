@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -36,6 +37,7 @@ __all__ = ["Skeleton", "make_skeleton", "quiet_transformers"]
 
 _SMALL_MODEL = 1 << 22
 """Parameters of a model that needs no smaller one."""
+_LARGEST_SKELETON = 1 << 26
 _TOKENS = 8
 _FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -68,8 +70,9 @@ class Skeleton:
 
     @property
     def linears(self) -> dict[str, nn.Module]:
-        """All linears by full name."""
-        return {name: module for name, module in self.source.skeleton.named_modules() if is_linear(module)}
+        """All linears by full name, also those that cannot be quantized: a format lists them as dense."""
+        modules = self.source.skeleton.named_modules()
+        return {name: module for name, module in modules if is_linear(module) or isinstance(module, nn.Linear)}
 
     def write(self, form: str, folder: Path, key_values: KeyValueScheme | None) -> Path | None:
         """Write the packed form.
@@ -187,6 +190,10 @@ def _build(
     large: Any = source.skeleton
     made: Any = type(large.config).from_dict(dict(config))
     made.dtype = source.dtype
+    with init_empty_weights():
+        size = sum(parameter.numel() for parameter in type(large)(copy.deepcopy(made)).parameters())
+    if size > _LARGEST_SKELETON:
+        raise ValueError(f"it would have {size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = type(large)(made)

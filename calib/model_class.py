@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-__all__ = ["AUTO_CLASSES", "find_model_class", "language_model", "other_modalities", "text_config"]
+__all__ = ["AUTO_CLASSES", "find_model_class", "is_multimodal", "language_model", "other_modalities", "text_config"]
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Entries of ``auto_map`` under which a model's own code is looked for, in this order."""
@@ -52,6 +52,12 @@ def text_config(config: Any) -> Any:
         return config.get_text_config(decoder=True)
     except (AttributeError, ValueError):  # a config of the model's own, or one with several text configs
         return config
+
+
+def is_multimodal(model: nn.Module) -> bool:
+    """Whether a model holds a language model with a config of its own."""
+    config = getattr(model, "config", None)
+    return config is not None and text_config(config) is not config
 
 
 def language_model(model: nn.Module) -> nn.Module:

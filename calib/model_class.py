@@ -14,7 +14,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-__all__ = ["AUTO_CLASSES", "find_model_class", "is_multimodal", "language_model", "other_modalities", "text_config"]
+__all__ = [
+    "AUTO_CLASSES",
+    "find_model_class",
+    "is_multimodal",
+    "language_model",
+    "other_modalities",
+    "text_config",
+    "text_model",
+]
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Entries of ``auto_map`` under which a model's own code is looked for, in this order."""
@@ -67,6 +75,13 @@ def language_model(model: nn.Module) -> nn.Module:
     except (AttributeError, TypeError, NotImplementedError):
         return model
     return decoder if isinstance(decoder, nn.Module) else model
+
+
+def text_model(model: Any) -> Any:
+    """The causal language model inside a multimodal one where it is one with a head (Llama 4); else ``model`` itself."""
+    decoder = language_model(model)
+    headed = isinstance(decoder, PreTrainedModel) and decoder.can_generate()
+    return decoder if headed and is_multimodal(model) else model
 
 
 def other_modalities(model: nn.Module) -> list[str]:

@@ -78,7 +78,7 @@ def language_model(model: nn.Module) -> nn.Module:
 
 
 def text_model(model: Any) -> Any:
-    """The causal language model inside a multimodal one where it is one with a head (Llama 4); else ``model`` itself."""
+    """The language model inside a multimodal one, where it has a head of its own (Llama 4); else ``model``."""
     decoder = language_model(model)
     headed = isinstance(decoder, PreTrainedModel) and decoder.can_generate()
     return decoder if headed and is_multimodal(model) else model

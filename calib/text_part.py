@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from calib.companion_rule import CompanionRule
 from calib.errors import ModelError
 from calib.model_class import language_model, text_config
+from calib.quantized_checkpoint import SourceQuantization
 from calib.safetensors_header import StoredTensor
 
 __all__ = ["TextPart", "WholeSource", "text_parameters"]
@@ -32,6 +33,7 @@ class WholeSource(Protocol):
     skeleton: PreTrainedModel
     name: str
     dtype: torch.dtype
+    quantization: SourceQuantization | None
 
     @property
     def folder(self) -> Path | None: ...
@@ -58,7 +60,7 @@ class TextPart:
 
     def __init__(self, whole: WholeSource) -> None:
         self._whole = whole
-        self.name, self.dtype = whole.name, whole.dtype
+        self.name, self.dtype, self.quantization = whole.name, whole.dtype, whole.quantization
         self.config_changes: Mapping[str, Any] = {}
         whole.skeleton.tie_weights()
         self.skeleton: PreTrainedModel = _text_model(whole.skeleton, whole.dtype)

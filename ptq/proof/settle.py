@@ -16,9 +16,9 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from calib.checkpoint_reader import ModelSource
+from calib.model_class import find_model_class
 from calib.model_map import is_linear
 from ptq.errors import ModelError, UsageError
 from ptq.formats.select import select_format
@@ -174,7 +174,7 @@ class _Trial:
                 Path(self._folder.name) / "full",
                 trust_remote_code=self.trust_remote_code,
             )
-        loader = _loader(self.source)
+        loader = _loader(self.source, self.trust_remote_code)
         if isinstance(self._made, str):
             return Verdict(None, self._made)
         if loader is None:
@@ -218,12 +218,11 @@ def stock_prover() -> StockProver:
     return StockProver()
 
 
-def _loader(source: ModelSource) -> str | None:
+def _loader(source: ModelSource, trust_remote_code: bool) -> str | None:
     """The class of transformers that users would load this model with."""
     model: Any = source.skeleton
-    if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(
-        model.config, "auto_map", {}
-    ):
-        return "AutoModelForCausalLM"
+    found = find_model_class(model.config, trust_remote_code=trust_remote_code)
+    if found is not None:
+        return str(found.__name__)
     name = type(model).__name__
     return name if getattr(transformers, name, None) is type(model) else None

@@ -69,7 +69,8 @@ class Skeleton:
     @property
     def linears(self) -> dict[str, nn.Module]:
         """All linears by full name."""
-        return {name: module for name, module in self.source.skeleton.named_modules() if is_linear(module)}
+        modules = self.source.skeleton.named_modules()
+        return {name: one for name, one in modules if is_linear(one) or isinstance(one, nn.Linear)}
 
     def write(self, form: str, folder: Path, key_values: KeyValueScheme | None) -> Path | None:
         """Write the packed form.

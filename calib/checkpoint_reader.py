@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -38,33 +37,22 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from calib.companion_rule import CompanionRule
 from calib.errors import ModelError
 from calib.expert_tensors import ExpertTensors
 from calib.experts import expert_lists, split_experts
-from calib.model_class import find_model_class, text_config
+from calib.model_class import find_model_class, is_multimodal
 from calib.quantized_checkpoint import SourceQuantization, StoredWeights, open_weights
 from calib.safe_config import check_config
 from calib.safe_files import resolve_model, stored_tensors
 from calib.safetensors_header import StoredTensor
+from calib.text_part import TextPart, text_parameters
 
-__all__ = ["CompanionRule", "FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
+__all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
 
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 _SAMPLE_BYTES = 1 << 12  # read at the start, middle and end of every tensor for the fingerprint
-
-
-@dataclasses.dataclass(frozen=True)
-class CompanionRule:
-    """Which files of a model's folder may go along beside the weights.
-
-    Args:
-        code: Python files too, because the user allowed the model's code to run.
-        text_only: not those that prepare images, video or sound.
-    """
-
-    code: bool = False
-    text_only: bool = False
 
 
 class ModelSource(Protocol):
@@ -133,25 +121,31 @@ class ModelSource(Protocol):
         ...
 
 
-def open_model(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -> ModelSource:
+def open_model(
+    model: str | Path | nn.Module, *, trust_remote_code: bool = False, text_only: bool = False
+) -> ModelSource:
     """Open a model without loading its weights.
 
     Args:
         model: a hub id, a local folder, a ``.gguf`` file, or a module in memory.
         trust_remote_code: run modelling code that ships with the model.
+        text_only: of a multimodal model, open the text part as a model of its own.
 
     Raises:
         ModelError: no weights, pickle files only, not a causal language model, a quantization that is not read,
             damaged files.
     """
     if isinstance(model, nn.Module):
-        return ModuleSource(model, getattr(model, "name_or_path", "") or type(model).__name__)
+        held = ModuleSource(model, getattr(model, "name_or_path", "") or type(model).__name__)
+        return TextPart(held) if text_only and is_multimodal(held.skeleton) else held
     if str(model).endswith(".gguf"):
         return _open_gguf(Path(model))
     folder = resolve_model(str(model))
     stored = stored_tensors(folder)
     config = read_config(folder, trust_remote_code, stored)
-    return FolderSource(folder, str(model), config, trust_remote_code, open_weights(folder, stored, config))
+    weights = open_weights(folder, stored, config)
+    source = FolderSource(folder, str(model), config, trust_remote_code, weights, text_only)
+    return TextPart(source) if text_only and is_multimodal(source.skeleton) else source
 
 
 def read_config(folder: Path, trust_remote_code: bool = False, stored: Mapping[str, StoredTensor] | None = None) -> Any:
@@ -189,7 +183,15 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 class FolderSource:
     """A folder of safetensors; see `ModelSource`."""
 
-    def __init__(self, folder: Path, name: str, config: Any, trust_remote_code: bool, stored: StoredWeights) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: Any,
+        trust_remote_code: bool,
+        stored: StoredWeights,
+        text_only: bool = False,
+    ) -> None:
         self.folder: Path = folder
         self.config_changes: Mapping[str, Any] = {}
         self.companions = CompanionRule(code=trust_remote_code)
@@ -203,12 +205,12 @@ class FolderSource:
         except Exception as error:  # whatever modelling code raises on a config that does not fit together
             raise ModelError(f"cannot build the model that {folder / 'config.json'} describes: {error!r}") from error
         self.skeleton: PreTrainedModel = model.eval()
-        self._whole = text_config(model.config) is not model.config
+        self._whole = is_multimodal(model)
         self._conversions: list[Any] = get_model_conversion_mapping(self.skeleton)
         known = dict(self.skeleton.state_dict())
         self._targets = {key: self._parameters_of(key, known) for key in self._stored}
         self._rename_tied(known)
-        self._check_complete()
+        self._check_complete(text_only)
         self._check_dtypes()
         split_experts(self.skeleton)
         self._experts = ExpertTensors(self.skeleton)
@@ -257,15 +259,19 @@ class FolderSource:
             self._targets[origin] = self._parameters_of(origin, known)
             present |= {origin}
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, text_only: bool) -> None:
         present = frozenset().union(*self._targets.values())
         tied = set(getattr(self.skeleton, "all_tied_weights_keys", {}) or {})
         missing = sorted({name for name, _ in self.skeleton.named_parameters()} - present - tied)
+        text = text_parameters(self.skeleton) if missing and self._whole else frozenset(missing)
+        if text_only:
+            missing = [name for name in missing if name in text]
         if missing:
+            hint = "" if text & set(missing) else " The text part is whole: --text-only writes it alone."
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ModelError(
                 f"{self.folder} lacks {len(missing)} of the model's tensors ({shown}). Is the download complete, is "
-                f"{type(self.skeleton).__name__} the right class?"
+                f"{type(self.skeleton).__name__} the right class?{hint}"
             )
 
     def _check_dtypes(self) -> None:
@@ -298,11 +304,22 @@ class FolderSource:
     def tensor_names(self) -> frozenset[str]:
         return self._names
 
+    def model_key(self, key: str) -> str:
+        """The name of a checkpoint tensor after transformers' renamings, before any tensors are joined or split."""
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        known = dict(self.skeleton.state_dict())
+        name, _ = rename_source_key(key, renamings, [], self.skeleton.base_model_prefix, known)
+        return key if name not in known and key in known else name
+
     def load(self, names: frozenset[str]) -> None:
+        self.fill(names)
+        self.skeleton.tie_weights()
+
+    def fill(self, names: frozenset[str]) -> None:
+        """`load` without tying weights."""
         self._convert(self._experts.fused(names))
         for fused, tensor in self._experts.take():
             self._experts.fill(fused, tensor, names)
-        self.skeleton.tie_weights()
 
     def _convert(self, fused: frozenset[str]) -> None:
         """Fill parameters of the model as transformers builds it, by their names in that model."""
@@ -379,7 +396,15 @@ class ModuleSource:
         split_experts(self.skeleton)
         self._experts = ExpertTensors(self.skeleton)
 
+    def model_key(self, key: str) -> str:
+        return key
+
     def load(self, names: frozenset[str]) -> None:
+        self.fill(names)
+        self.skeleton.tie_weights()
+
+    def fill(self, names: frozenset[str]) -> None:
+        """`load` without tying weights."""
         state = self._state()
         values = {
             name: view.detach().to("cpu", copy=True)
@@ -387,7 +412,6 @@ class ModuleSource:
             for name, view in self._experts.parts(fused, state[fused], names)
         }
         self.skeleton.load_state_dict(values, assign=True, strict=False)
-        self.skeleton.tie_weights()
 
     def release(self, names: frozenset[str]) -> None:
         release_parameters(self.skeleton, names, self.dtype)

@@ -14,7 +14,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-__all__ = ["AUTO_CLASSES", "find_model_class", "language_model", "other_modalities", "text_config"]
+__all__ = [
+    "AUTO_CLASSES",
+    "find_model_class",
+    "is_multimodal",
+    "language_model",
+    "other_modalities",
+    "text_config",
+    "text_model",
+]
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Entries of ``auto_map`` under which a model's own code is looked for, in this order."""
@@ -54,6 +62,12 @@ def text_config(config: Any) -> Any:
         return config
 
 
+def is_multimodal(model: nn.Module) -> bool:
+    """Whether a model holds a language model with a config of its own."""
+    config = getattr(model, "config", None)
+    return config is not None and text_config(config) is not config
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The decoder inside a multimodal model, as the model itself names it; ``model`` where it names none."""
     try:
@@ -61,6 +75,13 @@ def language_model(model: nn.Module) -> nn.Module:
     except (AttributeError, TypeError, NotImplementedError):
         return model
     return decoder if isinstance(decoder, nn.Module) else model
+
+
+def text_model(model: Any) -> Any:
+    """The language model inside a multimodal one, where it has a head of its own (Llama 4); else ``model``."""
+    decoder = language_model(model)
+    headed = isinstance(decoder, PreTrainedModel) and decoder.can_generate()
+    return decoder if headed and is_multimodal(model) else model
 
 
 def other_modalities(model: nn.Module) -> list[str]:

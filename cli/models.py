@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from calib.checkpoint_reader import open_model
 from calib.durable import file_sha256
 from calib.errors import ModelError, unknown_name
+from calib.model_class import text_model
 from calib.passes import place
 from calib.precision import has_fast_bfloat16
 from calib.quantized_checkpoint import read_dense
@@ -102,7 +103,7 @@ def load_model(
             if "Unrecognized configuration class" in str(error):
                 raise ModelError(f"{source} is not a causal language model: ptq evaluates and runs those.") from error
             raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
-    return LoadedModel(model.eval(), tokenizer, source)
+    return LoadedModel(text_model(model).eval(), tokenizer, source)
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

@@ -80,6 +80,12 @@ __all__ = ["command"]
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
 @click.option("--recipe", "recipe_file", metavar="FILE.yaml", help="The base that the options above change.")
+@click.option(
+    "--text-only/--whole",
+    "text_only",
+    default=None,
+    help="Of a multimodal model, write the text part alone, or the model with everything in it.  [default: whole]",
+)
 @click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
 @click.option("--format", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")

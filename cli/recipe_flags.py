@@ -28,6 +28,7 @@ DIRECT = (
     "calib_template",
     "seed",
     "format",
+    "text_only",
 )
 
 
@@ -39,7 +40,7 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
             ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, the names of
             `METHOD_FLAGS`, ``options`` (``KEY=VALUE`` strings), ``overrides`` (see `parse_override`), ``ignore``,
             ``dtype``, ``format``, ``act_bits`` and ``kv_bits`` (0 is none), ``act_symmetric``, ``kv_symmetric``,
-            ``rotate`` (names, or several with commas).
+            ``rotate`` (names, or several with commas), ``text_only``.
 
     Raises:
         UsageError: an unknown method, option or format, or a value that a field refuses.

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib.bos import window_bos
 from calib.checkpoint_reader import ModelSource, open_model
-from calib.model_class import find_model_class
+from calib.model_class import find_model_class, is_multimodal
 from calib.model_map import find_blocks
 from calib.passes import pass_dtype
 from calib.safe_config import check_tokenizer_config
@@ -186,8 +186,11 @@ def _prepare(
         finished.refuse_other_recipe(recipe)
     workers, place = join_workers(resolve_device(device))
     source = open_model(
-        model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code
+        model if isinstance(model, nn.Module) else os.fspath(model),
+        trust_remote_code=trust_remote_code,
+        text_only=recipe.text_only,
     )
+    _check_parts(source, recipe)
     if isinstance(config, LearnedConfig):
         config.windows(len(find_blocks(source.skeleton)))  # refused before anything is read
     make_plan(source.skeleton, recipe, source.dtype)  # likewise
@@ -197,6 +200,8 @@ def _prepare(
         listener(Event("message", f"{name} has no effect: {reason}"))
     if source.quantization is not None:
         listener(Event("message", source.quantization.describe()))
+    if recipe.text_only and not source.companions.text_only:
+        listener(Event("message", f"--text-only has no effect: {source.name} is a text model"))
     dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
     source = _rotated(source, recipe, listener)
     plan = make_plan(source.skeleton, recipe, source.dtype)
@@ -246,6 +251,19 @@ def _prepare(
         workers=workers,
     )
     return run, tokenizer
+
+
+def _check_parts(source: ModelSource, recipe: Recipe) -> None:
+    """Refuse what cannot be done to a model that is written whole.
+
+    Raises:
+        ModelError: the residual stream is to be rotated, into which images enter.
+    """
+    if "residual" in recipe.rotate and is_multimodal(source.skeleton):
+        raise ModelError(
+            f"{type(source.skeleton).__name__} reads more than text, and what its other parts put into the residual "
+            f"stream would not be rotated: leave out --rotate residual, or write the text part alone (--text-only)."
+        )
 
 
 def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe:
@@ -390,7 +408,7 @@ def _calibrate(
 
 def _whole_model(source: ModelSource, trust_remote_code: bool) -> Any:
     """The full-precision model in memory, for sampling from it."""
-    if source.folder is None or source.quantization is not None:
+    if source.folder is None or source.quantization is not None or source.companions.text_only:
         source.load(source.tensor_names())
         return source.skeleton
     found: Any = find_model_class(source.skeleton.config, trust_remote_code=trust_remote_code)

@@ -83,6 +83,8 @@ class Recipe:
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
         rotate: ``residual`` rotates the hidden state between blocks (into the weights, free at run time), ``down``
             rotates at run time the input of the linears that end a block's MLP.
+        text_only: of a multimodal model, quantize and write the text part as a model of its own; otherwise the model
+            is written whole, with all but its language part as it was.
 
     Raises:
         UsageError: a value that no field takes.
@@ -99,6 +101,7 @@ class Recipe:
     kv_bits: int | None = None
     kv_symmetric: bool = False
     rotate: tuple[str, ...] = ()
+    text_only: bool = False
 
     def __post_init__(self) -> None:
         for name in ("method", "compute_dtype", "format"):
@@ -106,6 +109,8 @@ class Recipe:
                 raise UsageError(f"{name} must be a name, got {getattr(self, name)!r}.")
         if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise UsageError(f"ignore must be a tuple of patterns, got {self.ignore!r}.")
+        if not isinstance(self.text_only, bool):
+            raise UsageError(f"text_only must be true or false, got {self.text_only!r}.")
         if self.format not in FORMATS:
             raise unknown_name("format", self.format, FORMATS)
         if self.compute_dtype not in COMPUTE_DTYPES:
@@ -139,6 +144,7 @@ class Recipe:
             "format": self.format,
             **({} if self.kv_bits is None else {"kv_bits": self.kv_bits, "kv_symmetric": self.kv_symmetric}),
             **({"rotate": list(self.rotate)} if self.rotate else {}),
+            **({"text_only": True} if self.text_only else {}),
         }
 
     @classmethod

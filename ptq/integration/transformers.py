@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from calib.model_map import find_blocks
 from ptq.formats import native
 from ptq.formats.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
 from ptq.formats.verify import verify_checkpoint
@@ -95,7 +96,8 @@ class PtqQuantizer(HfQuantizer):
             swap_linear(model, name, scheme, guard=True)
         key_values = self.quantization_config.key_value_scheme()
         if key_values is not None:
-            set_key_values(model, key_values)
+            for block in find_blocks(model):  # and not the attention of a vision tower
+                set_key_values(model.get_submodule(block), key_values)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         return leave_split_experts(weight_conversions, model)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.checkpoint_reader import CompanionRule, ModelSource
+from calib.checkpoint_reader import ModelSource
+from calib.companion_rule import CompanionRule
 from calib.errors import ModelError
 from calib.experts import expert_lists
 from calib.safetensors_header import StoredTensor

@@ -223,6 +223,8 @@ def stock_prover() -> StockProver:
 def _loader(source: ModelSource, trust_remote_code: bool) -> str | None:
     """The class of transformers that users would load this model with."""
     model: Any = source.skeleton
+    if not type(model).__module__.startswith(("transformers.", "transformers_modules.")):
+        return None  # a model in memory, of a class of the caller's
     found = find_model_class(model.config, trust_remote_code=trust_remote_code)
     if found is None:
         found = type(model)

@@ -92,7 +92,7 @@ def test_evaluation_reads_the_test_part(monkeypatch: pytest.MonkeyPatch, tmp_pat
     from evals import data
 
     asked: list[str] = []
-    monkeypatch.setattr(data, "read_text", lambda source, limit=None: asked.append(source))
+    monkeypatch.setattr(data, "read_text", lambda source, **_: asked.append(source))
     for source in ("wikitext2", "wikitext2:validation", "c4", "wikitext2@0:0.5", "pydoc:eval", "a@b/c.txt@0.8:1"):
         load_text(source)
     assert asked == [

@@ -138,7 +138,7 @@ def test_lost_and_won(capsys: pytest.CaptureFixture[str]) -> None:
     from made_records import made_record, made_task
 
     from cli.eval_tables import show
-    from cli.progress import console
+    from cli.screen import console
 
     base = made_record("full", [made_task([1, 1, 1, 0, 0])])
     show(made_record("OUT", [made_task([1, 0, -1, 1, -1])], base=base), console())  # the last: wrong in another way

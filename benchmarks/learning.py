@@ -34,12 +34,12 @@ from typing import Any
 
 import torch
 from learning_cells import TABLES, Cell, arguments, file_name, quantize_flags
-from quality import remember, spread
+from quality import spread
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ptq
 from cli.main import main as cli_main
-from evals import divergence, load_text
+from evals import evaluate
 from ptq.api import resolve_device
 from ptq.runtime.linear import QuantLinear
 
@@ -85,7 +85,7 @@ def share(options: argparse.Namespace) -> Iterator[tuple[Cell, int]]:
 
 
 class Bench:
-    """The full model, the texts and the machine, shared by all runs."""
+    """The full model and the machine, shared by all runs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -93,8 +93,6 @@ class Bench:
         self.dtype = getattr(torch, options.eval_dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.base = self.load(options.model)
-        self.base.base_model.forward = remember(self.base.base_model.forward)
-        self.texts = {name: load_text(source).text for name, source in options.text}
 
     def load(self, folder: str | Path) -> Any:
         """A packed or dense model where it is scored; linears that only have packed weights become dense ones."""
@@ -174,13 +172,11 @@ class Bench:
 
     def score(self, folder: Path) -> dict[str, Any]:
         """Perplexity and divergence from the full model on every text."""
-        model, limit = self.load(folder), self.options.max_tokens
-        scores = {}
-        for name, text in self.texts.items():
-            moved = divergence(
-                model, self.base, text, self.tokenizer, seqlen=self.options.eval_seqlen, max_tokens=limit
-            ).to_dict()
-            scores[name] = moved.pop("model") | {"base": moved.pop("base"), "divergence": moved}
+        model, scores = self.load(folder), {}
+        cut = {"seqlen": self.options.eval_seqlen, "max_tokens": self.options.max_tokens, "bos": "never"}
+        for name, source in self.options.text:
+            record = evaluate(model, self.tokenizer, texts=[source], against=self.base, **cut).to_dict()
+            scores[name] = record["texts"][0] | {"base": record["base"]["texts"][0]}
         return scores
 
     def score_folder(self, name: str, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@
     python benchmarks/quality.py --table RECORDS          # the records as a Markdown table, mean +- spread over seeds
 
 Every run leaves one JSON record and is skipped when its record is there, so that a table can be made in parts and by
-several processes (``--shard 0/2``). The full model's hidden states are kept in memory between runs.
+several processes (``--shard 0/2``). The full model's predictions are kept on disk between runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptq
-from evals import divergence, load_text, perplexity
+from evals import evaluate
+from evals.record import TextResult
 from ptq.api import make_recipe, resolve_device
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 class Bench:
-    """The full model, the texts and the machine, shared by all runs."""
+    """The full model and the machine, shared by all runs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -108,8 +108,6 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         base = AutoModelForCausalLM.from_pretrained(options.model, dtype=self.dtype)
         self.base = base.to(self.device).eval()
-        self.base.base_model.forward = remember(self.base.base_model.forward)
-        self.texts = {"wiki": load_text(options.wiki).text, "held_out": load_text(options.held_out).text}
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Quantize, load and evaluate one cell."""
@@ -146,34 +144,33 @@ class Bench:
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """KL and perplexity on the first text, perplexity on the held-out part of the second."""
-        limit = self.options.max_tokens
-        moved = divergence(model, self.base, self.texts["wiki"], self.tokenizer, seqlen=2048, max_tokens=limit)
-        held = perplexity(
-            model, self.texts["held_out"], self.tokenizer, seqlen=2048, max_tokens=self.options.max_held_out
+        cut = {"seqlen": 2048, "bos": "never"}
+        moved = evaluate(
+            model,
+            self.tokenizer,
+            texts=[self.options.wiki],
+            against=self.base,
+            max_tokens=self.options.max_tokens,
+            **cut,
         )
-        kept = {k: v for k, v in moved.to_dict().items() if k not in ("model", "base")}
+        (held,) = evaluate(
+            model, self.tokenizer, texts=[self.options.held_out], max_tokens=self.options.max_held_out, **cut
+        ).texts
+        (wiki,), (base,) = moved.texts, moved.base.texts
         return {
-            "wiki": moved.model.perplexity,
-            "wiki_base": moved.base.perplexity,
-            "wiki_segment_nll": list(moved.model.segment_nll),
-            "divergence": kept,
-            "held_out": held.perplexity,
-            "held_out_segment_nll": list(held.segment_nll),
-            "scored_tokens": {"wiki": moved.model.tokens, "held_out": held.tokens},
+            "wiki": wiki.perplexity or math.inf,
+            "wiki_base": base.perplexity or math.inf,
+            "wiki_segment_nll": segment_nll(wiki),
+            "divergence": dataclasses.asdict(wiki.divergence),
+            "held_out": held.perplexity or math.inf,
+            "held_out_segment_nll": segment_nll(held),
+            "scored_tokens": {"wiki": wiki.tokens, "held_out": held.tokens},
         }
 
 
-def remember(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The full model's decoder on tokens it has seen before: from memory."""
-    known: dict[bytes, Any] = {}
-
-    def call(*args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        key = input_ids.cpu().numpy().tobytes()
-        if key not in known:
-            known[key] = forward(*args, input_ids=input_ids, **kwargs)
-        return known[key]
-
-    return call
+def segment_nll(text: TextResult) -> list[float]:
+    """Mean ``-ln p`` of every segment."""
+    return [float(value) for value in text.items["nll"] / text.items["tokens"]]
 
 
 def brief(record: dict[str, Any]) -> str:

@@ -18,9 +18,8 @@ from calib.bos import starts_with_bos, window_bos, with_bos, without_bos
 from calib.text import tokenize
 from evals.batching import BatchSize
 from evals.logits import LogitSource
-from evals.segments import check_vocabulary, context_length
 from evals.text_scores import score_windows
-from evals.windows import Window
+from evals.windows import Window, check_vocabulary, context_length
 from evals.workload import TextJob
 
 __all__ = ["LEAST_GAIN_NATS", "choose_bos", "follow_base"]

@@ -104,7 +104,7 @@ def _divergence_table(target: str, rows: Sequence[tuple[str, TextResult]]) -> Ht
                 *(f"{value:.4g}" for value in tail),
                 _percent(found.top1_agreement, found.top1_standard_error),
                 with_error(found.log_ratio, found.log_ratio_standard_error, 5),
-                None if found.dp_rms is None else f"{100 * found.dp_rms:.2f} %",
+                f"{100 * found.dp_rms:.2f} %",
             )
         )
     return table(f"Divergence from the base on {target}", headings, cells, words=(0, 1))

@@ -76,7 +76,7 @@ class Divergence:
         top1_agreement: share of tokens for which both find the same token most probable.
         top1_standard_error: of it, by the same bootstrap.
         dp_rms: root of the mean squared change of the true token's probability.
-        dp_mean: its mean change; negative where the model became worse. Both are ``None`` in old records.
+        dp_mean: its mean change; negative where the model became worse.
         log_ratio, log_ratio_standard_error: ``ln(perplexity / base's)``, paired, by the same bootstrap.
         top_k: likeliest tokens of the base that were kept; ``None`` for all.
         base: fingerprint of the base.
@@ -93,8 +93,8 @@ class Divergence:
     kl_draw_error: float
     top1_agreement: float
     top1_standard_error: float | None
-    dp_rms: float | None
-    dp_mean: float | None
+    dp_rms: float
+    dp_mean: float
     log_ratio: float
     log_ratio_standard_error: float | None
     top_k: int | None
@@ -273,21 +273,18 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """Read JSON data of any version.
+        """Read JSON data.
 
         Raises:
-            DataError: not a record, a version of a later release, a field that is missing or damaged.
+            DataError: not a record, another version, a field that is missing or damaged.
         """
         if not isinstance(data, Mapping) or data.get("record") != "ptq-eval":
             raise DataError('not a record of ptq eval (no field "record": "ptq-eval").')
-        if data.get("version") == 1:
-            from evals.record_v1 import from_version_1
-
-            return cls.from_dict(from_version_1(data))
-        if data.get("version") != RECORD_VERSION:
+        version = data.get("version")
+        if version != RECORD_VERSION:
             raise DataError(
-                f"a record of version {data.get('version')!r}; this release reads 1 to {RECORD_VERSION}. "
-                "Update ptq-toolkit."
+                f"a record of version {version!r}; this ptq reads version {RECORD_VERSION}: evaluate again, or upgrade "
+                "ptq-toolkit."
             )
         try:
             return _record(data)

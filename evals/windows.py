@@ -27,9 +27,18 @@ from calib.bos import starts_with_bos, with_bos, without_bos
 from calib.errors import DataError, UsageError, unknown_name
 from calib.text import tokenize
 from evals.documents import Document, split_documents
-from evals.segments import check_vocabulary, context_length
 
-__all__ = ["CONVENTIONS", "Plan", "Window", "make_plan", "prefix_token", "starts_with_bos", "window_bytes"]
+__all__ = [
+    "CONVENTIONS",
+    "Plan",
+    "Window",
+    "check_vocabulary",
+    "context_length",
+    "make_plan",
+    "prefix_token",
+    "starts_with_bos",
+    "window_bytes",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,3 +320,29 @@ def _limited(plan: Plan, limit: int) -> Plan:
         bytes=None if plan.bytes is None else plan.bytes[:limit],
         words=None if plan.words is None else plan.words[:limit],
     )
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence that a model's config names, or ``None`` if it names none."""
+    length = getattr(_text_config(model), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def check_vocabulary(tokens: Tensor, model: Any) -> None:
+    """Refuse token ids that the model has no row for.
+
+    Raises:
+        DataError: an id is negative or beyond the vocabulary.
+    """
+    size = getattr(_text_config(model), "vocab_size", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (isinstance(size, int) and high >= size):
+        raise DataError(
+            f"the tokens range over {low} .. {high}, but the model's vocabulary has {size} entries; "
+            "the tokenizer does not belong to this model."
+        )

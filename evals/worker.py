@@ -23,10 +23,9 @@ from evals.questions import LoadedTask
 from evals.record import Divergence, Record, TaskResult, TextResult
 from evals.reference import Scores
 from evals.requests import Request, encode_pairs
-from evals.segments import context_length
 from evals.statistics import block_bootstrap, neighbours
 from evals.text_scores import keep_base, score_windows
-from evals.windows import Plan, make_plan
+from evals.windows import Plan, context_length, make_plan
 from evals.workload import TextJob
 
 __all__ = ["Base", "Progress", "Worker", "text_store"]

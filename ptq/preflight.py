@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -52,6 +52,10 @@ def stream_bytes(model: Any, tokens: int, dtype: torch.dtype, streams: int = 2) 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows does not have
+
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 

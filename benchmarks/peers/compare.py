@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptq
 from calib.text import load_calibration
-from evals import load_text, perplexity
+from evals import evaluate
 
 HERE = Path(__file__).parent
 
@@ -121,9 +121,8 @@ def score(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     full = folder == Path(options.model)
     load = AutoModelForCausalLM.from_pretrained if full else ptq.load
     model = load(folder, dtype=torch.bfloat16).eval()
-    text = load_text(options.text).text
-    with torch.no_grad():
-        result = perplexity(model, text, tokenizer, seqlen=options.seqlen, max_tokens=options.max_tokens)
+    cut = {"seqlen": options.seqlen, "max_tokens": options.max_tokens, "bos": "never"}
+    (result,) = evaluate(model, tokenizer, texts=[options.text], **cut).texts
     packed = folder / "packed" if (folder / "packed").is_dir() else folder
     return {
         "perplexity": result.perplexity,

@@ -8,7 +8,7 @@ with the same conditions takes over what is finished, wherever the last one was 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import math
 import os
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -83,7 +84,7 @@ class CheckpointWriter:
         with os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             # Released by `release`, or with this object, or with the process, however it ends.
-            self._unlock = weakref.finalize(self, os.close, _acquire(out / LOCK))
+            self._unlock = weakref.finalize(self, _acquire(out / LOCK).release)
         try:
             self._journal, self.notes = open_journal(out, conditions, restart)
             for index in range(len(self._journal.parts)):
@@ -101,7 +102,8 @@ class CheckpointWriter:
     def release(self) -> None:
         """Let other runs write to the folder again."""
         if self._unlock.alive:
-            (self.out / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
+                (self.out / LOCK).unlink(missing_ok=True)
             self._unlock()
 
     @property
@@ -287,22 +289,15 @@ def _final_names(total: int) -> list[str]:
     return [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
 
 
-def _acquire(path: Path) -> int:
-    """The descriptor of an open, locked file.
+def _acquire(path: Path) -> FileLock:
+    """The lock of an output folder, held until it is released or the process ends, however it does.
 
     Raises:
         OutputError: another run holds it.
     """
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise OutputError(
-                f"another run is writing to {path.parent}: wait for it, or name another folder."
-            ) from error
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            break
-        os.close(handle)  # the run that held it removed the file between our opening and locking it
-    return handle
+    lock = FileLock(path, thread_local=False)  # whichever thread finds the writer unused releases it
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(f"another run is writing to {path.parent}: wait for it, or name another folder.") from error
+    return lock

@@ -131,11 +131,8 @@ def test_perplexity_by_a_plain_loop(make_model: Make, tiny_tokenizer: Any, data:
             losses.append(float(model(segment[None], labels=segment[None]).loss))
     assert len(losses) > 5
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    alone = evals.perplexity(model, text, tiny_tokenizer, seqlen=24)
-    assert found.nll == pytest.approx(alone.nll, rel=1e-6)
-    assert (found.tokens, found.bytes) == (alone.tokens, alone.bytes)
-    assert found.standard_error == pytest.approx(alone.standard_error, rel=1e-5)
-    assert found.items["nll"] == pytest.approx(np.array(alone.segment_nll) * 23, rel=1e-5)
+    assert found.tokens == 23 * len(losses)
+    assert found.items["nll"] == pytest.approx(np.array(losses) * 23, rel=1e-5)
 
 
 def test_several_conventions(make_model: Make, tiny_tokenizer: Any, data: Path) -> None:

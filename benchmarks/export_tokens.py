@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from calib.text import load_calibration
+from calib.data.tokens import load_calibration
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from calib.windows import make_windows, visits
+from calib.runner.window_schedule import make_windows, visits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "W2 g64": {"bits": 2, "group_size": 64},

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import ptq
-from calib.checkpoint_reader import open_model
-from calib.model_map import find_blocks
-from calib.text import load_calibration
+from calib.checkpoint.reader import open_model
+from calib.data.tokens import load_calibration
+from calib.model.structure import find_blocks
 from ptq.methods import METHODS
 
 

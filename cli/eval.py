@@ -169,7 +169,7 @@ def _idle(options: dict[str, Any], workload: Workload) -> dict[str, str]:
 
 
 def _workload(options: dict[str, Any]) -> Workload:
-    from calib.chat import RowReader
+    from calib.data.chat import RowReader
     from cli.models import load_tokenizer
     from evals.workload import DEFAULT_TASKS, load_workload
 
@@ -249,7 +249,7 @@ def _check_target(out: str | None) -> None:
 
 def _write(path: Path, content: str) -> OutputError | None:
     """Write the record before anything is printed, also for a reader who closes the pipe; the error if that fails."""
-    from calib.durable import write_file
+    from calib.checkpoint.atomic_files import write_file
 
     try:
         write_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))

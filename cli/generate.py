@@ -78,8 +78,8 @@ def _continue(
     """Ids of the prompt and of what the model adds, up to and without an end-of-text token."""
     import torch
 
-    from calib.sampling import sample_steps
-    from calib.text import tokenize
+    from calib.data.sampling import sample_steps
+    from calib.data.tokens import tokenize
     from cli.bar import counter_bars
 
     ids = tokenize(prompt, loaded.tokenizer)

@@ -16,15 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from calib.checkpoint_reader import open_model
-from calib.durable import file_sha256
+from calib.checkpoint.atomic_files import file_sha256
+from calib.checkpoint.config import check_config, check_tokenizer_config
+from calib.checkpoint.files import checkpoint_files, resolve_model, stored_tensors
+from calib.checkpoint.quantized import read_dense
+from calib.checkpoint.reader import open_model
 from calib.errors import ModelError, unknown_name
-from calib.model_class import text_model
-from calib.passes import place
+from calib.model.model_class import text_model
 from calib.precision import has_fast_bfloat16
-from calib.quantized_checkpoint import read_dense
-from calib.safe_config import check_config, check_tokenizer_config
-from calib.safe_files import checkpoint_files, resolve_model, stored_tensors
+from calib.runner.forward import place
 from evals.evaluate import model_info
 from evals.record import ModelInfo
 from ptq.api import resolve_device
@@ -53,7 +53,7 @@ _DECISIVE = (
 )
 # What quantizers of transformers raise besides, on a checkpoint or an installation that they cannot work with.
 _OF_OTHERS = (AttributeError, KeyError, RuntimeError, TypeError)
-GGUF_DTYPE = "bfloat16"  # what `calib.checkpoint_reader` dequantizes a .gguf file to
+GGUF_DTYPE = "bfloat16"  # what `calib.checkpoint.reader` dequantizes a .gguf file to
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -128,7 +128,7 @@ def command(
     recipe or model is only replaced with --restart.
     """
     import ptq
-    from calib.workers import leave_workers
+    from calib.distributed import leave_workers
     from cli.forecast import show_forecast
     from cli.idle import idle_sentences
     from cli.progress import ProgressListener

@@ -42,7 +42,7 @@ def command(sources: tuple[str, ...], target: str, title: str | None, as_json: b
     folder, files = _sort(sources)
     path = Path(target)
     _check_target(path)
-    from calib.durable import write_file
+    from calib.checkpoint.atomic_files import write_file
     from cli.screen import echo
     from cli.tables import size
     from evals.page import report_page

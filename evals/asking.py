@@ -8,8 +8,8 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from calib.checkpoint.json import quoted
 from calib.errors import DataError
-from calib.safe_json import quoted
 from evals.questions import Kind, Question, Row, Task
 
 __all__ = ["FIELDS", "Asked", "ask", "fill", "kind_of"]

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calib.durable import os_errors, write_file, write_json
+from calib.checkpoint.atomic_files import os_errors, write_file, write_json
 from calib.errors import OutputError
 from evals.reference import DRAWS, Kept
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.bos import starts_with_bos, window_bos, with_bos, without_bos
-from calib.text import tokenize
+from calib.data.bos import starts_with_bos, window_bos, with_bos, without_bos
+from calib.data.tokens import tokenize
 from evals.batching import BatchSize
 from evals.logits import LogitSource
 from evals.text_scores import score_windows

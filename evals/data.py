@@ -1,9 +1,10 @@
-"""Evaluation texts by name: the sources of `calib.sources`, with a data set's test part where a name leaves it open."""
+"""Evaluation texts by name: the sources of `calib.data.sources`, with a data set's test part where a name leaves it
+open."""
 
 from __future__ import annotations
 
-from calib.chat import RowReader
-from calib.sources import Text, read_text
+from calib.data.chat import RowReader
+from calib.data.sources import Text, read_text
 
 __all__ = ["EVALUATION_PARTS", "load_text"]
 

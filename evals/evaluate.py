@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import transformers
 
-from calib.chat import RowReader
+from calib.data.chat import RowReader
+from calib.data.tokens import tokenizer_hash
 from calib.errors import ModelError, UsageError
-from calib.text import tokenizer_hash
 from evals.base_store import BaseStore, default_cache
 from evals.fingerprint import model_fingerprint
 from evals.harness import run_harness

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from calib.checkpoint.hub import hub_access, no_hub
 from calib.errors import DataError
-from calib.hub import hub_access, no_hub
 from evals.questions import HubSource, Row
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from calib.model_cache import cache_argument, returned_cache
+from calib.model.cache import cache_argument, returned_cache
 
 __all__ = ["LogitSource", "ModelLogits", "Run", "forward_logits", "model_device"]
 

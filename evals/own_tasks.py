@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from calib.checkpoint.json import quoted
 from calib.errors import DataError, unknown_name
-from calib.safe_json import quoted
 from evals.asking import kind_of
 from evals.metrics import METRICS
 from evals.questions import Kind, Row, Task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calib.durable import write_file
+from calib.checkpoint.atomic_files import write_file
 from calib.errors import UsageError
 from evals.comparison import Comparison
 from evals.page import report_page

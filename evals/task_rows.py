@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.chat import require_characters
+from calib.checkpoint.json import quoted
+from calib.data.chat import require_characters
+from calib.data.rows import decoded
 from calib.errors import DataError
-from calib.rows import decoded
-from calib.safe_json import quoted
 from evals.questions import Row
 
 __all__ = ["find_examples", "find_rows", "find_settings", "own_names", "read_object", "read_rows"]

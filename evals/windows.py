@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.bos import starts_with_bos, with_bos, without_bos
+from calib.data.bos import starts_with_bos, with_bos, without_bos
+from calib.data.tokens import tokenize
 from calib.errors import DataError, UsageError, unknown_name
-from calib.text import tokenize
 from evals.documents import Document, split_documents
 
 __all__ = [

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.bos import check_bos_choice
-from calib.chat import RowReader
+from calib.data.bos import check_bos_choice
+from calib.data.chat import RowReader
+from calib.data.rows import ROW_SUFFIXES
+from calib.data.sources import SOURCE_NAMES, Text
 from calib.errors import DataError, UsageError, unknown_name
-from calib.rows import ROW_SUFFIXES
-from calib.sources import SOURCE_NAMES, Text
 from evals.data import EVALUATION_PARTS, load_text
 from evals.questions import LoadedTask
 from evals.tasks import TASKS, known_tasks, load_task

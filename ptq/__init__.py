@@ -1,6 +1,6 @@
 """ptq: post-training quantization of causal language models. These names are promised; everything else may move."""
 
-from calib.text import Calibration, load_calibration
+from calib.data.tokens import Calibration, load_calibration
 from ptq.api import forecast, quantize
 from ptq.errors import PtqError
 from ptq.events import Event

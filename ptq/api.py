@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from calib.bos import window_bos
-from calib.checkpoint_reader import ModelSource, open_model
-from calib.model_class import find_model_class, is_multimodal
-from calib.model_map import find_blocks
-from calib.passes import pass_dtype
-from calib.safe_config import check_tokenizer_config
-from calib.streams import OFFLOADS, Offload
-from calib.text import Calibration, load_calibration, sample_from_model
-from calib.workers import join_workers
+from calib.checkpoint.config import check_tokenizer_config
+from calib.checkpoint.reader import ModelSource, open_model
+from calib.data.bos import window_bos
+from calib.data.tokens import Calibration, load_calibration, sample_from_model
+from calib.distributed import join_workers
+from calib.model.model_class import find_model_class, is_multimodal
+from calib.model.structure import find_blocks
+from calib.runner.activation_store import OFFLOADS, Offload
+from calib.runner.forward import pass_dtype
 from ptq.effects import without_effect
 from ptq.errors import ModelError, PtqError, UsageError, unknown_name
 from ptq.events import Event, Listener, ignore_events

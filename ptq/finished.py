@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from ptq.errors import OutputError, UsageError
 from ptq.events import Event, Listener
 from ptq.formats.journal import JOURNAL_NAME, changed_conditions, flatten

@@ -17,10 +17,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from calib.groups import InputGroup
+from calib.model.input_groups import InputGroup
 from calib.precision import strict_float32
-from calib.streams import free_memory
-from calib.walk import Walk, batch_size
+from calib.runner.activation_store import free_memory
+from calib.runner.runner import Walk, batch_size
 from ptq.learning import LearnedConfig
 from ptq.ledger import PartRecord
 from ptq.pipeline import Run

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from calib.model_class import find_model_class
+from calib.model.model_class import find_model_class
 from ptq.errors import OutputError
 from ptq.formats.verify import SKIP_KEY
 from ptq.integration.transformers import register

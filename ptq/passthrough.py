@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from calib.safetensors_header import StoredTensor
+from calib.checkpoint.safetensors_header import StoredTensor
 from ptq.sizes import NOT_IN_MODEL, model_tensor
 
 __all__ = ["OUTSIDE", "carried_parts", "outside_parts", "read_tensors"]

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from calib.checkpoint_reader import ModelSource
-from calib.model_map import fused_experts, is_linear
-from calib.passes import check_weight
+from calib.checkpoint.reader import ModelSource
+from calib.data.tokens import Calibration
+from calib.distributed import ALONE, Workers
+from calib.model.structure import fused_experts, is_linear
 from calib.precision import strict_float32
+from calib.runner.activation_store import Offload, Place
+from calib.runner.forward import check_weight
+from calib.runner.runner import BlockVisit, Timing, Walk
 from calib.stats import TWO_STREAMS
-from calib.streams import Offload, Place
-from calib.text import Calibration
-from calib.walk import BlockVisit, Timing, Walk
-from calib.workers import ALONE, Workers
 from ptq.errors import ModelError, UsageError
 from ptq.events import Event, Listener
 from ptq.finished import finished_obstacles

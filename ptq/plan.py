@@ -9,7 +9,7 @@ import fnmatch
 import torch
 from torch import nn
 
-from calib.model_map import find_blocks, find_linears, is_linear
+from calib.model.structure import find_blocks, find_linears, is_linear
 from ptq.errors import UsageError
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme

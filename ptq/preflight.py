@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from calib.groups import InputGroup
-from calib.streams import Offload, Place, settle_offload
+from calib.model.input_groups import InputGroup
+from calib.runner.activation_store import Offload, Place, settle_offload
 from ptq.errors import DataError, OutputError
 from ptq.plan import Plan
 from ptq.scheme import Scheme
@@ -39,7 +39,8 @@ def stream_place(
     processes: int,
     streams: int = 2,
 ) -> Place:
-    """Where the activations of a run go: ``none``, ``memory`` or ``disk`` (`calib.streams.settle_offload`)."""
+    """Where the activations of a run go: ``none``, ``memory`` or ``disk``
+    (`calib.runner.activation_store.settle_offload`)."""
     if tokens is None:
         return "none"
     return settle_offload(asked, stream_bytes(model, tokens.numel() // processes, dtype, streams), device)

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from calib.bos import check_bos_choice
-from calib.chat import check_template_choice
+from calib.data.bos import check_bos_choice
+from calib.data.chat import check_template_choice
 from ptq.errors import UsageError, unknown_name
 from ptq.recipe_file import read_recipe
 from ptq.scheme import Scheme, check_dynamic

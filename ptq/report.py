@@ -35,7 +35,7 @@ class Report:
     Args:
         model: ``source``, ``architecture``, ``model_type``, ``parameters``, ``dtype``.
         recipe: `Recipe.to_dict`.
-        calibration: `calib.text.Calibration.describe`, or ``None`` for methods without data.
+        calibration: `calib.data.tokens.Calibration.describe`, or ``None`` for methods without data.
         format: ``"compressed-tensors"`` or ``"native"``, and ``format_reason`` why.
         layers: one record a quantized linear, in the order they were done.
         kept: what stayed in full precision and why.

@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from calib.checkpoint_reader import ModelSource
-from calib.model_map import find_linears
+from calib.checkpoint.reader import ModelSource
+from calib.model.structure import find_linears
 from calib.precision import strict_float32
-from calib.visits import BlockVisit
-from calib.walk import Walk
+from calib.runner.block import BlockVisit
+from calib.runner.runner import Walk
 from ptq.plan import Plan
 
 __all__ = ["rotate_last_inputs"]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from calib.checkpoint_reader import ModelSource
-from calib.model_map import linear_weight
+from calib.checkpoint.reader import ModelSource
+from calib.model.structure import linear_weight
 from ptq.formats.layout import tensor_specs
 from ptq.ledger import PartRecord
 from ptq.plan import Plan

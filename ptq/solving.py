@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.distributed import Workers
+from calib.runner.runner import GroupVisit, Timing
 from calib.stats import GroupStatistics
-from calib.walk import GroupVisit, Timing
-from calib.workers import Workers
 from ptq.errors import NumericalError, PtqError
 from ptq.losses import check_energy, layer_losses, losses_flops
 from ptq.methods import LayerMethod

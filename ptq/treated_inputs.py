@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from calib.visits import BlockVisit
+from calib.runner.block import BlockVisit
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.key_values import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
@@ -21,7 +21,7 @@ __all__ = ["InputTreatment", "stored_scheme", "treat_block"]
 
 
 class InputTreatment:
-    """A linear's input as `ptq.runtime.linear.QuantLinear` treats it; a `calib.visits.Treatment`.
+    """A linear's input as `ptq.runtime.linear.QuantLinear` treats it; a `calib.runner.block.Treatment`.
 
     Args:
         scheme: of the linear; width: of its input.

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calib.checkpoint_reader import ModelSource
-from calib.model_map import find_blocks, find_linears, linear_weight
+from calib.checkpoint.reader import ModelSource
+from calib.model.structure import find_blocks, find_linears, linear_weight
 from calib.precision import strict_float32
-from calib.streams import free_memory
-from calib.walk import Walk, WindowVisit
-from calib.windows import Window, describe_windows
+from calib.runner.activation_store import free_memory
+from calib.runner.runner import Walk, WindowVisit
+from calib.runner.window_schedule import Window, describe_windows
 from ptq.errors import UsageError
 from ptq.learning import LearnedConfig
 from ptq.preflight import peak_memory

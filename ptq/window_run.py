@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from calib.experts import expert_lists
-from calib.visits import BlockVisit
-from calib.walk import Walk, WindowVisit
-from calib.windows import Window, describe_windows
-from calib.workers import Workers
+from calib.distributed import Workers
+from calib.model.experts import expert_lists
+from calib.runner.block import BlockVisit
+from calib.runner.runner import Walk, WindowVisit
+from calib.runner.window_schedule import Window, describe_windows
 from ptq.errors import ModelError, UsageError
 from ptq.events import Event, Listener
 from ptq.formats.journal import FinishedPart

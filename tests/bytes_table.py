@@ -30,7 +30,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 import ptq
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from ptq.events import Event
 
 TABLE = Path(__file__).parent / "data" / "bytes.json"

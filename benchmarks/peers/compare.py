@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptq
-from calib.text import load_calibration
+from calib.data.tokens import load_calibration
 from evals import evaluate
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ from measured import BITS, GROUP_SIZE, arguments, peak_mib, read_tokens, timed, 
 from transformers import AutoTokenizer
 
 import ptq
-from calib.text import Calibration, tokenizer_hash
+from calib.data.tokens import Calibration, tokenizer_hash
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from calib.durable import os_errors
-from calib.safe_files import WEIGHT_SUFFIXES
+from calib.checkpoint.atomic_files import os_errors
+from calib.checkpoint.files import WEIGHT_SUFFIXES
 from ptq.report import REPORT_NAME
 
 __all__ = ["MAX_DEPTH", "MAX_FILE", "MAX_FILES", "MAX_FOLDER", "Companions", "copy_companions", "find_companions"]

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.durable import os_errors, sync, write_file
+from calib.checkpoint.atomic_files import os_errors, sync, write_file
 from ptq.canonical import canonical_json
 from ptq.errors import OutputError
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.durable import file_sha256, os_errors, sync
+from calib.checkpoint.atomic_files import file_sha256, os_errors, sync
 from ptq.errors import OutputError
 from ptq.formats.journal import JOURNAL_NAME, FinishedPart, Journal, changed_conditions
 from ptq.formats.workspace import WORK

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from calib.checkpoint_reader import unmerged_experts
-from calib.experts import expert_linears
-from calib.model_map import fused_experts
+from calib.checkpoint.reader import unmerged_experts
+from calib.model.experts import expert_linears
+from calib.model.structure import fused_experts
 from ptq.errors import UsageError
 from ptq.formats import compressed_tensors
 from ptq.scheme import SCALE_DTYPES, Scheme

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.durable import file_sha256, os_errors
-from calib.safe_files import INDEX_NAME, MAX_INDEX_BYTES
-from calib.safe_json import read_json
-from calib.safetensors_header import check_headers
+from calib.checkpoint.atomic_files import file_sha256, os_errors
+from calib.checkpoint.files import INDEX_NAME, MAX_INDEX_BYTES
+from calib.checkpoint.json import read_json
+from calib.checkpoint.safetensors_header import check_headers
 from ptq.errors import OutputError
 from ptq.report import REPORT_NAME, Report
 

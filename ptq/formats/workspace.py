@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib.durable import os_errors, write_file
+from calib.checkpoint.atomic_files import os_errors, write_file
 from ptq.errors import OutputError
 
 __all__ = ["WORK", "Workspace"]

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calib.durable import file_sha256, os_errors, sync, sync_tree, write_file, write_json
+from calib.checkpoint.atomic_files import file_sha256, os_errors, sync, sync_tree, write_file, write_json
 from ptq.errors import OutputError
 from ptq.formats.journal import JOURNAL_NAME, FinishedPart
 from ptq.formats.native import GUARD_KEY, GUARD_SENTENCE, QUANT_METHOD

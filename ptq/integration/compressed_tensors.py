@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from calib.experts import join_experts
+from calib.model.experts import join_experts
 from ptq.formats.compressed_tensors import FORMAT
 from ptq.formats.verify import verify_checkpoint
 from ptq.integration.experts import leave_split_experts, split_named_experts

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
-from calib.experts import expert_lists, split_experts
+from calib.model.experts import expert_lists, split_experts
 
 __all__ = ["leave_split_experts", "split_named_experts"]
 

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from calib.model_map import find_blocks
+from calib.model.structure import find_blocks
 from ptq.formats import native
 from ptq.formats.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
 from ptq.formats.verify import verify_checkpoint

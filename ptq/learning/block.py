@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from calib.block_calls import BlockCall, first_tensor
-from calib.passes import check_range
-from calib.visits import BlockVisit
+from calib.model.block_inputs import BlockCall, first_tensor
+from calib.runner.block import BlockVisit
+from calib.runner.forward import check_range
 from ptq.learning.config import LearnedConfig
 from ptq.learning.linear import KINDS, LinearLearner, round_together
 from ptq.quantized import QuantizedWeight

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
-from calib.windows import SCHEDULES, ScheduleName, Window, make_windows
+from calib.runner.window_schedule import SCHEDULES, ScheduleName, Window, make_windows
 from ptq.errors import UsageError, unknown_name
 from ptq.scheme import Scheme
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.experts import expert_lists
-from calib.streams import Stream
-from calib.walk import WindowVisit
+from calib.model.experts import expert_lists
+from calib.runner.activation_store import Stream
+from calib.runner.runner import WindowVisit
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
 from ptq.learning.losses import output_loss

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.streams import Stream
-from calib.walk import WindowVisit
+from calib.runner.activation_store import Stream
+from calib.runner.runner import WindowVisit
 from ptq.errors import NumericalError, UsageError
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from calib.windows import ScheduleName
+from calib.runner.window_schedule import ScheduleName
 from ptq.learning.config import Clip, Intra, Keep, LearnedConfig, Loss, Rounding
 from ptq.methods.base import WindowMethod
 

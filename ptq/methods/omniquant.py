@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from calib.windows import ScheduleName
+from calib.runner.window_schedule import ScheduleName
 from ptq.learning.config import Intra, LearnedConfig
 from ptq.methods.base import WindowMethod
 

@@ -18,9 +18,9 @@ from typing import Any
 import transformers
 from torch import nn
 
-from calib.checkpoint_reader import ModelSource
-from calib.model_class import find_model_class
-from calib.model_map import is_linear
+from calib.checkpoint.reader import ModelSource
+from calib.model.model_class import find_model_class
+from calib.model.structure import is_linear
 from ptq.errors import ModelError, UsageError
 from ptq.formats.select import select_format
 from ptq.formats.vllm import vllm_phrase

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from calib.checkpoint_reader import ModelSource, ModuleSource, open_model
-from calib.experts import expert_linears
-from calib.model_map import find_blocks, find_linears, is_linear, linear_weight, set_linear_weight
+from calib.checkpoint.reader import ModelSource, ModuleSource, open_model
+from calib.model.experts import expert_linears
+from calib.model.structure import find_blocks, find_linears, is_linear, linear_weight, set_linear_weight
 from ptq.formats import compressed_tensors, native
 from ptq.proof.loader import run_model
 from ptq.proof.shrink import shrink_config

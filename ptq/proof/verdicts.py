@@ -18,8 +18,8 @@ from typing import Any
 
 import calib
 import ptq.scheme
-from calib.checkpoint_reader import ModelSource
-from calib.durable import write_json
+from calib.checkpoint.atomic_files import write_json
+from calib.checkpoint.reader import ModelSource
 from calib.errors import PtqError
 from ptq.scheme import KeyValueScheme, Scheme
 

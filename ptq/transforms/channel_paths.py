@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.groups import first_argument
-from calib.model_map import is_linear, linear_weight
+from calib.model.input_groups import first_argument
+from calib.model.structure import is_linear, linear_weight
 from ptq.transforms.tracing import Call, hooked
 
 __all__ = ["ChannelPath", "find_paths", "head_width"]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from calib.model_map import linear_weight
+from calib.model.structure import linear_weight
 from ptq.transforms.channel_paths import ChannelPath
 from ptq.transforms.scale_uses import ScaleUse, Scaling
 from ptq.transforms.scaling_trial import Trial

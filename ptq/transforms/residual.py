@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall, capture_calls, own_state
-from calib.checkpoint_reader import ModelSource
+from calib.checkpoint.reader import ModelSource
 from calib.errors import ModelError
-from calib.model_map import find_blocks, foreign_code
-from calib.passes import place
+from calib.model.block_inputs import BlockCall, capture_calls, own_state
+from calib.model.structure import find_blocks, foreign_code
 from calib.precision import strict_float32
+from calib.runner.forward import place
 from ptq.transforms.hadamard import ResidualRotation
 from ptq.transforms.residual_map import Part, block_parts, cannot_rotate, outside_parts
 from ptq.transforms.rotated_source import RotatedSource, get_parameter, put_parameter

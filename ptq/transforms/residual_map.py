@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from calib.block_calls import first_tensor
 from calib.errors import ModelError
-from calib.experts import ExpertList
-from calib.model_map import foreign_code
+from calib.model.block_inputs import first_tensor
+from calib.model.experts import ExpertList
+from calib.model.structure import foreign_code
 from ptq.transforms.tracing import Norm, Trace, expert_readers, hooked, trace
 
 __all__ = ["Part", "block_parts", "cannot_rotate", "outside_parts"]

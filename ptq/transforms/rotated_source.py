@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.checkpoint_reader import ModelSource
-from calib.companion_rule import CompanionRule
+from calib.checkpoint.companion_rule import CompanionRule
+from calib.checkpoint.reader import ModelSource
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.experts import expert_lists
-from calib.safetensors_header import StoredTensor
+from calib.model.experts import expert_lists
 from ptq.transforms.hadamard import ResidualRotation
 from ptq.transforms.residual_map import Part, cannot_rotate
 

@@ -4,8 +4,8 @@ A scaling is one vector of positive scales and its uses. A use of power +1 multi
 they leave the block's output as it is. One function applies every use, for folding as well as for learning: it is
 differentiable in the scale.
 
-Weights are meant as ``[out, in]`` (`calib.model_map.linear_weight`): the transposed ones of `Conv1D` are turned by the
-caller.
+Weights are meant as ``[out, in]`` (`calib.model.structure.linear_weight`): the transposed ones of `Conv1D` are turned
+by the caller.
 """
 
 from __future__ import annotations

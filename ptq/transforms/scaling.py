@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall
 from calib.errors import UsageError
-from calib.experts import ExpertList, expert_lists
-from calib.model_map import find_linears, linear_weight
+from calib.model.block_inputs import BlockCall
+from calib.model.experts import ExpertList, expert_lists
+from calib.model.structure import find_linears, linear_weight
 from ptq.transforms.channel_paths import ChannelPath, find_paths, head_width
 from ptq.transforms.query_keys import heads_of, query_key_scaling
 from ptq.transforms.scale_uses import ScaleUse, Scaling, apply_scaling, fold_scaling

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import first_tensor
-from calib.experts import ExpertList, expert_lists
-from calib.groups import first_argument
-from calib.model_map import foreign_code
+from calib.model.block_inputs import first_tensor
+from calib.model.experts import ExpertList, expert_lists
+from calib.model.input_groups import first_argument
+from calib.model.structure import foreign_code
 
 __all__ = ["Call", "Norm", "Trace", "expert_readers", "hooked", "norm_offset", "trace", "with_values"]
 

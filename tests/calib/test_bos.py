@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from calib.bos import starts_with_bos, with_bos, without_bos
+from calib.data.bos import starts_with_bos, with_bos, without_bos
+from calib.data.sampling import _first_tokens
+from calib.data.tokens import Calibration, load_calibration, tokenize
 from calib.errors import UsageError
-from calib.sampling import _first_tokens
-from calib.text import Calibration, load_calibration, tokenize
 
 WORDS = " ".join(f"word{i}" for i in range(400))
 BOS = 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from calib.checkpoint_reader import open_model
+from calib.checkpoint.reader import open_model
 from calib.errors import ModelError
 
 

@@ -15,9 +15,9 @@ from tiny_models import EXPERT_FAMILIES, MIXTURES, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from calib.checkpoint_reader import ModelSource, open_model
-from calib.experts import ExpertList, expert_linears, expert_lists, fill_experts, join_experts, split_experts
-from calib.model_map import find_blocks, fused_experts
+from calib.checkpoint.reader import ModelSource, open_model
+from calib.model.experts import ExpertList, expert_linears, expert_lists, fill_experts, join_experts, split_experts
+from calib.model.structure import find_blocks, fused_experts
 
 FAMILIES = (*MIXTURES, *(family for family in EXPERT_FAMILIES if family != "llama4_text"))
 TOKENS = torch.randint(2, 400, (2, 16), generator=torch.Generator().manual_seed(3))

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
-from calib.checkpoint_reader import open_model
+from calib.checkpoint.reader import open_model
 from calib.errors import PtqError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and measures memory through /proc")

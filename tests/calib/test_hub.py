@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-import calib.hub
+import calib.checkpoint.hub
+from calib.checkpoint.files import resolve_model
+from calib.checkpoint.hub import hub_access
+from calib.data.sources import read_text
 from calib.errors import DataError, ModelError
-from calib.hub import hub_access
-from calib.safe_files import resolve_model
-from calib.sources import read_text
 from evals.hub_rows import read_split
 from evals.questions import HubSource
 
@@ -40,7 +40,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], _Se
     def make(error: Exception | None) -> _Session:
         session = _Session(error)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(calib.hub, "get_session", lambda: session)
+        monkeypatch.setattr(calib.checkpoint.hub, "get_session", lambda: session)
         return session
 
     return make

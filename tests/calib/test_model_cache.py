@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 from transformers.utils import ModelOutput, logging
 
-from calib.model_cache import cache_argument, returned_cache
+from calib.model.cache import cache_argument, returned_cache
 
 
 def new(input_ids: Any, cache: Any = None) -> None: ...

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import Tensor
 
-from calib.checkpoint_reader import open_model
+from calib.checkpoint.reader import open_model
 from calib.errors import ModelError
 
 
@@ -151,7 +151,7 @@ def test_experts_in_fp8(family: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_dequantized_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from calib.quantized_checkpoint import weights
+    from calib.checkpoint.quantized import weights
 
     write(tmp_path, AWQ, awq)
     read = []

@@ -9,11 +9,11 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-import calib.walk as walk_module
-from calib.checkpoint_reader import open_model
-from calib.routed import FEW
+import calib.runner.runner as walk_module
+from calib.checkpoint.reader import open_model
+from calib.runner.expert_routing import FEW
+from calib.runner.runner import Walk
 from calib.stats import Stat
-from calib.walk import Walk
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 400, (5, 24), generator=torch.Generator().manual_seed(0))

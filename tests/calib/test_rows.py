@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from calib.chat import RowReader
+from calib.data.chat import RowReader
+from calib.data.sources import Text, read_text
+from calib.data.tokens import load_calibration
 from calib.errors import DataError, UsageError
-from calib.sources import Text, read_text
-from calib.text import load_calibration
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"

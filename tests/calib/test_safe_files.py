@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from tiny_models import tiny_model
 
+from calib.checkpoint.config import check_config, check_tokenizer_config
+from calib.checkpoint.files import MAX_INDEX_BYTES, checkpoint_files, stored_tensors
+from calib.checkpoint.json import MAX_DEPTH, parse_json, quoted, read_json
+from calib.checkpoint.safetensors_header import BITS, MAX_HEADER_BYTES, check_headers, read_header
 from calib.errors import ModelError, OutputError
-from calib.safe_config import check_config, check_tokenizer_config
-from calib.safe_files import MAX_INDEX_BYTES, checkpoint_files, stored_tensors
-from calib.safe_json import MAX_DEPTH, parse_json, quoted, read_json
-from calib.safetensors_header import BITS, MAX_HEADER_BYTES, check_headers, read_header
 
 GOLDEN = b'{"a":{"dtype":"F16","shape":[2,1],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[],"data_offsets":[4,5]}}'
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calib.data.sampling import _pick, sample_from_model, sample_steps
 from calib.errors import ModelError, NumericalError
-from calib.sampling import _pick, sample_from_model, sample_steps
 
 
 def llama(**changes: object) -> LlamaForCausalLM:

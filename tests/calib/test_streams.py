@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import calib.streams as streams_module
+import calib.runner.activation_store as streams_module
 from calib.errors import OutputError, UsageError
-from calib.streams import Place, Stream, settle_offload
+from calib.runner.activation_store import Place, Stream, settle_offload
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from calib.data.sources import read_text
+from calib.data.tokens import Calibration, load_calibration, tokenize, tokenizer_hash
 from calib.errors import DataError, UsageError
-from calib.sources import read_text
-from calib.text import Calibration, load_calibration, tokenize, tokenizer_hash
 
 WORDS = " ".join(f"word{i}" for i in range(400))
 
@@ -182,8 +182,8 @@ def test_a_short_text_overlaps_and_says_so(tmp_path: Path, tiny_tokenizer: PreTr
 @settings(max_examples=40, deadline=None)
 @given(length=st.integers(1, 120), samples=st.integers(1, 60), seqlen=st.integers(1, 20), seed=st.integers(0, 9))
 def test_a_draw_is_distinct_or_refused(length: int, samples: int, seqlen: int, seed: int) -> None:
-    from calib.sources import Text
-    from calib.text import _draw
+    from calib.data.sources import Text
+    from calib.data.tokens import _draw
 
     stream = torch.arange(length)
     if length < 2 * seqlen or length - seqlen + 1 < samples:

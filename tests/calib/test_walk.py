@@ -10,13 +10,13 @@ import torch
 from tiny_models import FAMILIES, MIXTURES, tiny_model
 from torch import Tensor
 
-import calib.walk as walk_module
-from calib.checkpoint_reader import ModelSource, open_model
+import calib.runner.runner as walk_module
+from calib.checkpoint.reader import ModelSource, open_model
 from calib.errors import ModelError, NumericalError
-from calib.model_map import find_blocks, find_linears, linear_weight
-from calib.passes import pass_dtype
+from calib.model.structure import find_blocks, find_linears, linear_weight
+from calib.runner.forward import pass_dtype
+from calib.runner.runner import Walk
 from calib.stats import Stat
-from calib.walk import Walk
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 400, (5, 24), generator=torch.Generator().manual_seed(0))

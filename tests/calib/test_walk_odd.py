@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import ptq
-from calib.checkpoint_reader import open_model
-from calib.groups import BlockMap, InputGroup, merge_maps
+from calib.checkpoint.reader import open_model
+from calib.data.tokens import Calibration
+from calib.model.input_groups import BlockMap, InputGroup, merge_maps
+from calib.runner.runner import Walk, batch_size
 from calib.stats import Stat
-from calib.text import Calibration
-from calib.walk import Walk, batch_size
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 400, (16, 24), generator=torch.Generator().manual_seed(3))

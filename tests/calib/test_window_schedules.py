@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from calib.errors import UsageError
-from calib.windows import SCHEDULES, Window, describe_windows, make_windows, single_blocks, visits
+from calib.runner.window_schedule import SCHEDULES, Window, describe_windows, make_windows, single_blocks, visits
 
 
 def spans(windows: tuple[Window, ...]) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calib.text import tokenize, tokenizer_hash
+from calib.data.tokens import tokenize, tokenizer_hash
 from cli.main import main
 from cli.models import load_model
 from ptq.api import resolve_device

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import evals
+from calib.data.tokens import tokenize
 from calib.errors import DataError, UsageError
-from calib.text import tokenize
 from evals.compare import compare
 from evals.record import Record
 from evals.workload import load_workload

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from calib.data.tokens import tokenize
 from calib.errors import NumericalError, UsageError
-from calib.text import tokenize
 from evals import evaluate, load_text
 from evals.record import Record
 

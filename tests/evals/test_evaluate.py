@@ -18,8 +18,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 import evals
+from calib.data.tokens import tokenize, tokenizer_hash
 from calib.errors import DataError, ModelError, UsageError
-from calib.text import tokenize, tokenizer_hash
 from evals.evaluate import measure, measure_base, module_store
 from evals.items import item_hash
 from evals.metrics import answers

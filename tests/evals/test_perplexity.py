@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calib.data.tokens import tokenize
 from calib.errors import NumericalError
-from calib.text import tokenize
 from evals import evaluate
 from evals.logits import ModelLogits, forward_logits
 from evals.record import TextResult

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from calib.data.tokens import tokenize
 from calib.errors import ModelError, NumericalError
-from calib.text import tokenize
 from evals import batching, evaluate, text_scores
 from evals.batching import BatchSize
 from evals.logits import ModelLogits

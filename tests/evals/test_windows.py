@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from calib.data.tokens import tokenize
 from calib.errors import DataError, UsageError
-from calib.text import tokenize
 from evals.windows import CONVENTIONS, Plan, Window, make_plan, prefix_token, starts_with_bos
 
 Prediction = tuple[tuple[int, ...], int]  # (tokens shown, token scored)

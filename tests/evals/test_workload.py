@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from calib.chat import RowReader
+from calib.data.chat import RowReader
+from calib.data.sources import Text
 from calib.errors import DataError, UsageError
-from calib.sources import Text
 from evals import workload
 from evals.windows import CONVENTIONS
 from evals.workload import load_workload

@@ -12,9 +12,9 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall, capture_calls
-from calib.checkpoint_reader import open_model
-from calib.model_map import find_blocks, linear_weight
+from calib.checkpoint.reader import open_model
+from calib.model.block_inputs import BlockCall, capture_calls
+from calib.model.structure import find_blocks, linear_weight
 from calib.precision import strict_float32
 from ptq.errors import UsageError
 from ptq.transforms.query_keys import rotary_pairs

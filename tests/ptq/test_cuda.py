@@ -10,8 +10,8 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 import ptq
+from calib.data.tokens import Calibration
 from calib.precision import product_t
-from calib.text import Calibration
 from ptq.grids import BoundGrid, fit_scales, uniform_grid
 from ptq.scheme import Scheme
 from ptq.solvers import factorize, successive, successive_rounding

@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from ptq.learning import stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

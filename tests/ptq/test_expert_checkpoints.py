@@ -18,9 +18,9 @@ from tiny_models import EXPERT_FAMILIES, MIXTURES, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from calib.checkpoint_reader import ModelSource, open_model
-from calib.experts import expert_lists
-from calib.model_map import find_blocks, is_linear, linear_weight, set_linear_weight
+from calib.checkpoint.reader import ModelSource, open_model
+from calib.model.experts import expert_lists
+from calib.model.structure import find_blocks, is_linear, linear_weight, set_linear_weight
 from ptq.errors import OutputError, UsageError
 from ptq.formats import compressed_tensors, native
 from ptq.formats.select import select_format

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from cli.main import main
 from ptq.errors import UsageError
 from ptq.events import Event

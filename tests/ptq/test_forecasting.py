@@ -12,8 +12,8 @@ from tiny_models import tiny_model
 
 import ptq
 import ptq.preflight as preflight
-from calib.groups import InputGroup
-from calib.text import Calibration
+from calib.data.tokens import Calibration
+from calib.model.input_groups import InputGroup
 from ptq.errors import OutputError, UsageError
 from ptq.plan import make_plan
 from ptq.recipe import Recipe

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from calib.model_cache import cache_argument, returned_cache
+from calib.model.cache import cache_argument, returned_cache
 from ptq.errors import UsageError
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.key_values import set_key_values, supports_key_values

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import ptq.learning.stepper
-from calib.checkpoint_reader import open_model
+from calib.checkpoint.reader import open_model
 from calib.precision import strict_float32
-from calib.walk import Walk, WindowVisit
-from calib.windows import Window
+from calib.runner.runner import Walk, WindowVisit
+from calib.runner.window_schedule import Window
 from ptq.errors import NumericalError, UsageError
 from ptq.learning import LearnedConfig
 from ptq.learning.block import BlockLearner

@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ptq
-from calib.checkpoint_reader import ModelSource, open_model
+from calib.checkpoint.reader import ModelSource, open_model
 from ptq.errors import ModelError, UsageError
 from ptq.formats.vllm import vllm_problem
 from ptq.plan import make_plan

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_multimodal import MULTIMODAL, tiny_multimodal
 
 import ptq
-from calib.checkpoint_reader import open_model
-from calib.model_class import language_model
-from calib.model_map import find_blocks
+from calib.checkpoint.reader import open_model
+from calib.model.model_class import language_model
+from calib.model.structure import find_blocks
 from ptq.errors import ModelError
 from ptq.events import Event
 from ptq.runtime.linear import QuantLinear

@@ -12,9 +12,9 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
-from calib.passes import MAX_WEIGHT, check_range
+from calib.data.tokens import Calibration
+from calib.runner.forward import MAX_WEIGHT, check_range
 from calib.stats import GroupStatistics, LinearStatistics, Moments, Stat, StatisticsAccumulator
-from calib.text import Calibration
 from cli.main import main
 from ptq.errors import NumericalError
 from ptq.losses import check_energy, layer_losses

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ptq
-from calib.checkpoint_reader import open_model
-from calib.text import Calibration
+from calib.checkpoint.reader import open_model
+from calib.data.tokens import Calibration
 from ptq.errors import ModelError, NumericalError, OutputError, UsageError
 from ptq.report import Report
 from ptq.runtime.linear import QuantLinear

@@ -14,9 +14,9 @@ from tiny_models import EXPERT_FAMILIES, FAMILIES, ODD_FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from calib.checkpoint_reader import ModelSource, open_model
+from calib.checkpoint.reader import ModelSource, open_model
 from calib.precision import strict_float32
-from calib.walk import Walk
+from calib.runner.runner import Walk
 from ptq.errors import ModelError
 from ptq.transforms.residual import RotatedSource, rotate_residual
 

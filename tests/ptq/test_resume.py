@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from ptq.errors import OutputError
 from ptq.events import Event
 
@@ -106,6 +106,6 @@ def test_offloaded_activations_change_no_byte_and_leave_nothing(offload: str, tm
 def test_repeated_passes_give_the_bytes_of_lockstep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "model")
     run(tmp_path / "model", tmp_path / "whole")
-    monkeypatch.setattr("calib.walk._LOCKSTEP_SHARE", 0.0)
+    monkeypatch.setattr("calib.runner.runner._LOCKSTEP_SHARE", 0.0)
     run(tmp_path / "model", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 
 import ptq
 import ptq.rough_time
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from ptq.events import Event
 from ptq.methods import find_method, make_config
 from ptq.plan import make_plan

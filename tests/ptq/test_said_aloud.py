@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 import ptq
-from calib.model_map import find_blocks, is_linear
-from calib.text import Calibration
+from calib.data.tokens import Calibration
+from calib.model.structure import find_blocks, is_linear
 from ptq.errors import DataError, ModelError, NumericalError, OutputError
 from ptq.events import Event
 

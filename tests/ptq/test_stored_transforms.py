@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 import ptq
-from calib.text import Calibration
+from calib.data.tokens import Calibration
 from ptq.methods import METHODS, WindowMethod
 from ptq.pipeline import Run
 from ptq.transforms.hadamard import InputRotation

@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
-from calib.durable import file_sha256
+from calib.checkpoint.atomic_files import file_sha256
 from cli.main import main
 from ptq.errors import OutputError
 from ptq.formats.verify import SKIP_KEY, verify_checkpoint, verify_files

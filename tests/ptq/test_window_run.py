@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 import ptq
 import ptq.learning.stepper
-from calib.model_map import find_blocks
-from calib.text import Calibration
-from calib.visits import BlockVisit
+from calib.data.tokens import Calibration
+from calib.model.structure import find_blocks
+from calib.runner.block import BlockVisit
 from ptq.errors import ModelError, NumericalError, OutputError, UsageError
 from ptq.events import Event
 from ptq.learning.losses import output_loss

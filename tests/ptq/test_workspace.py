@@ -94,7 +94,7 @@ def test_half_a_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def cut(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("calib.durable.os.replace", cut)
+    monkeypatch.setattr("calib.checkpoint.atomic_files.os.replace", cut)
     with pytest.raises(OutputError, match=r"state\.safetensors: No space left on device.*Free space"):
         work.save("state", {"a": torch.ones(2)}, {"n": 2})
     assert work.payload("state") == {"n": 1}

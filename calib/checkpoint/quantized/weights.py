@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from calib.checkpoint.json import read_json
+from calib.checkpoint.quantized.compressed import compressed_weights
+from calib.checkpoint.quantized.fp8 import fp8_weights
+from calib.checkpoint.quantized.gptq import awq_weights, gptq_weights
+from calib.checkpoint.quantized.methods import source_method
+from calib.checkpoint.quantized.packed import PackedWeight, SourceQuantization
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.quantized_checkpoint.compressed import compressed_weights
-from calib.quantized_checkpoint.fp8 import fp8_weights
-from calib.quantized_checkpoint.gptq import awq_weights, gptq_weights
-from calib.quantized_checkpoint.methods import source_method
-from calib.quantized_checkpoint.packed import PackedWeight, SourceQuantization
-from calib.safe_json import read_json
-from calib.safetensors_header import StoredTensor
 
 __all__ = ["StoredWeights", "open_weights"]
 

@@ -10,13 +10,14 @@ given back.
         for group in visit.groups(needs):    # GroupVisit: names, weights, statistics
             group.replace(name, weight)
 
-`Walk.windows` does the same for windows of several blocks (`calib.windows`): a block is loaded when a window's right
-edge reaches it, and the streams move through it when the left edge leaves it. One block after another is the schedule
-of windows of one block, and served by the same code.
+`Walk.windows` does the same for windows of several blocks (`calib.runner.window_schedule`): a block is loaded when a
+window's right edge reaches it, and the streams move through it when the left edge leaves it. One block after another is
+the schedule of windows of one block, and served by the same code.
 
-How passes are made is told in `calib.lockstep`, where hidden states lie in `calib.streams`, what several processes do
-in `calib.workers`. The experts of a mixture are visited one by one, on the rows that the full-precision model's router
-sends to each (`calib.routed`). The walk knows no method and no format. Run it inside `calib.precision.strict_float32`.
+How passes are made is told in `calib.runner.suspended_forward`, where hidden states lie in
+`calib.runner.activation_store`, what several processes do in `calib.distributed`. The experts of a mixture are visited
+one by one, on the rows that the full-precision model's router sends to each (`calib.runner.expert_routing`). The walk
+knows no method and no format. Run it inside `calib.precision.strict_float32`.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.block_calls import BlockCall, capture_calls, own_state
-from calib.checkpoint_reader import ModelSource
+from calib.checkpoint.reader import ModelSource
+from calib.distributed import ALONE, Workers
 from calib.errors import UsageError
-from calib.experts import expert_lists
-from calib.groups import BlockMap, InputGroup, merge_maps, trace_block
-from calib.model_class import other_modalities
-from calib.model_map import find_blocks
-from calib.passes import place
-from calib.streams import Place, Stream, free_memory, total_memory
+from calib.model.block_inputs import BlockCall, capture_calls, own_state
+from calib.model.experts import expert_lists
+from calib.model.input_groups import BlockMap, InputGroup, merge_maps, trace_block
+from calib.model.model_class import other_modalities
+from calib.model.structure import find_blocks
+from calib.runner.activation_store import Place, Stream, free_memory, total_memory
+from calib.runner.block import BlockVisit, GroupVisit
+from calib.runner.forward import place
+from calib.runner.window_schedule import Window, single_blocks
 from calib.timing import Timing
-from calib.visits import BlockVisit, GroupVisit
-from calib.windows import Window, single_blocks
-from calib.workers import ALONE, Workers
 
 __all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "WindowVisit", "batch_size"]
 
@@ -112,7 +113,8 @@ class Walk:
         put in the place of their weights.
 
         Args:
-            schedule: windows whose starts do not go back and that leave no block out (`calib.windows.make_windows`).
+            schedule: windows whose starts do not go back and that leave no block out
+                (`calib.runner.window_schedule.make_windows`).
         """
         alive: dict[int, BlockVisit] = {}
         try:

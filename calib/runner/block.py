@@ -1,4 +1,4 @@
-"""What a walk hands out: a block with its weights, and its input groups one after another; see `calib.walk`.
+"""What a walk hands out: a block with its weights, and its input groups one after another; see `calib.runner.runner`.
 
 A `BlockVisit` runs its block for either stream: with the checkpoint's own tensors for the full-precision one, with what
 was put in their place for the quantized one, which may also quantize what its linears are given.
@@ -13,16 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall
-from calib.groups import BlockMap, InputGroup
-from calib.lockstep import BlockPasses
-from calib.model_map import find_linears, linear_weight, set_linear_weight
-from calib.passes import check_finite, check_range, place, three_dims
-from calib.routed import RoutedRows
+from calib.distributed import Workers
+from calib.model.block_inputs import BlockCall
+from calib.model.input_groups import BlockMap, InputGroup
+from calib.model.structure import find_linears, linear_weight, set_linear_weight
+from calib.runner.activation_store import Stream
+from calib.runner.expert_routing import RoutedRows
+from calib.runner.forward import check_finite, check_range, place, three_dims
+from calib.runner.suspended_forward import BlockPasses
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
-from calib.streams import Stream
 from calib.timing import Timing
-from calib.workers import Workers
 
 __all__ = ["BlockVisit", "GroupVisit", "Host", "Treatment"]
 

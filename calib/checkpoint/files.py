@@ -11,10 +11,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from calib.checkpoint.hub import hub_access, no_hub
+from calib.checkpoint.json import quoted, read_json
+from calib.checkpoint.safetensors_header import StoredTensor, check_headers
 from calib.errors import ModelError
-from calib.hub import hub_access, no_hub
-from calib.safe_json import quoted, read_json
-from calib.safetensors_header import StoredTensor, check_headers
 
 __all__ = [
     "INDEX_NAME",
@@ -133,8 +133,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model folder by name: file, dtype, shape and range, all checked, no data read.
 
     Raises:
-        ModelError: see `checkpoint_files` and `calib.safetensors_header.check_headers`; or the index and the files
-            disagree about which tensors there are and where.
+        ModelError: see `checkpoint_files` and `calib.checkpoint.safetensors_header.check_headers`; or the index and the
+            files disagree about which tensors there are and where.
     """
     files = checkpoint_files(folder)
     found = check_headers(files)

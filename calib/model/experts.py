@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.expert_probe import PROBE_EXPERTS, Accumulation, find_accumulation
+from calib.model.expert_probe import PROBE_EXPERTS, Accumulation, find_accumulation
 
 __all__ = [
     "Expert",

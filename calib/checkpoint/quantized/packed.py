@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.safetensors_header import StoredTensor
 
 __all__ = ["PackedWeight", "SourceQuantization", "find", "require_shape"]
 

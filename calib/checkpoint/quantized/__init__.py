@@ -8,8 +8,8 @@ dtype.
 
 from __future__ import annotations
 
-from calib.quantized_checkpoint.methods import read_dense, source_method
-from calib.quantized_checkpoint.packed import SourceQuantization
-from calib.quantized_checkpoint.weights import StoredWeights, open_weights
+from calib.checkpoint.quantized.methods import read_dense, source_method
+from calib.checkpoint.quantized.packed import SourceQuantization
+from calib.checkpoint.quantized.weights import StoredWeights, open_weights
 
 __all__ = ["SourceQuantization", "StoredWeights", "open_weights", "read_dense", "source_method"]

@@ -8,9 +8,9 @@
     pydoc, pydoc:eval    first 80 %, last 20 % of the reference manual that every CPython carries
     SOURCE@0:0.8         the first 80 % of the characters of any of these
 
-A row is its ``text``, or its ``messages`` as the model's chat template writes them (`calib.chat`). Documents are joined
-by an empty line, which is the convention of the quantization literature for WikiText-2; conversations follow each other
-as their template ends and begins them.
+A row is its ``text``, or its ``messages`` as the model's chat template writes them (`calib.data.chat`). Documents are
+joined by an empty line, which is the convention of the quantization literature for WikiText-2; conversations follow
+each other as their template ends and begins them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.chat import RowReader
+from calib.checkpoint.hub import hub_access, no_hub
+from calib.data.chat import RowReader
+from calib.data.rows import ROW_SUFFIXES, decoded, file_rows
 from calib.errors import DataError, UsageError, unknown_name
-from calib.hub import hub_access, no_hub
-from calib.rows import ROW_SUFFIXES, decoded, file_rows
 
 __all__ = ["PYDOC_CALIBRATION", "SELF", "SOURCE_NAMES", "Text", "read_text"]
 

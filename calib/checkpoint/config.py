@@ -15,10 +15,10 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
+from calib.checkpoint.json import quoted, read_json
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.model_class import AUTO_CLASSES
-from calib.safe_json import quoted, read_json
-from calib.safetensors_header import StoredTensor
+from calib.model.model_class import AUTO_CLASSES
 
 __all__ = ["MAX_CONFIG_BYTES", "check_config", "check_tokenizer_config"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from calib.experts import ExpertList, expert_lists
-from calib.model_map import find_linears, foreign_code
+from calib.model.experts import ExpertList, expert_lists
+from calib.model.structure import find_linears, foreign_code
 
 __all__ = ["BlockMap", "InputGroup", "merge_maps", "trace_block"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.bos import window_bos, with_bos, without_bos
-from calib.chat import RowReader, check_template_choice
+from calib.data.bos import window_bos, with_bos, without_bos
+from calib.data.chat import RowReader, check_template_choice
+from calib.data.sampling import sample_from_model
+from calib.data.sources import SELF, Text, read_text
 from calib.errors import DataError, UsageError
-from calib.sampling import sample_from_model
-from calib.sources import SELF, Text, read_text
 
 __all__ = [
     "Calibration",
@@ -97,7 +97,7 @@ def load_calibration(
     bos: str = "auto",
     template: str = "auto",
 ) -> Calibration:
-    """Draw ``samples`` sequences of ``seqlen`` tokens from a source (the table in `calib.sources`).
+    """Draw ``samples`` sequences of ``seqlen`` tokens from a source (the table in `calib.data.sources`).
 
     Args:
         source: a path or a name; ``self`` calls ``sampler(samples, seqlen, seed)``.

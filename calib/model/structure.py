@@ -1,4 +1,5 @@
-"""The map of a model: its repeated blocks and their linears. What shares an input is traced in `calib.groups`.
+"""The map of a model: its repeated blocks and their linears. What shares an input is traced in
+`calib.model.input_groups`.
 
 Nothing is known of model classes. Blocks are the children of the largest module list that is not inside another; of a
 multimodal model, the largest one in its language model.
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calib.errors import ModelError
-from calib.model_class import language_model, other_modalities
+from calib.model.model_class import language_model, other_modalities
 
 __all__ = [
     "find_blocks",

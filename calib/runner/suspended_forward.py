@@ -21,7 +21,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall
+from calib.model.block_inputs import BlockCall
 
 __all__ = ["Arguments", "BlockPasses", "run_to"]
 

@@ -5,8 +5,8 @@
 conversions, ``release`` empties them again. Tensors that are not quantized are handed out under their original names
 and bytes (`raw_tensors`), so that they pass through a quantization unchanged.
 
-Experts that transformers keeps in one tensor are split (`calib.experts`): the skeleton and all names here are those of
-one linear an expert, whatever the checkpoint holds.
+Experts that transformers keeps in one tensor are split (`calib.model.experts`): the skeleton and all names here are
+those of one linear an expert, whatever the checkpoint holds.
 
 Three kinds of model: a folder or hub id with safetensors (lazy), a ``.gguf`` file (dequantized by transformers on
 opening) and a module in memory (copied block by block, never changed).
@@ -37,16 +37,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from calib.companion_rule import CompanionRule
+from calib.checkpoint.companion_rule import CompanionRule
+from calib.checkpoint.config import check_config
+from calib.checkpoint.files import resolve_model, stored_tensors
+from calib.checkpoint.quantized import SourceQuantization, StoredWeights, open_weights
+from calib.checkpoint.safetensors_header import StoredTensor
+from calib.checkpoint.text_part import TextPart, text_parameters
 from calib.errors import ModelError
-from calib.expert_tensors import ExpertTensors
-from calib.experts import expert_lists, split_experts
-from calib.model_class import find_model_class, is_multimodal
-from calib.quantized_checkpoint import SourceQuantization, StoredWeights, open_weights
-from calib.safe_config import check_config
-from calib.safe_files import resolve_model, stored_tensors
-from calib.safetensors_header import StoredTensor
-from calib.text_part import TextPart, text_parameters
+from calib.model.expert_tensors import ExpertTensors
+from calib.model.experts import expert_lists, split_experts
+from calib.model.model_class import find_model_class, is_multimodal
 
 __all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
 

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from calib.checkpoint.json import quoted
 from calib.errors import DataError, UsageError, unknown_name
-from calib.safe_json import quoted
 
 __all__ = ["TEMPLATE_CHOICES", "RowReader", "check_template_choice", "require_characters"]
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from calib.experts import ExpertList, expert_lists, fill_experts, fused_in_place
+from calib.model.experts import ExpertList, expert_lists, fill_experts, fused_in_place
 
 __all__ = ["ExpertTensors"]
 
 
 class ExpertTensors:
-    """The expert parameters of one skeleton, after `calib.experts.split_experts`."""
+    """The expert parameters of one skeleton, after `calib.model.experts.split_experts`."""
 
     def __init__(self, skeleton: nn.Module) -> None:
         self._skeleton = skeleton

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from calib.checkpoint.quantized.packed import PackedWeight
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.quantized_checkpoint.packed import PackedWeight
-from calib.safetensors_header import StoredTensor
 
 __all__ = ["fp8_weights"]
 

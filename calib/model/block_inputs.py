@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import ModelError
-from calib.model_map import foreign_code
+from calib.model.structure import foreign_code
 
 __all__ = ["BlockCall", "capture_calls", "first_tensor", "own_state"]
 

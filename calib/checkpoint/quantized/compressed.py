@@ -14,9 +14,9 @@ from compressed_tensors.utils.match import match_targets
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from calib.checkpoint.quantized.packed import PackedWeight, find, require_shape
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.quantized_checkpoint.packed import PackedWeight, find, require_shape
-from calib.safetensors_header import StoredTensor
 
 __all__ = ["compressed_weights"]
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calib.checkpoint.json import parse_json, quoted
 from calib.errors import ModelError
-from calib.safe_json import parse_json, quoted
 
 __all__ = ["MAX_HEADER_BYTES", "StoredTensor", "check_headers", "read_header"]
 

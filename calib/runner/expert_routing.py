@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from calib.block_calls import BlockCall
-from calib.lockstep import Arguments, run_to
-from calib.workers import Workers
+from calib.distributed import Workers
+from calib.model.block_inputs import BlockCall
+from calib.runner.suspended_forward import Arguments, run_to
 
 __all__ = ["FEW", "RoutedRows"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calib.errors import ModelError, NumericalError
-from calib.model_cache import cache_argument, returned_cache
+from calib.model.cache import cache_argument, returned_cache
 
 __all__ = ["sample_from_model", "sample_steps"]
 

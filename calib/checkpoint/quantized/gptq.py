@@ -20,9 +20,9 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
+from calib.checkpoint.quantized.packed import PackedWeight, find, require_shape
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.quantized_checkpoint.packed import PackedWeight, find, require_shape
-from calib.safetensors_header import StoredTensor
 
 __all__ = ["awq_weights", "gptq_weights"]
 

@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from calib.companion_rule import CompanionRule
+from calib.checkpoint.companion_rule import CompanionRule
+from calib.checkpoint.quantized import SourceQuantization
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
-from calib.model_class import language_model, text_config
-from calib.quantized_checkpoint import SourceQuantization
-from calib.safetensors_header import StoredTensor
+from calib.model.model_class import language_model, text_config
 
 __all__ = ["TextPart", "WholeSource", "text_parameters"]
 
 
 class WholeSource(Protocol):
-    """What is needed of the source of the whole model (`calib.checkpoint_reader`)."""
+    """What is needed of the source of the whole model (`calib.checkpoint.reader`)."""
 
     skeleton: PreTrainedModel
     name: str

@@ -1,0 +1,1 @@
+"""Model folders: read safely, and files that are written whole or not at all."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from evals.metrics import per_item
+from evals.tasks.metrics import per_item
 
 ROW = "{{query[:-1] if query.endswith('\n') else query}}"
 CHOICES = {"doc_to_choice": "choices", "doc_to_target": "gold"}

@@ -22,9 +22,9 @@ import torch
 
 import ptq
 from cli.models import describe, files_fingerprint, load_model
-from evals.base_store import BaseStore
 from evals.evaluate import measure, measure_base
-from evals.workload import Workload, load_workload
+from evals.job import Workload, load_workload
+from evals.texts.base_cache import BaseStore
 from ptq.api import make_recipe, resolve_device
 
 TASKS = (

@@ -14,7 +14,7 @@ from calib.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from cli.rows import NamedRows
     from cli.screen import Screen
-    from evals.comparison import Comparison, Difference, Standing
+    from evals.comparison.types import Comparison, Difference, Standing
 
 __all__ = ["PICTURES", "command"]
 
@@ -54,14 +54,14 @@ def command(
     from cli.screen import console, echo
 
     _check_target(out)
-    from evals.compare import compare
+    from evals.comparison.compare import compare
     from evals.record import read_record
 
     found = compare(
         [read_record(path) for path in records], labels=labels or None, confidence=confidence, shared=shared
     )
     if out is not None:
-        from evals.pictures import comparison_picture
+        from evals.report.figures import comparison_picture
 
         comparison_picture(found, Path(out))
     if as_json:
@@ -144,7 +144,7 @@ def _rows(
 
 def _cells(one: Difference | None) -> tuple[str, str, str, str, str]:
     """Difference, interval, p, flips, verdict."""
-    from evals.verdicts import figure, p_words
+    from evals.comparison.conclusions import figure, p_words
 
     if one is None:
         return "", "", "", "", ""
@@ -164,7 +164,7 @@ def _verdict(one: Difference) -> str:
 
 
 def _value(one: Standing) -> str:
-    from evals.verdicts import in_points
+    from evals.comparison.conclusions import in_points
 
     scale, digits = (100.0, 1) if in_points(one.measure) else (1.0, 4)
     error = "" if one.standard_error is None else f" +- {one.standard_error * scale:.{digits}f}"

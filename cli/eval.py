@@ -14,9 +14,9 @@ from calib.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from cli.models import LoadedModel
+    from evals.job import Workload
     from evals.record import ModelInfo, Record
-    from evals.worker import Base, Progress
-    from evals.workload import Workload
+    from evals.scorer import Base, Progress
 
 __all__ = ["command"]
 
@@ -171,7 +171,7 @@ def _idle(options: dict[str, Any], workload: Workload) -> dict[str, str]:
 def _workload(options: dict[str, Any]) -> Workload:
     from calib.data.chat import RowReader
     from cli.models import load_tokenizer
-    from evals.workload import DEFAULT_TASKS, load_workload
+    from evals.job import DEFAULT_TASKS, load_workload
 
     names = _names(options["tasks"])
     nothing = not names and not options["texts"] and not options["harness"]
@@ -193,8 +193,8 @@ def _workload(options: dict[str, Any]) -> Workload:
 def _base(options: dict[str, Any], workload: Workload, top_k: int | None, progress: Progress) -> Base:
     """The base's results, from the disk where they are there; it is not in memory afterwards."""
     from cli.models import describe, files_fingerprint, load_model, resolved_dtype
-    from evals.base_store import BaseStore, default_cache
     from evals.evaluate import measure_base
+    from evals.texts.base_cache import BaseStore, default_cache
     from ptq.api import resolve_device
 
     source = options["against"]

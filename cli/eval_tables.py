@@ -135,7 +135,7 @@ def _percent(metric: dict[str, float | None]) -> str:
 
 
 def _changes(task: TaskResult, base: TaskResult, shown: list[str]) -> list[str]:
-    from evals.metrics import answers, per_item
+    from evals.tasks.metrics import answers, per_item
 
     found = []
     for name in shown:

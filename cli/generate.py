@@ -98,7 +98,7 @@ def _continue(
 
 
 def _check_length(model: Any, ids: Tensor, steps: int) -> None:
-    from evals.windows import context_length
+    from evals.texts.windows import context_length
 
     context = context_length(model)
     if ids.numel() == 0:

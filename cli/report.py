@@ -12,7 +12,7 @@ import click
 from calib.errors import OutputError, PtqError, UsageError
 
 if TYPE_CHECKING:
-    from evals.comparison import Comparison
+    from evals.comparison.types import Comparison
     from evals.record import Record
 
 __all__ = ["command"]
@@ -45,7 +45,7 @@ def command(sources: tuple[str, ...], target: str, title: str | None, as_json: b
     from calib.checkpoint.atomic_files import write_file
     from cli.screen import echo
     from cli.tables import size
-    from evals.page import report_page
+    from evals.report.page import report_page
 
     report = None if folder is None else _report(folder)
     records = _records(files)
@@ -76,7 +76,7 @@ def _sort(sources: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _check_target(path: Path) -> None:
     """Refuse a folder that is missing and a file that is not a page of ours."""
-    from evals.page import GENERATOR
+    from evals.report.page import GENERATOR
 
     if not path.resolve().parent.is_dir():
         raise OutputError(f"cannot write {path}: there is no folder {path.resolve().parent}; create it first.")
@@ -105,7 +105,7 @@ def _records(files: Sequence[str]) -> list[Record]:
 
 def _compare(records: Sequence[Record]) -> tuple[Comparison | None, list[str]]:
     """The comparison, or why there is none; a single record is compared with the base inside it."""
-    from evals.compare import compare
+    from evals.comparison.compare import compare
 
     if not records or (len(records) == 1 and records[0].base is None):
         return None, []

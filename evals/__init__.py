@@ -1,11 +1,11 @@
 """Metrics of a model on data: perplexity, divergence, tasks, and paired comparison. Knows no method and no format."""
 
-from evals.compare import compare
-from evals.comparison import Comparison
-from evals.data import load_text
+from evals.comparison.compare import compare
+from evals.comparison.types import Comparison
 from evals.evaluate import evaluate
 from evals.record import Record, read_record
-from evals.tasks import known_tasks
+from evals.tasks.registry import known_tasks
+from evals.texts.sources import load_text
 
 __all__ = [
     "Comparison",

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from calib.data.bos import starts_with_bos, window_bos, with_bos, without_bos
 from calib.data.tokens import tokenize
-from evals.batching import BatchSize
-from evals.logits import LogitSource
-from evals.text_scores import score_windows
-from evals.windows import Window, check_vocabulary, context_length
-from evals.workload import TextJob
+from evals.inference.batching import BatchSize
+from evals.inference.logits import LogitSource
+from evals.job import TextJob
+from evals.texts.scoring import score_windows
+from evals.texts.windows import Window, check_vocabulary, context_length
 
 __all__ = ["LEAST_GAIN_NATS", "choose_bos", "follow_base"]
 
@@ -37,7 +37,7 @@ Choice = tuple[bool | None, tuple[str, ...]]
 def choose_bos(
     job: TextJob, tokenizer: Any, model: Any, source: Callable[[Tensor], LogitSource], size: BatchSize
 ) -> Choice:
-    """What `evals.windows.make_plan` takes for ``bos``, and a line for the reader where it was a question.
+    """What `evals.texts.windows.make_plan` takes for ``bos``, and a line for the reader where it was a question.
 
     Args:
         job: its option ``bos`` is ``auto``, ``always`` or ``never``.

@@ -18,15 +18,15 @@ import transformers
 from calib.data.chat import RowReader
 from calib.data.tokens import tokenizer_hash
 from calib.errors import ModelError, UsageError
-from evals.base_store import BaseStore, default_cache
-from evals.fingerprint import model_fingerprint
 from evals.harness import run_harness
+from evals.inference.fingerprint import model_fingerprint
+from evals.inference.logits import model_device
 from evals.items import item_hash
-from evals.logits import model_device
-from evals.questions import LoadedTask
+from evals.job import DEFAULT_TASKS, TextJob, Workload, load_workload
 from evals.record import ModelInfo, Record, TaskResult, TextResult, read_task_result, read_text_result
-from evals.worker import Base, Progress, Worker, text_store
-from evals.workload import DEFAULT_TASKS, TextJob, Workload, load_workload
+from evals.scorer import Base, Progress, Worker, text_store
+from evals.tasks.types import LoadedTask
+from evals.texts.base_cache import BaseStore, default_cache
 
 __all__ = ["BASE_TOP_K", "environment", "evaluate", "measure", "measure_base", "model_info", "module_store"]
 
@@ -67,7 +67,7 @@ def evaluate(
         data: folder with the files of tasks and texts; without it they come from the hub.
         against: the base in full precision; adds divergence and what its answers are compared with.
         convention: of the perplexity, one or several of ``segments``, ``llamacpp``, ``sliding``, ``documents``.
-        seqlen, stride, max_tokens, documents: as `evals.windows.make_plan`.
+        seqlen, stride, max_tokens, documents: as `evals.texts.windows.make_plan`.
         bos: whether windows of a text begin with BOS: ``auto`` where the model is made for it (`evals.bos_choice`),
             ``always``, or ``never`` as in the literature.
         limit: the first rows of each task, the first items of each text.

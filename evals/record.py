@@ -17,8 +17,8 @@ import numpy as np
 
 from calib.errors import DataError, OutputError
 from evals.items import Items
-from evals.metrics import METRICS, per_item
 from evals.statistics import mean_and_error, neighbours
+from evals.tasks.metrics import METRICS, per_item
 
 __all__ = [
     "RECORD_VERSION",

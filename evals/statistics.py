@@ -92,7 +92,7 @@ def block_bootstrap(
     """Ratios of ``draws`` samples of as many blocks, drawn with replacement.
 
     Its standard deviation is the error that `mean_and_error` finds without drawing, less a factor of
-    ``sqrt((n - 1) / n)``. Its percentiles are too narrow for few blocks: `evals.intervals` studentises them.
+    ``sqrt((n - 1) / n)``. Its percentiles are too narrow for few blocks: `evals.comparison.intervals` studentises them.
 
     Args:
         sums, counts, clusters: as in `mean_and_error`.

@@ -15,8 +15,8 @@ from calib.checkpoint.files import resolve_model
 from calib.checkpoint.hub import hub_access
 from calib.data.sources import read_text
 from calib.errors import DataError, ModelError
-from evals.hub_rows import read_split
-from evals.questions import HubSource
+from evals.tasks.sources.hub_datasets import read_split
+from evals.tasks.types import HubSource
 
 NOWHERE = "http://127.0.0.1:9"
 

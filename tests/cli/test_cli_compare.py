@@ -110,9 +110,9 @@ def test_the_picture_is_asked_for(
     paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = []
-    module = types.ModuleType("evals.pictures")
+    module = types.ModuleType("evals.report.figures")
     module.comparison_picture = lambda found, path: drawn.append((len(found.contenders), path))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "evals.pictures", module)
+    monkeypatch.setitem(sys.modules, "evals.report.figures", module)
     assert main(["compare", *paths, "-o", str(tmp_path / "x.SVG")]) == 0
     assert drawn == [(3, tmp_path / "x.SVG")]
 

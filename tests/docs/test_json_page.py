@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli.main import main
-from evals.comparison import Comparison, Contender, Difference, Flips, Standing
+from evals.comparison.types import Comparison, Contender, Difference, Flips, Standing
 from evals.record import Divergence, ModelInfo, Record, TaskResult, TextResult
 from ptq.quantized import LayerRecord
 from ptq.recipe import Recipe

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib.errors import OutputError
-from evals import base_store, evaluate
-from evals.base_store import BaseStore, TextStore, default_cache
-from evals.reference import DRAWS, Kept, keep
+from evals import evaluate
+from evals.texts import base_cache
+from evals.texts.base_cache import BaseStore, TextStore, default_cache
+from evals.texts.kl import DRAWS, Kept, keep
 
 LOADED = {"dtype": "float32", "device": "cpu"}
 
@@ -204,7 +205,7 @@ def test_space_is_reckoned_as_it_is_used(
     store.write_window(0, kept(vocab, top_k, rows))
     used = (store.folder / "00000.safetensors").stat().st_size - 700  # the header
     free = 0
-    monkeypatch.setattr(base_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     free = int(0.9 * used)
     with pytest.raises(OutputError, match=r"GB are free.*--cache.*--max-tokens.*--base-top-k") as error:
         store.require_space(rows, top_k, vocab)
@@ -374,7 +375,7 @@ def test_no_space_is_said_before_the_work(
     against: Callable[..., Any], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     base = make_model("llama")
-    monkeypatch.setattr(base_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
     with counted(base) as passes, pytest.raises(OutputError, match="GB are free"):
         against(base)
     assert passes == []
@@ -418,8 +419,8 @@ def test_nothing_is_written_elsewhere(
 
 def test_sizes_that_are_documented() -> None:
     """About two kilobytes of a prediction (docs/evaluation.md)."""
-    assert 1500 < base_store._bytes_each(256, 49_152) < 2100
-    assert base_store._bytes_each(256, 49_152) == (256 + DRAWS) * 6 + 20
+    assert 1500 < base_cache._bytes_each(256, 49_152) < 2100
+    assert base_cache._bytes_each(256, 49_152) == (256 + DRAWS) * 6 + 20
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out_before_anything_is_run(tmp_path: Path) -> None:

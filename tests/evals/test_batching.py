@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import UsageError
-from evals import batching
-from evals.batching import BatchSize, run_batches
+from evals.inference import batching
+from evals.inference.batching import BatchSize, run_batches
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a device needs none
 SIZES: st.SearchStrategy[int | str] = st.integers(1, 9) | st.just("auto")

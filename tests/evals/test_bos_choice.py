@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 import evals
 from calib.data.tokens import tokenize
 from calib.errors import DataError, UsageError
-from evals.compare import compare
+from evals.comparison.compare import compare
+from evals.job import load_workload
 from evals.record import Record
-from evals.workload import load_workload
 
 Make = Callable[..., Any]
 LETTERS = "01234567"  # one token each

@@ -15,8 +15,8 @@ from made_records import made_divergence, made_record, made_task, made_text, rec
 from scipy import stats
 
 from calib.errors import DataError, UsageError
-from evals.compare import compare
-from evals.comparison import Comparison, Difference
+from evals.comparison.compare import compare
+from evals.comparison.types import Comparison, Difference
 from evals.record import Record
 
 BASE = [30.0, 28.0, 33.0, 27.0, 31.0, 29.5, 30.5, 28.5]

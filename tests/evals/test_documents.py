@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calib.errors import UsageError
-from evals.documents import RULES, detokenize_wikitext, split_documents
-from evals.windows import make_plan
+from evals.texts.documents import RULES, detokenize_wikitext, split_documents
+from evals.texts.windows import make_plan
 
 WORDS = (
     "a",

@@ -22,10 +22,10 @@ from calib.data.tokens import tokenize, tokenizer_hash
 from calib.errors import DataError, ModelError, UsageError
 from evals.evaluate import measure, measure_base, module_store
 from evals.items import item_hash
-from evals.metrics import answers
+from evals.job import load_workload
 from evals.record import Record
-from evals.tasks import load_task
-from evals.workload import load_workload
+from evals.tasks.metrics import answers
+from evals.tasks.registry import load_task
 
 ROWS = {
     "arc_easy": [

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evals.fingerprint import model_fingerprint
+from evals.inference.fingerprint import model_fingerprint
 
 
 class State:

@@ -20,15 +20,15 @@ from tiny_models import tiny_model
 
 from calib.errors import DataError, PtqError, UsageError
 from evals import harness
-from evals.asking import fill
-from evals.batching import BatchSize
+from evals.inference.batching import BatchSize
+from evals.inference.logits import ModelLogits
 from evals.items import Items
-from evals.logits import ModelLogits
-from evals.loglikelihood import score_requests
-from evals.metrics import per_item
-from evals.questions import LoadedTask
-from evals.requests import encode_pairs
-from evals.tasks import TASKS, load_task
+from evals.tasks.loglikelihood import score_requests
+from evals.tasks.metrics import per_item
+from evals.tasks.prompts import fill
+from evals.tasks.registry import TASKS, load_task
+from evals.tasks.requests import encode_pairs
+from evals.tasks.types import LoadedTask
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's, at import

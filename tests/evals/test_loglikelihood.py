@@ -15,10 +15,10 @@ from tiny_models import FAMILIES, ODD_FAMILIES, tiny_model
 from transformers import DynamicCache
 
 from calib.errors import NumericalError, UsageError
-from evals.batching import BatchSize
-from evals.logits import ModelLogits, Run
-from evals.loglikelihood import Answer, score_requests
-from evals.requests import Request, encode_pairs
+from evals.inference.batching import BatchSize
+from evals.inference.logits import ModelLogits, Run
+from evals.tasks.loglikelihood import Answer, score_requests
+from evals.tasks.requests import Request, encode_pairs
 
 CPU = torch.device("cpu")
 NATS = 1e-3

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evals.items import Items
-from evals.metrics import HIGHER_IS_BETTER, METRICS, answers, per_item
+from evals.tasks.metrics import HIGHER_IS_BETTER, METRICS, answers, per_item
 
 Rows = list[tuple[int, list[tuple[float, str]]]]  # gold, and (log-likelihood, text) of each answer
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from made_records import made_divergence, made_record, made_task, made_text, recipe
 
-from evals.compare import compare
-from evals.markup import Html, data_list, details, join, table, tag
-from evals.page import GENERATOR, report_page
+from evals.comparison.compare import compare
 from evals.record import Record
+from evals.report.html import Html, data_list, details, join, table, tag
+from evals.report.page import GENERATOR, report_page
 from ptq.report import Report
 
 NASTY = '<script>alert("1")</script>&"\''

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calib.data.tokens import tokenize
 from calib.errors import NumericalError
 from evals import evaluate
-from evals.logits import ModelLogits, forward_logits
+from evals.inference.logits import ModelLogits, forward_logits
 from evals.record import TextResult
 
 KINDS = ["llama", "gemma2", "gpt2", "cohere", "granite", "mixtral", "opt"]

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from made_records import made_divergence, made_record, made_text, recipe
 
 from calib.errors import OutputError, UsageError
-from evals.comparison import Comparison, Contender, Difference, Standing
-from evals.labels import label_records, looks, with_bases
-from evals.picture import Picture, clean, figure_bytes, inline_svg, plain_number, shorten
-from evals.picture_differences import difference_pictures, divergences, kl_pictures
-from evals.picture_layers import layer_grid, layer_pictures
-from evals.picture_quality import comparison_panels, quality_pictures, record_panels
-from evals.pictures import comparison_picture
-from evals.theme import DARK, LIGHT, PLACEHOLDERS, RAMP, css_variables
+from evals.comparison.types import Comparison, Contender, Difference, Standing
+from evals.report.charts.differences import difference_pictures, divergences, kl_pictures
+from evals.report.charts.figure import Picture, clean, figure_bytes, inline_svg, plain_number, shorten
+from evals.report.charts.layers import layer_grid, layer_pictures
+from evals.report.charts.quality import comparison_panels, quality_pictures, record_panels
+from evals.report.figures import comparison_picture
+from evals.report.labels import label_records, looks, with_bases
+from evals.report.theme import DARK, LIGHT, PLACEHOLDERS, RAMP, css_variables
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = '<script>alert("1")</script> & $x^2$ --> \N{CJK UNIFIED IDEOGRAPH-4E2D}\x00'

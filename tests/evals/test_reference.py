@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import ModelError
-from evals.reference import DRAWS, Kept, Scores, join, keep, score_against, score_alone
+from evals.texts.kl import DRAWS, Kept, Scores, join, keep, score_against, score_alone
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from calib.errors import DataError
-from evals.requests import Request, encode_pairs, shared_prefix
+from evals.tasks.requests import Request, encode_pairs, shared_prefix
 
 LONG = 512  # tokens of context: nothing is cut
 TEXT = ("a b a b ab ab a  b ", "the answer: the answer is yes\n", "no no no, the answer is no ")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from evals import statistics
-from evals.intervals import MOST_BLOCKS, accuracy_inference, freedom_of_sum, paired_inference, t_inference
+from evals.comparison.intervals import MOST_BLOCKS, accuracy_inference, freedom_of_sum, paired_inference, t_inference
 from evals.statistics import (
     block_bootstrap,
     by_cluster,

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import DataError
-from evals.asking import ask
-from evals.task_rows import find_examples, find_rows, own_names, read_rows
-from evals.tasks import TASKS, load_task
+from evals.tasks.prompts import ask
+from evals.tasks.registry import TASKS, load_task
+from evals.tasks.sources.local_files import find_examples, find_rows, own_names, read_rows
 
 CHOICE = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
 PARTIAL = {"context_options": ["x", "y"], "continuation": "z", "gold": 1}

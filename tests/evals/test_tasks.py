@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import DataError, UsageError
-from evals.asking import fill
-from evals.metrics import METRICS
-from evals.questions import Task
-from evals.tasks import TASKS, known_tasks, load_task
+from evals.tasks.metrics import METRICS
+from evals.tasks.prompts import fill
+from evals.tasks.registry import TASKS, known_tasks, load_task
+from evals.tasks.types import Task
 
 HUB_ROWS: dict[str, dict[str, Any]] = {
     "arc_easy": {

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from calib.data.tokens import tokenize
 from calib.errors import ModelError, NumericalError
-from evals import batching, evaluate, text_scores
-from evals.batching import BatchSize
-from evals.logits import ModelLogits
-from evals.reference import Kept, Scores, score_alone
-from evals.text_scores import keep_base, score_windows
-from evals.windows import CONVENTIONS, Window, make_plan
+from evals import evaluate
+from evals.inference import batching
+from evals.inference.batching import BatchSize
+from evals.inference.logits import ModelLogits
+from evals.texts import scoring
+from evals.texts.kl import Kept, Scores, score_alone
+from evals.texts.scoring import keep_base, score_windows
+from evals.texts.windows import CONVENTIONS, Window, make_plan
 
 CPU = torch.device("cpu")
 PAGES = " = One = \n \n Once upon a time there was a fox . \n \n" + " The quick brown fox jumps @-@ high . \n" * 6
@@ -370,7 +372,7 @@ def test_no_scores_outlive_their_chunk(make_model: Callable[..., Any], monkeypat
         made.append(weakref.ref(scores.nll))
         return scores
 
-    monkeypatch.setattr(text_scores, "score_alone", scored)
+    monkeypatch.setattr(scoring, "score_alone", scored)
     windows = some_windows()
     found = score_windows(InPieces(make_model("llama"), 4), windows, BatchSize(6, CPU))
     assert len(made) > 10

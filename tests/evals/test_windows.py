@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calib.data.tokens import tokenize
 from calib.errors import DataError, UsageError
-from evals.windows import CONVENTIONS, Plan, Window, make_plan, prefix_token, starts_with_bos
+from evals.texts.windows import CONVENTIONS, Plan, Window, make_plan, prefix_token, starts_with_bos
 
 Prediction = tuple[tuple[int, ...], int]  # (tokens shown, token scored)
 BOS, EOS = 1, 2

@@ -10,9 +10,9 @@ import pytest
 from calib.data.chat import RowReader
 from calib.data.sources import Text
 from calib.errors import DataError, UsageError
-from evals import workload
-from evals.windows import CONVENTIONS
-from evals.workload import load_workload
+from evals import job as workload
+from evals.job import load_workload
+from evals.texts.windows import CONVENTIONS
 
 ROW = {"query": "Question: 1", "choices": ["a", "b"], "gold": 0}
 

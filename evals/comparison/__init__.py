@@ -1,0 +1,1 @@
+"""Paired comparison of records: alignment, differences, intervals, conclusions in words."""

@@ -1,0 +1,148 @@
+"""One self-contained HTML page about a quantized model, its evaluations, or a comparison.
+
+The page has no script and loads nothing, which its content security policy states. It follows the reader from light to
+dark, from a wide screen to a phone, and onto paper. All that comes from files is escaped (`markup`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evals.comparison.conclusions import sentences_on
+from evals.comparison.types import Comparison
+from evals.record import Record
+from evals.report.charts.differences import difference_pictures, divergences, kl_pictures
+from evals.report.charts.figure import Picture, clean, inline_svg
+from evals.report.charts.layers import layer_pictures
+from evals.report.charts.quality import comparison_panels, quality_pictures, record_panels
+from evals.report.html import Html, bullets, details, join, tag
+from evals.report.labels import label_records, with_bases
+from evals.report.style import STYLE
+from evals.report.tables_eval import (
+    certificate,
+    contender_table,
+    difference_tables,
+    harness_table,
+    task_tables,
+    text_tables,
+    verdict_table,
+)
+from evals.report.tables_model import kept_table, layer_table, model_certificate, own_record, tile_list
+
+__all__ = ["GENERATOR", "report_page"]
+
+GENERATOR = "ptq report"
+_MOST_SENTENCES = 10  # more are folded
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def report_page(
+    report: Mapping[str, Any] | None,
+    records: Sequence[Record],
+    comparison: Comparison | None,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+) -> str:
+    """The page as a string of HTML; the same input gives the same bytes.
+
+    Args:
+        report: a ``ptq_report.json`` as JSON data (docs/json.md).
+        records: evaluations; a base inside one is shown too.
+        comparison: what `evals.comparison.compare.compare` found in them.
+        title: of the page.
+        notes: shown at the top, e.g. why records are not compared.
+    """
+    everything = with_bases(records)
+    labels = label_records(everything, comparison)
+    sections = [
+        _section("What is established", _established(comparison)),
+        _section("Pictures", _pictures(report, everything, labels, comparison)),
+        _section("Differences", difference_tables(comparison) if comparison else []),
+        _section("Texts", text_tables(everything, labels)),
+        _section("Tasks", [*task_tables(everything, labels), harness_table(everything, labels)]),
+        _section("Layers", [layer_table(report), kept_table(report)] if report else []),
+        _section("Where the figures come from", _origins(report, everything, labels)),
+        _section("Notes", _notes(report, comparison)),
+    ]
+    head = tag("header", tag("h1", title), tag("p", _subtitle(report, everything, comparison), class_="quiet"))
+    tiles = [tile_list(report, own_record(report, records))] if report else []
+    warnings = [tag("p", note, class_="warning") for note in notes]
+    foot = tag("footer", tag("p", "Made by ptq report. This page needs no network.", class_="quiet"))
+    return _document(title, join([head, tag("main", *warnings, *tiles, *sections), foot]))
+
+
+def _document(title: str, body: Html) -> str:
+    lines = (
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta name="generator" content="{GENERATOR}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        tag("title", title),
+        f"<style>\n{STYLE}</style></head>",
+        f"<body>{body}</body></html>",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _section(heading: str, parts: Sequence[Html]) -> Html:
+    """A section with a heading; nothing if there is nothing in it."""
+    parts = [part for part in parts if part]
+    return tag("section", tag("h2", heading), *parts) if parts else Html("")
+
+
+def _subtitle(report: Mapping[str, Any] | None, records: Sequence[Record], comparison: Comparison | None) -> str:
+    if report:
+        model = report["model"]
+        return f"{model['source']} ({model['architecture']}), {model['parameters']:,} parameters, {model['dtype']}"
+    if comparison:
+        others = ", ".join(contender.label for contender in comparison.contenders[1:])
+        return f"{others} against {comparison.contenders[0].label}"
+    dates = sorted(record.date for record in records)
+    return (
+        f"{len(dates)} evaluation{'s' if len(dates) > 1 else ''}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+    )
+
+
+def _established(comparison: Comparison | None) -> list[Html]:
+    if comparison is None:
+        return []
+    reference = comparison.contenders[0].label
+    first = set(sentences_on([d for d in comparison.differences if d.reference == reference], comparison.confidence))
+    about = [sentence for sentence in comparison.sentences if sentence in first]
+    others = [sentence for sentence in comparison.sentences if sentence not in first]
+    open_words = "Open: no difference is established, which is not to say that there is none."
+    parts = [verdict_table(comparison), tag("p", open_words, class_="quiet")]
+    for summary, sentences in ((f"against {reference}", about), ("between the others", others)):
+        if sentences:
+            long = len(comparison.sentences) > _MOST_SENTENCES
+            words = bullets(sentences)
+            parts.append(details(f"In words, {summary} ({len(sentences)})", words, long=True) if long else words)
+    return [*parts, contender_table(comparison)]
+
+
+def _pictures(
+    report: Mapping[str, Any] | None, records: Sequence[Record], labels: Sequence[str], comparison: Comparison | None
+) -> list[Html]:
+    pictures: list[Picture] = []
+    pictures += quality_pictures(comparison_panels(comparison) if comparison else record_panels(records))
+    pictures += difference_pictures(comparison) if comparison else []
+    pictures += kl_pictures(divergences(records, labels))
+    pictures += layer_pictures(report) if report else []
+    return [tag("div", *map(_figure, pictures), class_="pictures")] if pictures else []
+
+
+def _figure(picture: Picture) -> Html:
+    return tag("figure", Html(inline_svg(picture)), tag("figcaption", picture.caption))
+
+
+def _origins(report: Mapping[str, Any] | None, records: Sequence[Record], labels: Sequence[str]) -> list[Html]:
+    own = [model_certificate(report)] if report else []
+    return [*own, *(certificate(record, f"Evaluation: {label}") for record, label in zip(records, labels, strict=True))]
+
+
+def _notes(report: Mapping[str, Any] | None, comparison: Comparison | None) -> list[Html]:
+    notes = [*(report.get("warnings", ()) if report else ()), *(comparison.notes if comparison else ())]
+    return [bullets(clean(note) for note in notes)] if notes else []

@@ -1,0 +1,1 @@
+"""Multiple-choice and word-prediction tasks: rows, prompts, requests, log-likelihoods, metrics."""

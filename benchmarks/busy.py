@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from cli.waiting import SPIN_CHOICES
-from ptq.preflight import cpu_name
+from ptq.pipeline.preparation.preflight import cpu_name
 
 LIMIT = 2.5  # of the ratio
 _SPIN = "while True: pass"

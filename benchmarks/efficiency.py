@@ -27,7 +27,7 @@ from torch import Tensor
 
 import ptq
 from calib.precision import product, product_t, strict_float32
-from ptq.preflight import peak_memory
+from ptq.pipeline.preparation.preflight import peak_memory
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def fill(file: Any, count: int, rng: np.random.Generator, mean: float) -> None:
 def quantize(options: argparse.Namespace) -> None:
     import ptq
     from calib.data.tokens import Calibration
-    from ptq.preflight import peak_memory
+    from ptq.pipeline.preparation.preflight import peak_memory
 
     vocabulary = json.loads((Path(options.folder) / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(0)

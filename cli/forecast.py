@@ -7,7 +7,7 @@ from rich.table import Table
 from cli.progress import duration
 from cli.screen import Screen
 from cli.tables import kept_table, size
-from ptq.forecasting import Forecast
+from ptq.pipeline.dry_run.forecast import Forecast
 
 __all__ = ["show_forecast"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ptq.quantized import LayerRecord
+    from ptq.report import LayerRecord
 
 __all__ = ["SORTS", "command"]
 
@@ -46,7 +46,7 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
     """
     from cli.screen import console, echo
     from cli.tables import kept_table, layer_table, totals_table, window_table
-    from ptq.formats.verify import verify_files
+    from ptq.checkpoint.verify import verify_files
     from ptq.report import Report
 
     report = Report.load(out)

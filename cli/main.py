@@ -137,7 +137,7 @@ def _our_name(option: str, context: click.Context) -> str | None:
     hyphens = option.replace("_", "-").lower()
     if hyphens in own:
         return f"ptq writes this {hyphens}."
-    from ptq.other_names import other_name
+    from ptq.recipe_files.other_names import other_name
 
     return other_name(context.info_name or "", option)
 

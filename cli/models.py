@@ -28,7 +28,7 @@ from calib.runner.forward import place
 from evals.evaluate import model_info
 from evals.record import ModelInfo
 from ptq.api import resolve_device
-from ptq.loading import load
+from ptq.integration.loading import load
 from ptq.report import REPORT_NAME, Report
 
 __all__ = [

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cli.screen import Screen, visible
 
 if TYPE_CHECKING:
-    from ptq.events import Event
+    from ptq.pipeline.events import Event
 
 __all__ = ["ProgressListener", "duration"]
 

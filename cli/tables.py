@@ -11,8 +11,7 @@ from rich.table import Table
 from cli.progress import duration
 from cli.rows import Column, NamedRows
 from cli.screen import Screen
-from ptq.quantized import LayerRecord
-from ptq.report import KeptTensor, Report
+from ptq.report import KeptTensor, LayerRecord, Report
 from ptq.scheme import Scheme
 
 __all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table", "window_table"]

@@ -3,14 +3,14 @@
 from calib.data.tokens import Calibration, load_calibration
 from ptq.api import forecast, quantize
 from ptq.errors import PtqError
-from ptq.events import Event
-from ptq.forecasting import Forecast
+from ptq.integration.loading import load
 from ptq.integration.transformers import register
-from ptq.loading import load
 from ptq.methods import METHODS, LayerMethod
-from ptq.quantized import LayerRecord, QuantizedWeight
+from ptq.pipeline.dry_run.forecast import Forecast
+from ptq.pipeline.events import Event
+from ptq.quantized import QuantizedWeight
 from ptq.recipe import CalibrationSpec, Recipe
-from ptq.report import Report
+from ptq.report import LayerRecord, Report
 from ptq.scheme import Scheme
 
 __all__ = [

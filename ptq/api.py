@@ -21,27 +21,27 @@ from calib.model.model_class import find_model_class, is_multimodal
 from calib.model.structure import find_blocks
 from calib.runner.activation_store import OFFLOADS, Offload
 from calib.runner.forward import pass_dtype
-from ptq.effects import without_effect
+from ptq.checkpoint.writer import check_output_folder
 from ptq.errors import ModelError, PtqError, UsageError, unknown_name
-from ptq.events import Event, Listener, ignore_events
-from ptq.finished import find_finished
-from ptq.forecasting import Forecast
-from ptq.forecasting import forecast as make_forecast
-from ptq.formats.writer import check_output_folder
 from ptq.learning import LearnedConfig
 from ptq.methods import WindowMethod, find_method, make_config
-from ptq.other_names import other_name
-from ptq.pipeline import Run
-from ptq.plan import make_plan
-from ptq.preflight import check_vocabulary
+from ptq.pipeline.dry_run.forecast import Forecast
+from ptq.pipeline.dry_run.forecast import forecast as make_forecast
+from ptq.pipeline.dry_run.rough_time import long_run_notices
+from ptq.pipeline.dry_run.windows import Surroundings, check_learning
+from ptq.pipeline.events import Event, Listener, ignore_events
+from ptq.pipeline.preparation.finished import find_finished
+from ptq.pipeline.preparation.preflight import check_vocabulary
+from ptq.pipeline.preparation.rotated_assignment import rotate_last_inputs
+from ptq.pipeline.preparation.scheme_assignment import make_plan
+from ptq.pipeline.run import Run
 from ptq.proof import settle_format
 from ptq.recipe import CalibrationSpec, Recipe
+from ptq.recipe_files.effects import without_effect
+from ptq.recipe_files.other_names import other_name
 from ptq.report import Report
-from ptq.rotated_plan import rotate_last_inputs
-from ptq.rough_time import long_run_notices
 from ptq.scheme import KeyValueScheme, Scheme
-from ptq.transforms.residual import rotate_residual
-from ptq.window_forecast import Surroundings, check_learning
+from ptq.transforms.rotation.residual import rotate_residual
 
 __all__ = ["default_output", "forecast", "make_recipe", "quantize", "resolve_device"]
 
@@ -80,7 +80,7 @@ def quantize(
         tokenizer: needed with a model in memory, unless ``calibration`` is given.
         calibration: tokens to use instead of the recipe's calibration source.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
-        on_event: called at every step (`ptq.events`).
+        on_event: called at every step (`ptq.pipeline.events`).
         trust_remote_code: run modelling code that ships with the model.
         offload: where the activations of the calibration data are kept between blocks: ``none`` (the device),
             ``memory``, ``disk`` (in the output folder), or ``auto``, the first of these with room.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from ptq.grids import BoundGrid, Grid, uniform_grid
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["LayerRecord", "QuantizedWeight"]
+__all__ = ["QuantizedWeight"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,38 +67,3 @@ class QuantizedWeight:
         """The same weight on another device."""
         zero = None if self.zero is None else self.zero.to(device)
         return dataclasses.replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRecord:
-    """What happened to one linear; one row of ``ptq_report.json``.
-
-    ``loss_rtn`` and ``loss`` are the layer's relative output error ``||W X - Q X~||^2 / ||W X||^2`` for nearest
-    rounding of the original weight on the same kind of scales, and for what was chosen (``None`` without calibration
-    data). ``alpha`` is the mismatch coefficient used, ``r2`` the fraction of the mismatch's energy that a linear map
-    of the quantized model's inputs explains. ``notes`` names every fallback that was taken.
-    """
-
-    name: str
-    method: str
-    scheme: dict[str, Any]
-    shape: tuple[int, int]
-    bits_per_weight: float
-    payload_bytes: int
-    seconds: float = 0.0
-    loss_rtn: float | None = None
-    loss: float | None = None
-    alpha: float | None = None
-    r2: float | None = None
-    damping: float | None = None
-    tokens: int | None = None
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        row = dataclasses.asdict(self)
-        return row | {"shape": list(self.shape), "notes": list(self.notes)}
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> LayerRecord:
-        """The inverse of `to_dict`, also after a round trip through JSON."""
-        return cls(**(dict(row) | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])}))

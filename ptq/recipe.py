@@ -13,7 +13,7 @@ import yaml
 from calib.data.bos import check_bos_choice
 from calib.data.chat import check_template_choice
 from ptq.errors import UsageError, unknown_name
-from ptq.recipe_file import read_recipe
+from ptq.recipe_files.reader import read_recipe
 from ptq.scheme import Scheme, check_dynamic
 
 __all__ = ["COMPUTE_DTYPES", "FORMATS", "ROTATIONS", "CalibrationSpec", "Recipe"]

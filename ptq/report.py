@@ -5,18 +5,62 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptq.canonical import canonical_json
 from ptq.errors import OutputError
-from ptq.quantized import LayerRecord
 
-__all__ = ["REPORT_NAME", "REPORT_VERSION", "STAGING", "KeptTensor", "Report"]
+__all__ = [
+    "REPORT_NAME",
+    "REPORT_VERSION",
+    "STAGING",
+    "KeptTensor",
+    "LayerRecord",
+    "PartRecord",
+    "Report",
+    "canonical_json",
+    "merge",
+]
 
 REPORT_NAME = "ptq_report.json"
 STAGING = ".ptq_partial"  # where a run writes until it is finished
 REPORT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What happened to one linear; one row of ``ptq_report.json``.
+
+    ``loss_rtn`` and ``loss`` are the layer's relative output error ``||W X - Q X~||^2 / ||W X||^2`` for nearest
+    rounding of the original weight on the same kind of scales, and for what was chosen (``None`` without calibration
+    data). ``alpha`` is the mismatch coefficient used, ``r2`` the fraction of the mismatch's energy that a linear map
+    of the quantized model's inputs explains. ``notes`` names every fallback that was taken.
+    """
+
+    name: str
+    method: str
+    scheme: dict[str, Any]
+    shape: tuple[int, int]
+    bits_per_weight: float
+    payload_bytes: int
+    seconds: float = 0.0
+    loss_rtn: float | None = None
+    loss: float | None = None
+    alpha: float | None = None
+    r2: float | None = None
+    damping: float | None = None
+    tokens: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        row = dataclasses.asdict(self)
+        return row | {"shape": list(self.shape), "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> LayerRecord:
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        return cls(**(dict(row) | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,3 +183,78 @@ def _refuse_changes(path: Path, data: dict[str, Any]) -> None:
             f"{path} was changed after it was written: it states the SHA-256 {stated} and has {found}. Restore the "
             f"file, or quantize again."
         )
+
+
+def canonical_json(data: Any) -> bytes:
+    """Compact JSON with sorted keys in UTF-8.
+
+    Raises:
+        TypeError, ValueError: not plain data, or NaN or Infinity in it.
+    """
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+@dataclasses.dataclass
+class PartRecord:
+    """One part of a run.
+
+    Args:
+        layers: quantized linears in the order they were done.
+        kept: what passes through unchanged, by name; kept_parameters: how many numbers that is.
+        warnings: sentences for the user.
+        timing: seconds, and flops: floating-point operations, by kind of work; seconds: of the whole part.
+        format, format_reason: in which it was written; a resumed run goes on in the same.
+        windows: what was learned in windows that its blocks were in, a record a stage (`ptq.learning.training`).
+        changed: tensors that are not quantized but no longer the checkpoint's: parameter -> key in the shard.
+    """
+
+    layers: list[LayerRecord] = dataclasses.field(default_factory=list)
+    kept: dict[str, KeptTensor] = dataclasses.field(default_factory=dict)
+    kept_parameters: int = 0
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    timing: dict[str, float] = dataclasses.field(default_factory=dict)
+    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    format: str = ""
+    format_reason: str = ""
+    windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    changed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def keep(self, name: str, reason: str, numbers: int, size: int) -> None:
+        """Note a tensor that stays as it is; tensors under one name are added up."""
+        before = self.kept[name].bytes if name in self.kept else 0
+        self.kept[name] = KeptTensor(name, reason, before + size)
+        self.kept_parameters += numbers
+
+    def payload(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["layers"] = [layer.to_dict() for layer in self.layers]
+        data["kept"] = [dataclasses.asdict(tensor) for tensor in self.kept.values()]
+        return data
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> PartRecord:
+        """The inverse of `payload`, after a round trip through JSON."""
+        layers = [LayerRecord.from_dict(row) for row in payload["layers"]]
+        kept = {row["name"]: KeptTensor(**row) for row in payload["kept"]}
+        return cls(**(dict(payload) | {"layers": layers, "kept": kept}))
+
+
+def merge(parts: Iterable[PartRecord]) -> PartRecord:
+    """All parts as one."""
+    total = PartRecord()
+    for part in parts:
+        total.layers += part.layers
+        total.warnings += part.warnings
+        total.kept_parameters += part.kept_parameters
+        total.seconds += part.seconds
+        total.windows += [row for row in part.windows if row not in total.windows]
+        total.changed |= part.changed
+        for name, tensor in part.kept.items():
+            before = total.kept[name].bytes if name in total.kept else 0
+            total.kept[name] = dataclasses.replace(tensor, bytes=before + tensor.bytes)
+        for mine, theirs in ((total.timing, part.timing), (total.flops, part.flops)):
+            for name, value in theirs.items():
+                mine[name] = mine.get(name, 0.0) + value
+    return total

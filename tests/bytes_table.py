@@ -31,7 +31,7 @@ from torch import Tensor
 
 import ptq
 from calib.data.tokens import Calibration
-from ptq.events import Event
+from ptq.pipeline.events import Event
 
 TABLE = Path(__file__).parent / "data" / "bytes.json"
 TOKENS = torch.arange(8 * 16).reshape(8, 16).mul(37).remainder(397).add(2)

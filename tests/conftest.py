@@ -20,8 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ptq.proof import settle
 from ptq.proof.prover import StockProver
-from ptq.quantized import LayerRecord
-from ptq.report import KeptTensor, Report
+from ptq.report import KeptTensor, LayerRecord, Report
 from ptq.scheme import Scheme
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -1,0 +1,1 @@
+"""Checkpoint containers: native and compressed-tensors, and which of them can carry a result."""

@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import nn
 
-from ptq.formats.layout import layer_tensors
+from ptq.packing.integer import layer_tensors
 from ptq.scheme import SCALE_DTYPES, Scheme
 
 __all__ = ["FORMAT", "QUANT_METHOD", "layer_tensors", "quantization_config", "why_not"]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import OutputError, UsageError
-from ptq.formats import layout
+from ptq.packing import integer
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import KeyValueScheme, Scheme
 
@@ -56,8 +56,8 @@ GUARD_SENTENCE = (
 
 
 def layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of `layout.layer_tensors` and the empty ``X.weight`` that plain linears refuse."""
-    return layout.layer_tensors(name, weight) | {f"{name}.weight": torch.empty(0, dtype=torch.int8)}
+    """The tensors of `integer.layer_tensors` and the empty ``X.weight`` that plain linears refuse."""
+    return integer.layer_tensors(name, weight) | {f"{name}.weight": torch.empty(0, dtype=torch.int8)}
 
 
 def quantization_config(

@@ -1,0 +1,1 @@
+"""The Hugging Face side: loading packed checkpoints through transformers."""

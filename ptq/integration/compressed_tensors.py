@@ -22,8 +22,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from calib.model.experts import join_experts
+from ptq.checkpoint.verify import verify_checkpoint
 from ptq.formats.compressed_tensors import FORMAT
-from ptq.formats.verify import verify_checkpoint
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme

@@ -16,13 +16,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calib.model.structure import find_blocks
+from ptq.checkpoint.verify import verify_checkpoint
 from ptq.formats import native
 from ptq.formats.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
-from ptq.formats.verify import verify_checkpoint
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
-from ptq.runtime.key_values import set_key_values
+from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["PtqConfig", "PtqQuantizer", "register"]

@@ -22,7 +22,7 @@ from ptq.learning.config import LearnedConfig
 from ptq.learning.linear import KINDS, LinearLearner, round_together
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
-from ptq.transforms.scaling import ScaleUse, Scaling, apply_scaling
+from ptq.transforms.scaling.search import ScaleUse, Scaling, apply_scaling
 
 __all__ = ["BlockLearner", "window_tensors"]
 
@@ -36,7 +36,7 @@ class BlockLearner:
         visit: the block.
         schemes: of the linears that are quantized, by name in the block.
         config: what is learned.
-        scalings: channel scalings that leave the block's output as it is (`ptq.transforms.scaling`).
+        scalings: channel scalings that leave the block's output as it is (`ptq.transforms.scaling.search`).
         seed: of everything that is drawn, together with the linear's name.
         anchors: starting points by linear.
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ptq.grids.scales import stored_scale
+from ptq.grids.scale_search import stored_scale
 from ptq.scheme import SCALE_DTYPES, Scheme
 
 __all__ = ["Kind", "Levels", "group_range", "levels_of", "round_groups", "stored"]

@@ -1,4 +1,5 @@
-"""The table of methods. Adding one: a file here, a line in ``_BUILT_IN``, a line in the test matrix, a docs page.
+"""The table of methods. Adding one: a file in `layerwise` or `learned`, a line in ``_BUILT_IN``, a line in the test
+matrix, a docs page.
 
 Packages outside join through the entry-point group ``ptq.methods``; each entry point names a `LayerMethod` or a
 `WindowMethod`.
@@ -10,14 +11,14 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from ptq.errors import UsageError, unknown_name
-from ptq.methods.autoround import AUTOROUND
 from ptq.methods.base import LayerMethod, LayerResult, WindowMethod, make_config, parse_options
-from ptq.methods.coreq import COREQ
-from ptq.methods.gptaq import GPTAQ
-from ptq.methods.gptq import GPTQ
-from ptq.methods.omniquant import OMNIQUANT
-from ptq.methods.rtn import RTN
-from ptq.methods.sliderquant import SLIDERQUANT, SLIDERQUANT_LORA
+from ptq.methods.layerwise.coreq import COREQ
+from ptq.methods.layerwise.gptaq import GPTAQ
+from ptq.methods.layerwise.gptq import GPTQ
+from ptq.methods.layerwise.rtn import RTN
+from ptq.methods.learned.autoround import AUTOROUND
+from ptq.methods.learned.omniquant import OMNIQUANT
+from ptq.methods.learned.sliderquant import SLIDERQUANT, SLIDERQUANT_LORA
 
 __all__ = ["METHODS", "LayerMethod", "LayerResult", "WindowMethod", "find_method", "make_config", "parse_options"]
 

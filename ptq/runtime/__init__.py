@@ -1,0 +1,1 @@
+"""What runs after loading: packed linears, rounded activations, the key-value cache."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq.errors import OutputError, UsageError
-from ptq.formats.layout import layer_tensors, layer_weight, tensor_specs, unpack_zeros
-from ptq.packing import unpack_rows
+from ptq.packing.bits import unpack_rows
+from ptq.packing.integer import layer_tensors, layer_weight, tensor_specs, unpack_zeros
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.activations import quantize_tokens
 from ptq.scheme import SCALE_DTYPES, Scheme
@@ -50,8 +50,8 @@ class _NoDenseWeight(Tensor):
 class QuantLinear(nn.Linear):
     """``y = x W^T + bias`` with ``W [out_features, in_features]`` kept as the checkpoint's own tensors.
 
-    The buffers are those of `ptq.formats.layout`. The forward unpacks a tile of output rows, dequantizes it in float32,
-    casts it to the dtype of ``x`` and multiplies: every weight has exactly the value of
+    The buffers are those of `ptq.packing.integer`. The forward unpacks a tile of output rows, dequantizes it in
+    float32, casts it to the dtype of ``x`` and multiplies: every weight has exactly the value of
     ``quantized().dequantize(x.dtype)``. Where the scheme asks for it, ``x`` is first rotated (the stored weight is that
     for rotated inputs), then rounded token by token.
 

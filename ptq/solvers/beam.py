@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ptq.grids import BoundGrid
 from ptq.solvers.cholesky import Factor
+from ptq.solvers.cpu_threads import one_thread
 from ptq.solvers.successive import quadratic, successive_rounding, sweep_flops
-from ptq.solvers.threads import one_thread
 
 __all__ = ["beam_flops", "beam_search"]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from calib.precision import product
 from ptq.grids import BoundGrid, Grid
 from ptq.solvers.cholesky import Factor
-from ptq.solvers.graphs import Replayed
-from ptq.solvers.threads import one_thread
+from ptq.solvers.cpu_threads import one_thread
+from ptq.solvers.cuda_graph import Replayed
 
 __all__ = ["GridFitter", "coordinate_descent", "quadratic", "successive_rounding", "sweep_flops"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from cli.progress import ProgressListener, duration
 from cli.screen import Screen
-from ptq.events import Event
+from ptq.pipeline.events import Event
 
 
 def ticking(step: float) -> Callable[[], float]:

@@ -17,8 +17,8 @@ from cli.method_flags import METHOD_FLAGS
 from cli.quantize import command
 from cli.recipe_flags import build_recipe, parse_override
 from ptq.errors import UsageError
-from ptq.events import Event
 from ptq.methods import METHODS
+from ptq.pipeline.events import Event
 from ptq.recipe import COMPUTE_DTYPES, FORMATS, CalibrationSpec, Recipe
 from ptq.report import Report
 from ptq.scheme import SCALE_DTYPES, Scheme

@@ -14,9 +14,8 @@ import pytest
 from cli.main import main
 from evals.comparison.types import Comparison, Contender, Difference, Flips, Standing
 from evals.record import Divergence, ModelInfo, Record, TaskResult, TextResult
-from ptq.quantized import LayerRecord
 from ptq.recipe import Recipe
-from ptq.report import KeptTensor, Report
+from ptq.report import KeptTensor, LayerRecord, Report
 
 PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`(\w+)`", PAGE))

@@ -17,8 +17,8 @@ from calib.model.block_inputs import BlockCall, capture_calls
 from calib.model.structure import find_blocks, linear_weight
 from calib.precision import strict_float32
 from ptq.errors import UsageError
-from ptq.transforms.query_keys import rotary_pairs
-from ptq.transforms.scaling import (
+from ptq.transforms.scaling.query_keys import rotary_pairs
+from ptq.transforms.scaling.search import (
     ScaleUse,
     Scaling,
     Scalings,

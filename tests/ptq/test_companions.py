@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import ptq
-from ptq.events import Event
-from ptq.formats import companions
-from ptq.formats.companions import copy_companions, find_companions
+from ptq.checkpoint import companions
+from ptq.checkpoint.companions import copy_companions, find_companions
+from ptq.pipeline.events import Event
 from ptq.report import Report
 
 OPTIONS = {"method": "rtn", "bits": 4, "group_size": 32}

@@ -10,8 +10,8 @@ import pytest
 import ptq
 from cli.main import main
 from ptq.api import make_recipe
-from ptq.effects import without_effect
-from ptq.events import Event
+from ptq.pipeline.events import Event
+from ptq.recipe_files.effects import without_effect
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import ptq
 from calib.data.tokens import Calibration
 from cli.main import main
 from ptq.errors import UsageError
-from ptq.events import Event
+from ptq.pipeline.events import Event
 from ptq.report import REPORT_NAME, STAGING
 
 TOKENS = torch.randint(2, 400, (4, 16), generator=torch.Generator().manual_seed(3))

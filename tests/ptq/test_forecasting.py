@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 import ptq
-import ptq.preflight as preflight
+import ptq.pipeline.preparation.preflight as preflight
 from calib.data.tokens import Calibration
 from calib.model.input_groups import InputGroup
 from ptq.errors import OutputError, UsageError
-from ptq.plan import make_plan
+from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 

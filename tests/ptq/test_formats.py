@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ptq.checkpoint import writer
+from ptq.checkpoint.writer import LOCK, CheckpointWriter, check_output_folder
 from ptq.errors import OutputError, UsageError
-from ptq.formats import compressed_tensors, layout, native, writer
+from ptq.formats import compressed_tensors, native
 from ptq.formats.select import select_format
-from ptq.formats.writer import LOCK, CheckpointWriter, check_output_folder
+from ptq.packing import integer
 from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
@@ -47,9 +49,9 @@ def random_weight(scheme: Scheme, out: int = 40, width: int = 96) -> QuantizedWe
 )
 def test_layout_round_trip(scheme: Scheme) -> None:
     weight = random_weight(scheme)
-    tensors = layout.layer_tensors("a.b", weight)
+    tensors = integer.layer_tensors("a.b", weight)
     assert len(tensors) == (3 if scheme.symmetric else 4)
-    back = layout.layer_weight("a.b", tensors, scheme)
+    back = integer.layer_weight("a.b", tensors, scheme)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.dequantize(), weight.dequantize())
 
@@ -60,7 +62,7 @@ def test_layout_golden() -> None:
     weight = QuantizedWeight(
         codes, torch.tensor([[0.5], [2.0]]).half(), zero, Scheme(3, False, 8, scale_dtype="float16")
     )
-    tensors = layout.layer_tensors("x", weight)
+    tensors = integer.layer_tensors("x", weight)
     # 0,1,...,7 in 3 bits each: 0o76543210; zero points 5 and 2 along the output channels: 0o25.
     assert tensors["x.weight_packed"].tolist() == [[0o76543210], [0o76543210]]
     assert tensors["x.weight_zero_point"].tolist() == [[0o25]]
@@ -76,7 +78,7 @@ def test_compressed_tensors_reads_the_same_values(bits: int, symmetric: bool, gr
     weight = random_weight(scheme)
     config = compressed_tensors.quantization_config({"x": scheme}, {"x": nn.Linear(96, 40)})
     group = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    tensors = {key.removeprefix("x."): value for key, value in layout.layer_tensors("x", weight).items()}
+    tensors = {key.removeprefix("x."): value for key, value in integer.layer_tensors("x", weight).items()}
     theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, group)["weight"]
     assert torch.equal(theirs, weight.dequantize(torch.float16))
 
@@ -91,17 +93,17 @@ def test_compressed_tensors_reads_the_same_values(bits: int, symmetric: bool, gr
     ],
 )
 def test_damaged_tensors_are_named(change: dict[str, torch.Tensor | None], match: str) -> None:
-    tensors = layout.layer_tensors("x", random_weight(ASYM)) | change
+    tensors = integer.layer_tensors("x", random_weight(ASYM)) | change
     with pytest.raises(OutputError, match=match):
-        layout.layer_weight("x", {k: v for k, v in tensors.items() if v is not None}, ASYM)
+        integer.layer_weight("x", {k: v for k, v in tensors.items() if v is not None}, ASYM)
 
 
 def test_weights_that_do_not_fit_their_scheme_are_not_written() -> None:
     weight = random_weight(SYM)
     with pytest.raises(ValueError, match="without zero points"):
-        layout.layer_tensors("x", dataclasses.replace(weight, scheme=ASYM))
+        integer.layer_tensors("x", dataclasses.replace(weight, scheme=ASYM))
     with pytest.raises(ValueError, match=r"x\.weight_scale is torch\.float32"):
-        layout.layer_tensors("x", dataclasses.replace(weight, scale=weight.scale.float()))
+        integer.layer_tensors("x", dataclasses.replace(weight, scale=weight.scale.float()))
 
 
 LINEAR, HEAD = nn.Linear(96, 40), nn.Linear(40, 100)

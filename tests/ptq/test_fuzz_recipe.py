@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ptq.errors import PtqError, UsageError
 from ptq.methods import METHODS, find_method, make_config
 from ptq.recipe import CalibrationSpec, Recipe
-from ptq.safe_yaml import MAX_YAML_BYTES, read_yaml
+from ptq.recipe_files.safe_yaml import MAX_YAML_BYTES, read_yaml
 from ptq.scheme import Scheme
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ptq.errors import NumericalError, UsageError
 from ptq.grids import BoundGrid, Grid, fit_scales, uniform_grid
-from ptq.grids.scales import stored_scale
+from ptq.grids.scale_search import stored_scale
 from ptq.scheme import Scheme
 
 E2M1 = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])

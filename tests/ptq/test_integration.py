@@ -28,16 +28,16 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-import ptq.loading
+import ptq.integration.loading
+from ptq.checkpoint.writer import CheckpointWriter
 from ptq.errors import OutputError
 from ptq.formats import compressed_tensors, native
 from ptq.formats.select import select_format
-from ptq.formats.writer import CheckpointWriter
 from ptq.integration.transformers import PtqConfig, PtqQuantizer, register
 from ptq.quantized import QuantizedWeight
 from ptq.report import Report
 from ptq.runtime.activations import quantize_tokens
-from ptq.runtime.key_values import set_key_values
+from ptq.runtime.kv_cache import set_key_values
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
@@ -219,7 +219,7 @@ def test_scales_keep_their_dtype(wanted: str, scheme: Scheme, tmp_path: Path) ->
     write(model, tmp_path / "out", blocks(model, scheme), wanted)
     stored = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        loaded = ptq.loading.load(tmp_path / "out", dtype=dtype)
+        loaded = ptq.integration.loading.load(tmp_path / "out", dtype=dtype)
         assert loaded.dtype == dtype
         nn.Module.to(loaded, torch.bfloat16)
         for name, module in loaded.named_modules():
@@ -238,7 +238,7 @@ def test_mixed_schemes_and_a_dense_linear(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_1"]["targets"] == ["model.layers.1.mlp.down_proj"]
     assert config["ignore"] == ["lm_head", "model.layers.0.self_attn.o_proj"]
-    loaded = ptq.loading.load(tmp_path / "out")
+    loaded = ptq.integration.loading.load(tmp_path / "out")
     assert len(packed(loaded)) == 13
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-5, atol=1e-5)
 
@@ -247,7 +247,7 @@ def test_mixed_schemes_and_a_dense_linear(tmp_path: Path) -> None:
 def test_device_map_auto(wanted: str, tmp_path: Path) -> None:
     model = llama()
     dense = write(model, tmp_path / "out", blocks(model, SYM), wanted)
-    loaded = ptq.loading.load(tmp_path / "out", device_map="auto")
+    loaded = ptq.integration.loading.load(tmp_path / "out", device_map="auto")
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
     torch.testing.assert_close(logits(loaded.cpu()), logits(dense), rtol=1e-5, atol=1e-5)
 
@@ -300,7 +300,7 @@ def test_what_happens_at_run_time_comes_back_with_the_checkpoint(
     set_key_values(dense, None)
     assert not torch.allclose(logits(loaded), logits(dense), rtol=1e-3, atol=1e-3)
     loaded.save_pretrained(tmp_path / "again")
-    again = ptq.loading.load(tmp_path / "again")
+    again = ptq.integration.loading.load(tmp_path / "again")
     assert torch.equal(logits(again), logits(loaded))
 
 
@@ -321,7 +321,7 @@ def test_packed_models_say_what_can_be_done_with_them(tmp_path: Path) -> None:
     write(model, tmp_path / "a", blocks(model, SYM))
     write(llama(), tmp_path / "b", blocks(model, ASYM))
     for folder in ("a", "b"):
-        quantizer: Any = ptq.loading.load(tmp_path / folder).hf_quantizer
+        quantizer: Any = ptq.integration.loading.load(tmp_path / folder).hf_quantizer
         assert quantizer.is_trainable  # with adapters: test_adapters.py
         assert not quantizer.is_qat_trainable
         assert not quantizer.is_compileable
@@ -349,14 +349,14 @@ def test_damaged_native_config(change: dict[str, object], match: str, tmp_path: 
     config["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(OutputError, match=match):
-        ptq.loading.load(tmp_path)
+        ptq.integration.loading.load(tmp_path)
 
 
 def test_load_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not a folder"):
-        ptq.loading.load(tmp_path / "nowhere")
+        ptq.integration.loading.load(tmp_path / "nowhere")
     with pytest.raises(OutputError, match=r"has no config\.json"):
-        ptq.loading.load(tmp_path)
+        ptq.integration.loading.load(tmp_path)
 
 
 STOCK = """
@@ -391,15 +391,15 @@ def without_ptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tu
     register()
     root = tmp_path_factory.mktemp("stock")
     write(llama(), root / "native", blocks(llama(), ASYM))
-    ptq.loading.load(root / "native").save_pretrained(root / "llama-again")
+    ptq.integration.loading.load(root / "native").save_pretrained(root / "llama-again")
     write(gpt2(), root / "gpt2", blocks(gpt2(), ASYM))
-    ptq.loading.load(root / "gpt2").save_pretrained(root / "gpt2-again")
+    ptq.integration.loading.load(root / "gpt2").save_pretrained(root / "gpt2-again")
     for name, (scheme, dtype) in STOCK_READS.items():
         model = llama(hidden_size=64 if scheme.group_size == 32 else 72)
         nn.Module.to(model, getattr(torch, dtype))
         write(model, root / name, blocks(model, scheme), "compressed-tensors")
     write(llama(), root / "ct-asym", blocks(llama(), ASYM), "forced")
-    loaded = ptq.loading.load(root / "sym")
+    loaded = ptq.integration.loading.load(root / "sym")
     loaded.save_pretrained(root / "ct-again")
     jobs = [*NATIVE, *AGAIN, ("ct-asym", "LlamaForCausalLM"), *((name, "LlamaForCausalLM") for name in STOCK_READS)]
     arguments = [json.dumps(TOKENS.tolist()), json.dumps([(str(root / name), cls) for name, cls in jobs])]
@@ -429,7 +429,7 @@ def test_without_ptq_native_saved_again_raises(job: tuple[str, str], without_ptq
 def test_without_ptq_compressed_tensors_gives_our_logits(name: str, without_ptq: Stock) -> None:
     root, answers = without_ptq
     assert answers[name, "LlamaForCausalLM"] == "OK"
-    theirs, ours = torch.load(root / name / "logits.pt"), logits(ptq.loading.load(root / name))
+    theirs, ours = torch.load(root / name / "logits.pt"), logits(ptq.integration.loading.load(root / name))
     assert theirs.dtype == getattr(torch, STOCK_READS[name][1])
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
@@ -441,7 +441,7 @@ def test_without_ptq_asymmetric_compressed_tensors_fails(without_ptq: Stock) -> 
 
 def test_asymmetric_compressed_tensors_of_others_stay_packed(tmp_path: Path) -> None:
     dense = write(llama(), tmp_path, blocks(llama(), ASYM), "forced")
-    loaded = ptq.loading.load(tmp_path)
+    loaded = ptq.integration.loading.load(tmp_path)
     assert len(packed(loaded)) == 14
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-5, atol=1e-5)
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptq.checkpoint.journal import JOURNAL_NAME, MAY_CHANGE, FinishedPart, Journal, changed_conditions, flatten
 from ptq.errors import OutputError
-from ptq.formats.journal import JOURNAL_NAME, MAY_CHANGE, FinishedPart, Journal, changed_conditions, flatten
 
 CONDITIONS = {"recipe.scheme.bits": 3, "threads": 1, "model.source": "MODEL"}
 

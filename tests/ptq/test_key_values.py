@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from calib.model.cache import cache_argument, returned_cache
 from ptq.errors import UsageError
 from ptq.runtime.activations import quantize_tokens
-from ptq.runtime.key_values import set_key_values, supports_key_values
+from ptq.runtime.kv_cache import set_key_values, supports_key_values
 from ptq.scheme import KeyValueScheme
 
 TOKENS = torch.arange(20)[None] * 7 % 390

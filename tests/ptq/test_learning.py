@@ -28,8 +28,8 @@ from ptq.learning.losses import output_loss
 from ptq.learning.optimizer import Optimizer, decayed
 from ptq.learning.training import WindowRecord, _order, train_window
 from ptq.methods import METHODS, find_method, make_config
+from ptq.pipeline.input_transforms import treat_block
 from ptq.scheme import KeyValueScheme, Scheme
-from ptq.treated_inputs import treat_block
 
 TOKENS = torch.randint(2, 400, (8, 12), generator=torch.Generator().manual_seed(3))
 SCHEME = Scheme(3, False, 16, "float16")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from calib.stats import LinearStatistics, Stat, StatisticsAccumulator
-from ptq.losses import layer_losses, losses_flops
 from ptq.methods import find_method
+from ptq.pipeline.output_error import layer_losses, losses_flops
 from ptq.scheme import Scheme
 
 WIDTH = 150  # more than one block of the symmetric product

@@ -11,10 +11,10 @@ from torch import Tensor
 from calib.stats import LinearStatistics, Stat, StatisticsAccumulator
 from ptq.errors import UsageError
 from ptq.grids import BoundGrid
-from ptq.losses import layer_losses
 from ptq.methods import METHODS, LayerMethod, find_method, make_config, parse_options
-from ptq.methods.coreq import COEFFICIENTS
-from ptq.methods.gptaq import drift_matrix
+from ptq.methods.layerwise.coreq import COEFFICIENTS
+from ptq.methods.layerwise.gptaq import drift_matrix
+from ptq.pipeline.output_error import layer_losses
 from ptq.scheme import Scheme
 from ptq.solvers import factorize, successive_rounding
 
@@ -75,8 +75,8 @@ def test_alpha_zero_is_gptq_on_streams_that_differ() -> None:
 
 
 def test_row_coefficients_are_the_rows_of_the_geometry() -> None:
-    from ptq.methods.coreq import coefficient
-    from ptq.methods.parts import group_factor
+    from ptq.methods.common import group_factor
+    from ptq.methods.layerwise.coreq import coefficient
 
     weight, inputs, full = data()
     stats = gather(weight, inputs, full)

@@ -19,7 +19,7 @@ from calib.checkpoint.reader import open_model
 from calib.model.model_class import language_model
 from calib.model.structure import find_blocks
 from ptq.errors import ModelError
-from ptq.events import Event
+from ptq.pipeline.events import Event
 from ptq.runtime.linear import QuantLinear
 
 OPTIONS = {"method": "rtn", "bits": 4, "group_size": 32}

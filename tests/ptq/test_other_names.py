@@ -14,8 +14,8 @@ from cli.main import COMMANDS, cli, main
 from ptq.api import make_recipe
 from ptq.errors import UsageError
 from ptq.methods import METHODS
-from ptq.other_names import _COMMANDS, _EVAL, _QUANTIZE, other_name
 from ptq.recipe import CalibrationSpec, Recipe
+from ptq.recipe_files.other_names import _COMMANDS, _EVAL, _QUANTIZE, other_name
 from ptq.scheme import Scheme
 
 

@@ -17,9 +17,9 @@ from calib.runner.forward import MAX_WEIGHT, check_range
 from calib.stats import GroupStatistics, LinearStatistics, Moments, Stat, StatisticsAccumulator
 from cli.main import main
 from ptq.errors import NumericalError
-from ptq.losses import check_energy, layer_losses
 from ptq.methods import METHODS, WindowMethod
-from ptq.methods.rtn import RTN
+from ptq.methods.layerwise.rtn import RTN
+from ptq.pipeline.output_error import check_energy, layer_losses
 from ptq.scheme import Scheme
 
 NAME = "model.layers.1.self_attn.q_proj"

@@ -12,8 +12,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq import packing
-from ptq.packing import pack_rows, packed_width, unpack_rows
+from ptq.packing import bits as packing
+from ptq.packing.bits import pack_rows, packed_width, unpack_rows
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "packing_golden.json").read_text())
 WIDTHS = range(1, 9)
@@ -108,7 +108,7 @@ def test_cuda_gives_the_same_words(bits: int) -> None:
 @pytest.mark.parametrize("out", range(1, 11))
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_zero_points_of_few_rows_come_back(out: int, bits: int) -> None:
-    from ptq.formats.layout import unpack_zeros
+    from ptq.packing.integer import unpack_zeros
 
     zeros = torch.randint(0, 2**bits, (out, 3), generator=torch.Generator().manual_seed(out)).to(torch.uint8)
     packed = pack_rows(zeros.T.contiguous(), bits).T.contiguous()

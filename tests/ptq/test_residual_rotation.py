@@ -18,7 +18,7 @@ from calib.checkpoint.reader import ModelSource, open_model
 from calib.precision import strict_float32
 from calib.runner.runner import Walk
 from ptq.errors import ModelError
-from ptq.transforms.residual import RotatedSource, rotate_residual
+from ptq.transforms.rotation.residual import RotatedSource, rotate_residual
 
 POST_NORMS = ("gemma2", "gemma3_text", "olmo2")
 ROTATED = (*(f for f in FAMILIES if f not in POST_NORMS), "hunyuan_v1_moe", "gpt_bigcode", "lfm2", "aria_text")

@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 import ptq
 from calib.data.tokens import Calibration
 from ptq.errors import OutputError
-from ptq.events import Event
+from ptq.pipeline.events import Event
 
 TOKENS = torch.randint(2, 400, (9, 24), generator=torch.Generator().manual_seed(3))
 CALIBRATION = Calibration(TOKENS, "test", 3, "none")

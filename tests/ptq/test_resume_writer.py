@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptq.checkpoint import journal, writer
+from ptq.checkpoint.journal import JOURNAL_NAME, Journal
+from ptq.checkpoint.verify import verify_files
+from ptq.checkpoint.writer import LOCK, STAGING, CheckpointWriter
 from ptq.errors import OutputError
-from ptq.formats import journal, writer
-from ptq.formats.journal import JOURNAL_NAME, Journal
-from ptq.formats.verify import verify_files
-from ptq.formats.writer import LOCK, STAGING, CheckpointWriter
 from ptq.report import REPORT_NAME, Report
 
 CONDITIONS = {"recipe.scheme.bits": 3, "threads": 1}

@@ -10,13 +10,13 @@ import torch
 from tiny_models import tiny_model
 
 import ptq
-import ptq.rough_time
+import ptq.pipeline.dry_run.rough_time
 from calib.data.tokens import Calibration
-from ptq.events import Event
 from ptq.methods import find_method, make_config
-from ptq.plan import make_plan
+from ptq.pipeline.dry_run.rough_time import long_run_notices, rough_operations
+from ptq.pipeline.events import Event
+from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.recipe import Recipe
-from ptq.rough_time import long_run_notices, rough_operations
 
 
 def parts(method: str, **options: Any) -> tuple[Any, ...]:
@@ -43,14 +43,16 @@ def test_learning_counts_its_steps() -> None:
 
 def test_only_what_takes_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = rough_operations(*parts("coreq"), 128, 2048)
-    monkeypatch.setattr(ptq.rough_time, "_operations_per_second", lambda: operations / 0.5 / (7 * 3600))
+    monkeypatch.setattr(
+        ptq.pipeline.dry_run.rough_time, "_operations_per_second", lambda: operations / 0.5 / (7 * 3600)
+    )
     (notice,) = long_run_notices(*parts("coreq"), 128, 2048)
     assert notice.startswith("without a GPU this takes about 7 h (128 x 2048 calibration tokens")
     assert "--calib-samples 16 --calib-seqlen 512 takes about 13 min" in notice
     assert "--method rtn needs no calibration" in notice
     assert long_run_notices(*parts("coreq"), 16, 512) == []
     assert long_run_notices(*parts("rtn"), 128, 2048) == []
-    monkeypatch.setattr(ptq.rough_time, "_operations_per_second", lambda: operations / 0.5 / 600)
+    monkeypatch.setattr(ptq.pipeline.dry_run.rough_time, "_operations_per_second", lambda: operations / 0.5 / 600)
     assert long_run_notices(*parts("coreq"), 128, 2048) == []
     (notice,) = long_run_notices(*parts("omniquant"), 128, 2048)
     assert "--method coreq learns nothing" in notice
@@ -58,7 +60,7 @@ def test_only_what_takes_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(ptq.rough_time, "_operations_per_second", lambda: 1.0)
+    monkeypatch.setattr(ptq.pipeline.dry_run.rough_time, "_operations_per_second", lambda: 1.0)
     tokens = torch.randint(2, 400, (4, 16), generator=torch.Generator().manual_seed(3))
     events: list[Event] = []
     ptq.quantize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq.grids.scales import fit_scales
+from ptq.grids.scale_search import fit_scales
 from ptq.learning import LearnedConfig
 from ptq.learning.linear import LinearLearner, round_together, soft_rounding
 from ptq.learning.rounding import Kind, Levels, group_range, levels_of, round_groups, stored

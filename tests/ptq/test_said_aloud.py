@@ -15,7 +15,7 @@ import ptq
 from calib.data.tokens import Calibration
 from calib.model.structure import find_blocks, is_linear
 from ptq.errors import DataError, ModelError, NumericalError, OutputError
-from ptq.events import Event
+from ptq.pipeline.events import Event
 
 TOKENS = torch.randint(2, 400, (8, 24), generator=torch.Generator().manual_seed(3))
 CALIBRATION = Calibration(TOKENS, "test", 3, "none")

@@ -17,7 +17,7 @@ from torch import Tensor
 import ptq
 from calib.data.tokens import Calibration
 from ptq.methods import METHODS, WindowMethod
-from ptq.pipeline import Run
+from ptq.pipeline.run import Run
 from ptq.transforms.hadamard import InputRotation
 
 TOKENS = torch.randint(2, 400, (6, 24), generator=torch.Generator().manual_seed(5))

@@ -14,9 +14,9 @@ from tiny_models import tiny_model
 import ptq
 from calib.checkpoint.atomic_files import file_sha256
 from cli.main import main
+from ptq.checkpoint.verify import SKIP_KEY, verify_checkpoint, verify_files
+from ptq.checkpoint.writer import CheckpointWriter
 from ptq.errors import OutputError
-from ptq.formats.verify import SKIP_KEY, verify_checkpoint, verify_files
-from ptq.formats.writer import CheckpointWriter
 from ptq.report import REPORT_NAME, Report
 
 

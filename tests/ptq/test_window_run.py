@@ -19,9 +19,9 @@ from calib.data.tokens import Calibration
 from calib.model.structure import find_blocks
 from calib.runner.block import BlockVisit
 from ptq.errors import ModelError, NumericalError, OutputError, UsageError
-from ptq.events import Event
 from ptq.learning.losses import output_loss
 from ptq.learning.training import WindowRecord, train_window
+from ptq.pipeline.events import Event
 from ptq.report import Report
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
@@ -225,7 +225,7 @@ def test_a_sweep_goes_on_where_the_last_one_left_every_block(tmp_path: Path, mon
         newest.update({learner.visit.index: learner.state() for learner in learners})
         return records
 
-    monkeypatch.setattr("ptq.window_run.train_window", watched)
+    monkeypatch.setattr("ptq.pipeline.windowed.train_window", watched)
     run(tiny_model("llama", num_hidden_layers=4), tmp_path / "out", iters=8)
     assert met == {0, 1, 2, 3}
 

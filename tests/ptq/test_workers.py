@@ -15,7 +15,7 @@ import pytest
 from tiny_models import tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from ptq.solving import owners
+from ptq.pipeline.layerwise import owners
 
 
 class Ended(NamedTuple):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from ptq.checkpoint.workspace import Workspace
 from ptq.errors import OutputError
-from ptq.formats.workspace import Workspace
 
 TENSORS = {
     "0|mlp.up_proj:offset": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),

@@ -1,0 +1,1 @@
+"""The crash-safe output folder: shards, journal, resume, verification. Knows no method."""

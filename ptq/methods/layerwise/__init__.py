@@ -1,0 +1,1 @@
+"""Methods that quantize one linear at a time, one a file."""

@@ -1,0 +1,188 @@
+"""CoreQ (arXiv 2602.05902): correct the target for what earlier layers lost, as far as that is reliable, then round.
+
+Paper's letters: X inputs in the full-precision model, X~ in the model quantized so far, dX = X - X~, M = W dX the
+output mismatch, H = X~ X~^T, D = dX X~^T. The part of M that some change of this weight can absorb is R = B X~ with
+``B = W D H^-1``; the rest is out of reach. The target is ``W* = W + alpha B`` with one number alpha a linear, by
+default
+
+    alpha = <B, W D> / ||W dX||^2 = ||R||^2 / ||M||^2      (``corr``: the R^2 of regressing M on X~).
+
+Then W* is rounded by successive rounding, or by beam search with ``beam`` > 1 (K-CoreQ), and optionally improved by
+coordinate descent. Scales are fitted to W*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calib.precision import product
+from calib.stats import LinearStatistics, Moments, Stat
+from ptq.errors import UsageError, unknown_name
+from ptq.grids import BoundGrid, ScaleSearch
+from ptq.methods.base import LayerMethod, LayerResult, finish
+from ptq.methods.common import check_damping, check_order, check_scales, fit_grid, group_factor, require
+from ptq.scheme import Scheme
+from ptq.solvers import (
+    Factor,
+    Order,
+    beam_flops,
+    beam_search,
+    coordinate_descent,
+    factorize,
+    factorize_flops,
+    quadratic,
+    solve_flops,
+    successive_rounding,
+    sweep_flops,
+)
+
+__all__ = ["COEFFICIENTS", "COREQ", "CoreqConfig", "coefficient"]
+
+Coefficient = Literal["corr", "fixed", "row", "js", "cv"]
+COEFFICIENTS: tuple[Coefficient, ...] = ("corr", "fixed", "row", "js", "cv")
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreqConfig:
+    """Args:
+    coefficient: ``corr`` (R^2), ``row`` (R^2 of every output row), ``fixed`` (``alpha``), ``js`` (James-Stein shrinkage
+        with the effective number of tokens), ``cv`` (two-fold cross-validation over sequences).
+    alpha: the value of ``fixed``, 0 (GPTQ's target) to 1.
+    beam: beams a row; 1 is successive rounding.
+    cd_passes: sweeps of coordinate descent after rounding.
+    order: ``descending``, ``natural`` or ``min_pivot``.
+    damping: fraction of the Hessian's mean diagonal added to it.
+    scales: ``minmax``, ``pnorm`` or ``hessian``.
+    """
+
+    coefficient: Coefficient = "corr"
+    alpha: float = 0.5
+    beam: int = 1
+    cd_passes: int = 0
+    order: Order = "descending"
+    damping: float = 0.01
+    scales: ScaleSearch = "pnorm"
+
+    def __post_init__(self) -> None:
+        if self.coefficient not in COEFFICIENTS:
+            raise unknown_name("coefficient", self.coefficient, COEFFICIENTS)
+        check_damping(self.damping)
+        check_scales(self.scales)
+        check_order(self.order)
+        if not 0.0 <= self.alpha <= 1.0:
+            raise UsageError(f"coreq: alpha is 0 to 1, got {self.alpha!r}.")
+        if not 1 <= self.beam <= 256:
+            raise UsageError(f"coreq: beam is 1 to 256, got {self.beam!r}.")
+        if self.cd_passes < 0:
+            raise UsageError(f"coreq: cd_passes is 0 or more, got {self.cd_passes!r}.")
+
+
+def needs(config: CoreqConfig) -> frozenset[Stat]:
+    extra = {"cv": {Stat.FOLDS}, "js": {Stat.EFFECTIVE_TOKENS}}.get(config.coefficient, set())
+    return frozenset({Stat.HESSIAN, Stat.MISMATCH, Stat.MISMATCH_ENERGY} | extra)
+
+
+def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: CoreqConfig) -> LayerResult:
+    """Correct and round ``weight`` ``[out, in]``."""
+    stats = require(stats)
+    factor, flops = group_factor(stats, config.damping, config.order)
+    pull = product(weight, stats.mismatch)  # W D
+    shift = factor.solve(pull)  # B = W D H^-1
+    alpha, r2 = coefficient(weight, shift, pull, stats, config)
+    target = weight + alpha * shift
+    grid = fit_grid(target, scheme, config.scales, stats)
+    if config.beam > 1:
+        codes = beam_search(target, grid, factor, width=config.beam)
+    else:
+        codes, _ = successive_rounding(target, grid, factor)
+    if config.cd_passes:
+        codes = _descend(target, codes, grid, factor, config.cd_passes)
+    alpha_mean = float(alpha.mean())
+    flops += _flops(weight.shape, config)
+    return LayerResult(finish(codes, grid, scheme), alpha_mean, r2, factor.damping, factor.notes, flops)
+
+
+def _flops(shape: torch.Size, config: CoreqConfig) -> int:
+    """Floating-point operations of one linear, without the group's factor: W D, B, the sweep and its refinements."""
+    rows, width = shape
+    square = rows * width * width
+    folds = 2 * (factorize_flops(width) + solve_flops(rows, width) + 6 * square) if config.coefficient == "cv" else 0
+    rounding = beam_flops(rows, width, config.beam) if config.beam > 1 else sweep_flops(rows, width)
+    descent = 2 * width**3 + (2 * config.cd_passes + 4) * square if config.cd_passes else 0
+    return 2 * square + solve_flops(rows, width) + folds + rounding + descent
+
+
+def _descend(target: Tensor, codes: Tensor, grid: BoundGrid, factor: Factor, passes: int) -> Tensor:
+    """Coordinate descent, kept only where it lowered a row's loss (rounding of sums could raise it by an ulp)."""
+    found = coordinate_descent(target, codes, grid, factor, passes=passes)
+    before = quadratic(target - grid.dequantize(codes), factor)
+    better = quadratic(target - grid.dequantize(found), factor) < before
+    return torch.where(better[:, None], found, codes)
+
+
+def coefficient(
+    weight: Tensor, shift: Tensor, pull: Tensor, stats: LinearStatistics, config: CoreqConfig
+) -> tuple[Tensor, float]:
+    """The coefficient alpha and the R^2 of the mismatch.
+
+    Args:
+        weight: W ``[m, n]``; shift: ``B = W D H^-1``; pull: ``W D``, all float32 ``[m, n]``.
+        stats: the linear's statistics.
+        config: which coefficient.
+
+    Returns:
+        alpha ``[]`` or, for ``row``, ``[m, 1]``, in [0, 1]; 0 where there is no mismatch. R^2 a float.
+    """
+    signal, total = (shift * pull).sum(1), stats.energy
+    corr = _ratio(signal.sum(), total.sum())
+    r2 = float(corr)
+    if config.coefficient == "row":
+        return _ratio(signal, total)[:, None], r2
+    if config.coefficient == "fixed":
+        return torch.full_like(corr, config.alpha), r2
+    if config.coefficient == "js":
+        return _james_stein(float(signal.sum()), float(total.sum()), weight.shape[1], stats.effective_tokens), r2
+    if config.coefficient == "cv":
+        return _cross_validated(weight, stats.group.folds, config), r2
+    return corr, r2
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """``numerator / denominator`` clipped to [0, 1]; 0 where that is not a number."""
+    return (numerator / denominator).nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp(0.0, 1.0)
+
+
+def _james_stein(signal: float, total: float, width: int, tokens: float) -> Tensor:
+    """``max(0, 1 - n (total - signal) / ((N - n) signal))`` with N the effective number of tokens."""
+    if signal <= 0 or tokens <= width:
+        return torch.tensor(0.0)
+    return torch.tensor(1 - width * (total - signal) / ((tokens - width) * signal)).clamp(0.0, 1.0)
+
+
+def _cross_validated(weight: Tensor, folds: tuple[Moments, ...], config: CoreqConfig) -> Tensor:
+    """The alpha that a shift fitted on one half of the sequences deserves on the other half.
+
+    ``alpha = sum <B, W D_val> / sum <B, B H_val>`` over the two ways round, B from the training half.
+    """
+    top = bottom = torch.zeros((), device=weight.device)
+    for train, held_out in ((folds[0], folds[1]), (folds[1], folds[0])):
+        if train.mismatch is None or held_out.mismatch is None:
+            raise ValueError("folds without the mismatch")
+        if not bool(train.hessian.any()):
+            raise UsageError(
+                "coreq: the coefficient 'cv' needs calibration tokens in both halves of the sequences, and one half "
+                "has none here: give more sequences, or take 'corr'."
+            )
+        shift = factorize(train.hessian, config.damping, "natural").solve(product(weight, train.mismatch))
+        top = top + (shift * product(weight, held_out.mismatch)).sum()
+        bottom = bottom + (shift * product(shift, held_out.hessian)).sum()
+    return _ratio(top, bottom)
+
+
+COREQ = LayerMethod(
+    "coreq", "mismatch-corrected target, then successive rounding or beam search", CoreqConfig, needs, quantize
+)

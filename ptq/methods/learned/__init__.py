@@ -1,0 +1,1 @@
+"""Methods that learn over windows of blocks, one a file: settings of `ptq.learning`."""

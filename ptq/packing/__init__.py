@@ -1,0 +1,1 @@
+"""Codes, scales and zero points of one linear, to tensors and back."""

@@ -1,0 +1,1 @@
+"""The forecast of a run from its first blocks (``--dry-run``)."""

@@ -1,0 +1,186 @@
+"""What a learned method will take: time and memory of its windows, from a few steps in the first one.
+
+A window's cost is, with its number of blocks m, the batches n and the time f of one block's forward on one batch:
+
+    targets  n f m        losses  2 n f m a stage        steps  s t m a stage        streams  2 n f a block that leaves
+
+t, the time of a step a block, and f are measured; what is spent once a window (capturing a graph, storing the state) is
+what the first window took beyond that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calib.checkpoint.reader import ModelSource
+from calib.model.structure import find_blocks, find_linears, linear_weight
+from calib.precision import strict_float32
+from calib.runner.activation_store import free_memory
+from calib.runner.runner import Walk, WindowVisit
+from calib.runner.window_schedule import Window, describe_windows
+from ptq.errors import UsageError
+from ptq.learning import LearnedConfig
+from ptq.pipeline.preparation.preflight import peak_memory
+from ptq.pipeline.windowed import Host, WindowRun
+
+__all__ = ["Surroundings", "WindowForecast", "check_learning", "forecast_windows", "learning_bytes"]
+
+_STEPS = 4
+_COPIES = 4 + 4 + 4 + 2 + 2  # bytes a weight: target, z / h, its gradient; the rounded weight and its gradient
+_ACTIVATIONS = 24  # numbers a token and channel that a block keeps for its backward pass, without the MLP's
+_MLP_ACTIVATIONS = 4  # the same for a channel of the MLP
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """Where a run works: device, dtype of its passes, number of processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowForecast:
+    """Args:
+    schedule: in words; windows: how many; visits: of blocks, over all sweeps and stages.
+    steps: a stage; seconds: of all learning; bytes_a_block: what a block of a window takes while it learns.
+    largest: blocks in the largest window.
+    """
+
+    schedule: str
+    windows: int
+    visits: int
+    steps: int
+    seconds: float
+    bytes_a_block: int
+    largest: int
+
+
+def forecast_windows(run: Host, config: LearnedConfig, tokens: Tensor, folder: Path) -> WindowForecast:
+    """Measure the first window of a learned run on a part of its data.
+
+    Args:
+        run: the run; config: of its method; tokens: all of its calibration data; folder: for what is on disk meanwhile.
+
+    Raises:
+        PtqError: whatever the run would meet in its first window.
+    """
+    windows = config.windows(len(run.plan.blocks))
+    bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
+    batches = math.ceil(math.ceil(len(tokens) / config.batch) / run.workers.size)
+    steps = config.steps(batches, bits)
+    stages = sum(len(shares) for shares in config.sweeps)
+    few = dataclasses.replace(config, epochs=0, iters=_STEPS, intra="off", init="none")
+    with torch.no_grad(), strict_float32():
+        one = _measure(run, few, tokens[: 2 * config.batch * run.workers.size], windows, folder)
+    per_visit = batches * one.forward * (2 + 1 / max(1, stages // len(config.sweeps))) + steps * one.step
+    visits = stages * sum(len(window) for window in windows)
+    moves = len(config.sweeps) * len(run.plan.blocks) * 2 * batches * one.forward
+    seconds = visits * per_visit + moves + len(windows) * stages * one.fixed
+    return WindowForecast(
+        describe_windows(windows), len(windows), visits, steps, seconds, one.bytes_a_block, max(map(len, windows))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Seconds of a block's forward on a batch, of a step a block, and of what a window takes once."""
+
+    forward: float
+    step: float
+    fixed: float
+    bytes_a_block: int
+
+
+def _measure(run: Host, few: LearnedConfig, tokens: Tensor, windows: tuple[Window, ...], folder: Path) -> _Measured:
+    walk: Walk = run.walk(tokens=tokens, batch=few.batch, folder=folder)
+    start = _used(run)
+    for visit in walk.windows(windows):
+        _clock(run, lambda: visit.run(0, full=True))  # noqa: B023  # called at once; the first call warms up
+        forward = _clock(run, lambda: visit.run(0, full=True)) / len(visit.blocks)  # noqa: B023
+        first = _train(run, few, visit, folder)
+        longer = _train(run, dataclasses.replace(few, iters=3 * few.iters), visit, folder)
+        break
+    step = max(1e-6, (longer - first) / (2 * _STEPS) / len(visit.blocks))
+    passes = len(walk.batches) * forward * 3 * len(visit.blocks)
+    return _Measured(
+        forward,
+        step,
+        max(0.0, first - passes - _STEPS * step * len(visit.blocks)),
+        max(0, _used(run) - start) // len(visit.blocks),
+    )
+
+
+def _train(run: Host, few: LearnedConfig, visit: WindowVisit, folder: Path) -> float:
+    """Seconds of one window's training, whose result is dropped."""
+    trial = WindowRun(run, few, {}, {}, None, folder=folder / "work")
+    return _clock(run, lambda: trial.try_window(visit))
+
+
+def _clock(run: Host, work: object) -> float:
+    assert callable(work)
+    start = time.perf_counter()
+    work()
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    return time.perf_counter() - start
+
+
+def _used(run: Host) -> int:
+    return torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else peak_memory()
+
+
+def learning_bytes(parameters: int, hidden: int, widest: int, tokens: int, itemsize: int, config: LearnedConfig) -> int:
+    """Bytes that a block takes while it learns: an estimate from shapes, before anything is read.
+
+    Args:
+        parameters: of the block; hidden, widest: of its hidden state and of its widest input.
+        tokens: in a step's batch; itemsize: of a number in the passes.
+    """
+    moments = 0 if config.optimizer == "sign" else 8
+    dense = 8 + moments if config.rounding != "nearest" else 0  # the offset, its gradient, what the optimizer keeps
+    kept = tokens * (_ACTIVATIONS * hidden + _MLP_ACTIVATIONS * widest) * itemsize
+    return parameters * (itemsize + _COPIES + dense) + kept
+
+
+def check_learning(source: ModelSource, config: LearnedConfig, tokens: Tensor, run: Surroundings) -> None:
+    """Refuse a learned run that cannot work, before anything is computed.
+
+    Args:
+        source: the model; config: what is learned; tokens: int64 ``[sequences, seqlen]``.
+        run: where it will work.
+
+    Raises:
+        UsageError: fewer sequences than a batch has; a rank above every width; the largest window does not fit into
+            memory: says how much is needed and which option lowers it.
+    """
+    if len(tokens) < config.batch * run.processes:
+        raise UsageError(
+            f"{len(tokens)} calibration sequences are fewer than the {config.batch} of a batch"
+            f"{'' if run.processes == 1 else f' on each of {run.processes} processes'}: give more with "
+            f"--calib-samples, or take --train-batch {max(1, len(tokens) // run.processes)}."
+        )
+    blocks = [source.skeleton.get_submodule(name) for name in find_blocks(source.skeleton)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    hidden = int(source.skeleton.config.get_text_config().hidden_size)
+    widest = max(linear_weight(m).shape[1] for block in blocks for m in find_linears(block).values())
+    if config.lora_rank > widest:
+        raise UsageError(f"--lora-rank {config.lora_rank} is above the widest linear's {widest} input channels.")
+    batch = config.batch * tokens.shape[1]
+    costs = [learning_bytes(size, hidden, widest, batch, run.dtype.itemsize, config) for size in sizes]
+    windows = config.windows(len(blocks))
+    largest = max(windows, key=lambda window: sum(costs[window.start : window.stop]))
+    needed, free = sum(costs[largest.start : largest.stop]), free_memory(run.device)
+    if needed > free:
+        raise UsageError(
+            f"a window of {len(largest)} blocks needs about {needed / 1e9:.1f} GB to learn in and {free / 1e9:.1f} GB "
+            f"are free: --train-batch 1 needs less, --window-schedule single or -O edge=1 make windows smaller, and "
+            f"--offload disk takes the activations out of memory."
+        )

@@ -1,0 +1,107 @@
+"""What the quantized stream's linears are given while a model is quantized: the same as at run time.
+
+A scheme can have a linear's input rotated and rounded, a recipe keys and values. Both act in the walk's quantized
+stream, so that methods see, and learn on, what the quantized model will compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from calib.runner.block import BlockVisit
+from ptq.runtime.activations import quantize_tokens
+from ptq.runtime.kv_cache import set_key_values
+from ptq.scheme import KeyValueScheme, Scheme
+from ptq.transforms.hadamard import InputRotation
+
+__all__ = ["InputTreatment", "stored_scheme", "treat_block"]
+
+
+class InputTreatment:
+    """A linear's input as `ptq.runtime.linear.QuantLinear` treats it; a `calib.runner.block.Treatment`.
+
+    Args:
+        scheme: of the linear; width: of its input.
+        share: of the channels that are rounded at the moment (below 1 only while a method learns).
+    """
+
+    def __init__(self, scheme: Scheme, width: int, share: Callable[[], float]) -> None:
+        self._scheme, self._share = scheme, share
+        self._rotation = None if scheme.input_rotation is None else InputRotation(width, scheme.input_rotation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.full(x)
+        bits = self._scheme.act_bits
+        return x if bits is None else quantize_tokens(x, bits, self._scheme.act_symmetric, self._share())
+
+    def full(self, x: Tensor) -> Tensor:
+        """The input, rotated only."""
+        return x if self._rotation is None else self._rotation(x)
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """The weight for rotated inputs."""
+        return weight if self._rotation is None else self._rotation.on_weight(weight)
+
+    def on_scheme(self, scheme: Scheme) -> Scheme:
+        """The scheme with what this does to the input, in the place of what it says."""
+        own = self._scheme
+        return dataclasses.replace(
+            scheme,
+            act_bits=own.act_bits,
+            act_symmetric=own.act_symmetric,
+            input_rotation=None if self._rotation is None else self._rotation.seed,
+        )
+
+
+def stored_scheme(visit: BlockVisit, name: str, scheme: Scheme) -> Scheme:
+    """The scheme that a checkpoint states for a linear.
+
+    What it says of the input is taken from the transform that the linear's weight went through, and not from the plan:
+    a checkpoint that rotates inputs at run time holds a rotated weight.
+
+    Args:
+        visit: the block, after its linears were quantized.
+        name: the linear's name in the block.
+        scheme: what the weight was quantized for.
+
+    Raises:
+        RuntimeError: the plan asks for a transform that was not applied, or the reverse.
+    """
+    plain = dataclasses.replace(scheme, act_bits=None, act_symmetric=False, input_rotation=None)
+    treatment = visit.treatment(name)
+    applied = plain if treatment is None else treatment.on_scheme(plain)  # type: ignore[attr-defined]
+    if applied != scheme:
+        raise RuntimeError(
+            f"{visit.name}.{name} was quantized as {applied.describe()!r} and would be stored as "
+            f"{scheme.describe()!r}: its input transform was not applied. Please report this."
+        )
+    return applied
+
+
+def treat_block(
+    visit: BlockVisit,
+    schemes: Mapping[str, Scheme],
+    key_values: KeyValueScheme | None,
+    share: Callable[[], float] = lambda: 1.0,
+) -> None:
+    """From now on the quantized stream treats a block's inputs, keys and values as the quantized model will.
+
+    Args:
+        visit: the block, before its groups are visited; schemes: by linear in the block; key_values: of the recipe.
+        share: of the channels that are rounded, asked at every call.
+    """
+    treated = {
+        name: InputTreatment(scheme, visit.full(name).shape[1], share)
+        for name, scheme in schemes.items()
+        if scheme.treats_input
+    }
+
+    def switch(quantized: bool) -> None:
+        now = None if key_values is None or not quantized else dataclasses.replace(key_values, share=share())
+        set_key_values(visit.block, now)
+
+    if treated or key_values is not None:
+        visit.treat_inputs(treated, switch if key_values is not None else None)

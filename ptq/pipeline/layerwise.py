@@ -1,0 +1,152 @@
+"""One input group: its linears solved, by one process or shared out over several, and their records made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.distributed import Workers
+from calib.runner.runner import GroupVisit, Timing
+from calib.stats import GroupStatistics
+from ptq.errors import NumericalError, PtqError
+from ptq.methods import LayerMethod
+from ptq.pipeline.input_transforms import stored_scheme
+from ptq.pipeline.output_error import check_energy, layer_losses, losses_flops
+from ptq.quantized import QuantizedWeight
+from ptq.report import LayerRecord
+from ptq.scheme import Scheme
+
+__all__ = ["Solved", "owners", "solve_group"]
+
+
+_LOST = 0.9  # relative squared output error from which on a layer is as good as removed
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """A linear's result and its record."""
+
+    weight: QuantizedWeight
+    record: LayerRecord
+    flops: float = 0.0
+
+
+def solve_group(
+    group: GroupVisit,
+    schemes: Mapping[str, Scheme],
+    stats: GroupStatistics | None,
+    method: LayerMethod,
+    config: Any,
+    *,
+    workers: Workers,
+    timing: Timing,
+) -> dict[str, Solved]:
+    """Quantize the linears of a group; every process gets all results.
+
+    Args:
+        group: the visit; schemes: by name in the block; stats: what was gathered.
+        method: the method; config: its options.
+        workers: the processes of this run; timing: seconds are added here.
+
+    Raises:
+        PtqError: the method cannot do its work on a linear, which is named.
+    """
+    shapes = {name: group.block.full(name).shape for name in group.names}
+    turn = owners([rows * columns for rows, columns in shapes.values()], workers.size)
+    mine = {
+        name: _solve(group, name, schemes[name], stats, method, config, timing)
+        for name, owner in zip(group.names, turn, strict=True)
+        if owner == workers.rank
+    }
+    if workers.size == 1:
+        return mine
+    device = group.block.walk.device
+    return {
+        name: _exchange(mine.get(name), owner, workers, device) for name, owner in zip(group.names, turn, strict=True)
+    }
+
+
+def owners(costs: Sequence[float], size: int) -> list[int]:
+    """The process that solves each linear: the costliest first, each to the process with the least to do."""
+    load, turn = [0.0] * size, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        turn[index] = load.index(min(load))
+        load[turn[index]] += costs[index]
+    return turn
+
+
+def _solve(
+    group: GroupVisit,
+    name: str,
+    scheme: Scheme,
+    stats: GroupStatistics | None,
+    method: LayerMethod,
+    config: Any,
+    timing: Timing,
+) -> Solved:
+    start, full = time.perf_counter(), group.full_name(name)
+    device = group.block.walk.device
+    weight = group.weight(name)
+    own = None if stats is None else stats.of(name)
+    with timing.part("solve", device), _named(full):
+        check_energy(weight, own)
+        result = method.quantize(weight, own, scheme, config)
+    quantized = dataclasses.replace(result.weight, scheme=stored_scheme(group.block, name, result.weight.scheme))
+    with timing.part("losses", device), _named(full):
+        nearest, loss = layer_losses(weight, quantized, own)
+    checked = 0 if own is None else losses_flops(*quantized.shape, mismatch=own.has_mismatch)
+    notes = (*group.notes, *result.notes)
+    if loss is not None and loss > _LOST:
+        notes += (f"{loss:.0%} of the output's energy is lost: the scheme does not fit this weight",)
+    record = LayerRecord(
+        full,
+        method.name,
+        quantized.scheme.to_dict(),
+        quantized.shape,
+        quantized.bits_per_weight,
+        quantized.payload_bytes,
+        time.perf_counter() - start,
+        nearest,
+        loss,
+        result.alpha,
+        result.r2,
+        result.damping,
+        None if stats is None else stats.tokens,
+        notes,
+    )
+    return Solved(quantized, record, float(result.flops + checked))
+
+
+@contextlib.contextmanager
+def _named(full: str) -> Iterator[None]:
+    """Errors about one linear name it."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericalError(f"{full}: {error}") from error
+    except PtqError as error:
+        raise error if full in str(error) else type(error)(f"{full}: {error}") from error
+
+
+def _exchange(mine: Solved | None, owner: int, workers: Workers, device: torch.device) -> Solved:
+    """A result from its owner to everyone: plain data first, then every tensor of the weight."""
+    plain: Any = None
+    tensors: dict[str, Tensor] = {}
+    if mine is not None:
+        values = {field.name: getattr(mine.weight, field.name) for field in dataclasses.fields(mine.weight)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        plain = ({name: v for name, v in values.items() if name not in tensors}, shapes, mine.record, mine.flops)
+    rest, shapes, record, flops = workers.share(plain, owner)
+    fields: dict[str, Any] = dict(rest)
+    for name, (shape, dtype) in shapes.items():
+        buffer = tensors[name].to(workers.device) if mine else torch.empty(shape, dtype=dtype, device=workers.device)
+        workers.broadcast_(buffer, owner)
+        fields[name] = buffer.to(device)
+    return Solved(QuantizedWeight(**fields), record, flops)

@@ -1,0 +1,1 @@
+"""What is settled before the run: the scheme of every linear, sizes, memory and disk, what is refused."""

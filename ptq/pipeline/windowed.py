@@ -1,0 +1,407 @@
+"""A run whose method learns over windows of blocks: sweeps through the model, resumed window by window.
+
+A sweep is one walk through the model. The first one, with ``init``, lets a layer-wise method make the starting point;
+every other one learns. After a window what its blocks have learned is stored in the workspace; a block that leaves a
+window for the last time in the last sweep is folded, packed and written. A resumed run skips what is stored: the
+streams pass through the blocks again, with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from calib.distributed import Workers
+from calib.model.experts import expert_lists
+from calib.runner.block import BlockVisit
+from calib.runner.runner import Walk, WindowVisit
+from calib.runner.window_schedule import Window, describe_windows
+from ptq.checkpoint.journal import FinishedPart
+from ptq.checkpoint.workspace import WORK, Workspace
+from ptq.checkpoint.writer import STAGING, CheckpointWriter
+from ptq.errors import ModelError, UsageError
+from ptq.learning.block import BlockLearner
+from ptq.learning.config import LearnedConfig
+from ptq.learning.training import WindowRecord, train_window
+from ptq.packing.integer import layer_tensors, layer_weight
+from ptq.pipeline.events import Event, Listener
+from ptq.pipeline.input_transforms import stored_scheme
+from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.quantized import QuantizedWeight
+from ptq.recipe import Recipe
+from ptq.report import LayerRecord, PartRecord
+from ptq.scheme import MAX_BITS, Scheme
+from ptq.transforms.scaling.search import Scaling, find_scalings, in_float32, why_not
+
+__all__ = ["Host", "WindowRun"]
+
+_STATE = re.compile(r"state-(\d+)-(\d+)")
+
+
+class Host(Protocol):
+    """What a windowed run asks of `ptq.pipeline.run.Run`, where all of this is told."""
+
+    plan: Plan
+    recipe: Recipe
+    method: Any
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    workers: Workers
+    tell: Listener
+
+    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None) -> Walk: ...
+
+    def treat(self, visit: BlockVisit, share: Callable[[], float] = ...) -> None: ...
+
+    def check_kernels(self, visit: BlockVisit) -> None: ...
+
+    def reached(self, visit: BlockVisit, part: PartRecord) -> dict[str, Scheme]: ...
+
+    def solve_block(
+        self, visit: BlockVisit, part: PartRecord, take: Callable[[str, QuantizedWeight], object]
+    ) -> None: ...
+
+    def replay(self, visit: BlockVisit, part: FinishedPart) -> None: ...
+
+    def warn(self, part: PartRecord, *texts: str) -> None: ...
+
+    def write_block(
+        self,
+        visit: BlockVisit,
+        weights: Mapping[str, QuantizedWeight],
+        changed: Mapping[str, Tensor],
+        part: PartRecord,
+        writer: CheckpointWriter | None,
+    ) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A file of the workspace with the state of a window's blocks after it."""
+
+    name: str
+    sweep: int
+    window: int
+
+
+class WindowRun:
+    """Everything that one learned quantization needs beside its `Run`.
+
+    Args:
+        run: the run; config: what is learned.
+        finished: parts on the disk; parts: their records, to be added to; writer: on the process that writes.
+        folder: of the workspace, in the output folder by default.
+    """
+
+    def __init__(
+        self,
+        run: Host,
+        config: LearnedConfig,
+        finished: dict[str, FinishedPart],
+        parts: dict[str, PartRecord],
+        writer: CheckpointWriter | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.run, self.config, self.finished, self.parts, self.writer = run, config, finished, parts, writer
+        self.windows = config.windows(len(run.plan.blocks))
+        self.work = Workspace(folder or run.out / STAGING / WORK, writes=run.workers.leads)
+        self.records: list[WindowRecord] = []
+        self._learners: dict[int, BlockLearner] = {}
+        self._open_parts: dict[int, PartRecord] = {}  # of blocks that are being worked on
+        self._scalings: dict[object, tuple[Scaling, ...]] = {}
+        self._notes: dict[int, list[str]] = {}  # on scalings, by block
+        self._done = 0
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        """What an interrupted run has left; all processes see the same."""
+        names = self.run.workers.share(self.work.names())
+        states = [_Stored(name, *map(int, found.groups())) for name in names if (found := _STATE.fullmatch(name))]
+        self._states = sorted(states, key=lambda one: (one.sweep, one.window))
+        self._anchored = {name for name in names if name.startswith("init-")}
+        if self._states:
+            payload = self.work.payload(self._states[-1].name)
+            self.records = [WindowRecord.from_dict(row) for row in payload["records"]]
+        elif self.parts:
+            self.records = [WindowRecord.from_dict(row) for part in self.parts.values() for row in part.windows]
+
+    # -- the sweeps --------------------------------------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Learn, and write every block."""
+        run = self.run
+        visits = sum(len(window) for window in self.windows)
+        total = visits * sum(len(shares) for shares in self.config.sweeps)
+        total += len(run.plan.blocks) if self.config.init != "none" else 0
+        run.tell(Event("message", describe_windows(self.windows)))
+        run.tell(Event("blocks", "block visits", total=total, done=0))
+        self._total = total
+        if self.config.init != "none" and len(self._anchored) < len(run.plan.blocks) and not self._states:
+            self._make_anchors()
+        elif self.config.init != "none":
+            self._advance(len(run.plan.blocks), "starting point")
+        for sweep, shares in enumerate(self.config.sweeps):
+            self._sweep(sweep, shares)
+        self.work.close()
+
+    def _make_anchors(self) -> None:
+        """The layer-wise method's result, block by block, into the workspace."""
+        run, walk = self.run, self.run.walk()
+        for visit in walk:
+            name = f"init-{visit.index:05d}"
+            if name in self._anchored:
+                run.treat(visit)
+                for linear, weight in self._anchors(visit).items():
+                    visit.replace(linear, weight.to(run.device).dequantize(run.dtype))
+            else:
+                weights: dict[str, QuantizedWeight] = {}
+                run.solve_block(visit, PartRecord(), weights.__setitem__)
+                visit.close()
+                self._save_anchors(name, visit, weights)
+            self._advance(1, visit.name)
+        run.workers.share(None)  # the files are there for all
+        self._anchored = set(run.workers.share(self.work.names()))
+
+    def _save_anchors(self, name: str, visit: BlockVisit, weights: dict[str, QuantizedWeight]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for linear, weight in weights.items():
+            tensors.update(layer_tensors(linear, weight))
+        self.work.save(name, tensors, {"block": visit.name, "linears": sorted(weights)})
+
+    def _anchors(self, visit: BlockVisit) -> dict[str, QuantizedWeight]:
+        """Starting points of a block's linears; none if no method makes them."""
+        name = f"init-{visit.index:05d}"
+        if self.config.init == "none":
+            return {}
+        tensors, schemes = self.work.load(name), self.run.plan.in_block(visit.name)
+        return {linear: layer_weight(linear, tensors, schemes[linear]) for linear in self.work.payload(name)["linears"]}
+
+    def _sweep(self, sweep: int, shares: Sequence[float]) -> None:
+        run, walk = self.run, self.run.walk(batch=self.config.batch)
+        last = sweep == len(self.config.sweeps) - 1
+        if self._over(sweep, len(self.windows) - 1) and (not last or len(self.finished) >= len(run.plan.blocks)):
+            self._advance(sum(len(window) for window in self.windows) * len(shares), "")
+            return
+        for visit in walk.windows(self.windows):
+            self._open(visit, sweep)
+            if not self._over(sweep, visit.number):
+                self._train(visit, sweep, shares)
+            for block in visit.blocks[: visit.leaving]:
+                self._leave(block, shares[-1], last=last)
+            self._tidy(sweep, visit, last=last)
+            self._advance(len(visit.window) * len(shares), _label(visit.window))
+
+    def _over(self, sweep: int, window: int) -> bool:
+        """Whether a window of a sweep was finished by the interrupted run."""
+        reached = [(one.sweep, one.window) for one in self._states]
+        blocks = self.run.plan.blocks[self.windows[window].start : self.windows[window].stop]
+        return bool(reached and reached[-1] >= (sweep, window)) or all(name in self.finished for name in blocks)
+
+    def _advance(self, visits: int, name: str) -> None:
+        self._done += visits
+        self.run.tell(Event("block_done", name=name, done=self._done, total=self._total))
+
+    # -- one block ---------------------------------------------------------------------------------------------------
+
+    def _open(self, visit: WindowVisit, sweep: int) -> None:
+        """Learners for the blocks that this window reaches for the first time."""
+        for block in visit.blocks:
+            if block.name in self.finished:
+                self._scalings_of(block)  # found where they were found the first time
+                continue
+            if block.index in self._learners:
+                continue
+            self._learners[block.index] = self._learner(block, sweep)
+
+    def _learner(self, visit: BlockVisit, sweep: int) -> BlockLearner:
+        run, held = self.run, list[BlockLearner]()
+        part = self._open_parts[visit.index] = PartRecord()
+        run.check_kernels(visit)
+        schemes = run.reached(visit, part)
+        run.treat(visit, lambda: held[0].share if held else 1.0)
+        learner = BlockLearner(
+            visit,
+            schemes,
+            self.config,
+            scalings=self._scalings_of(visit),
+            seed=run.recipe.calibration.seed,
+            anchors=self._anchors(visit),
+        )
+        held.append(learner)
+        stored = self._latest(visit.index, sweep)
+        if stored is not None:
+            prefix = f"{visit.index}|"
+            state = self.work.load(stored.name)
+            learner.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+        return learner
+
+    def _latest(self, block: int, sweep: int) -> _Stored | None:
+        """The newest state of a block, not of a later sweep."""
+        found = [one for one in self._states if one.sweep <= sweep and self._holds(one, block)]
+        return found[-1] if found else None
+
+    def _holds(self, stored: _Stored, block: int) -> bool:
+        window = self.windows[stored.window]
+        return window.start <= block < window.stop
+
+    def _scalings_of(self, visit: BlockVisit) -> tuple[Scaling, ...]:
+        """Channel scalings of a block, found once for every kind of block."""
+        schemes = self.run.plan.in_block(visit.name)
+        wanted = self.config.scaling == "on" or any(scheme.act_bits is not None for scheme in schemes.values())
+        if self.config.scaling == "off" or not wanted:
+            return ()
+        kind = (type(visit.block), tuple(visit.linears))
+        try:
+            return self._tried_scalings(visit, kind)
+        except ModelError as error:
+            if self.config.scaling == "on":
+                raise
+            self._note(visit, f"{visit.name}: channels are not scaled: {error}")
+            return ()
+
+    def _tried_scalings(self, visit: BlockVisit, kind: object) -> tuple[Scaling, ...]:
+        visit.use(full=True)
+        hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
+        inside = tuple(f"{name}." for name in expert_lists(visit.block))  # tried on an expert by itself
+        with visit.plain_inputs(), in_float32(visit.block, call, hidden) as run:
+            if kind not in self._scalings:
+                self._scalings[kind] = self._find_scalings(visit, run)
+                return self._scalings[kind]
+            reasons = {
+                scaling.name: None
+                if inside and all(use.parameter.startswith(inside) for use in scaling.uses)
+                else why_not(visit.block, run, scaling)
+                for scaling in self._scalings[kind]
+            }
+        for name, reason in reasons.items():
+            if reason:
+                self._note(visit, f"{visit.name}: channels of {name} are not scaled: {reason}")
+        return tuple(scaling for scaling in self._scalings[kind] if not reasons[scaling.name])
+
+    def _find_scalings(self, visit: BlockVisit, run: Callable[[], Tensor]) -> tuple[Scaling, ...]:
+        found = find_scalings(visit.block, run)
+        schemes = self.run.plan.in_block(visit.name)
+        rotated = {f"{name}.weight" for name, scheme in schemes.items() if scheme.input_rotation is not None}
+        kept = tuple(
+            scaling
+            for scaling in found.scalings
+            if not any(use.axis == 1 and use.parameter in rotated for use in scaling.uses)
+        )
+        if found.missing and self.config.scaling == "on":
+            raise UsageError(
+                f"{visit.name}: not all channels can be scaled: {'; '.join(found.missing)}. Say -O scaling=auto, which "
+                f"goes on without these where activations are quantized."
+            )
+        for reason in found.missing:
+            self._note(visit, f"{visit.name}: channels are not scaled, {reason}")
+        return kept
+
+    def _note(self, visit: BlockVisit, text: str) -> None:
+        """A warning about a block's scalings, for its record: scalings are found in the first sweep, records are begun
+        in every one. What a later sweep finds again (not all blocks are tried at once) is said once."""
+        notes = self._notes.setdefault(visit.index, [])
+        if text not in notes:
+            notes.append(text)
+            self.run.tell(Event("message", text))
+
+    def try_window(self, visit: WindowVisit) -> None:
+        """Learn in one window and drop the result, to see what it takes."""
+        self._open(visit, 0)
+        learners = [self._learners[block.index] for block in visit.blocks]
+        steps = self.config.steps(len(visit.walk.batches), [MAX_BITS])
+        train_window(visit, learners, self.config, sweep=0, shares=(1.0,), steps=steps, seed=0)
+        for block in visit.blocks:
+            block.forget_treatments()
+
+    # -- one window --------------------------------------------------------------------------------------------------
+
+    def _train(self, visit: WindowVisit, sweep: int, shares: Sequence[float]) -> None:
+        run = self.run
+        learners = [self._learners[block.index] for block in visit.blocks]
+        bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
+        steps = run.workers.share(self.config.steps(len(visit.walk.batches), bits))
+        label = _label(visit.window)
+        records = train_window(
+            visit,
+            learners,
+            self.config,
+            sweep=sweep,
+            shares=shares,
+            steps=steps,
+            seed=run.recipe.calibration.seed,
+            tell=lambda done, of: run.tell(Event("layer", name=f"{label}, step {done} of {of}")),
+        )
+        self.records += records
+        for record in records:
+            for note in record.notes:
+                run.tell(Event("message", f"{label}: {note}"))
+        if visit.leaving == len(visit.blocks) == 1 and sweep == len(self.config.sweeps) - 1:
+            return  # its one block is written next: nothing else would ask for the state
+        name = f"state-{sweep:02d}-{visit.number:05d}"
+        tensors = {
+            f"{learner.visit.index}|{key}": value for learner in learners for key, value in learner.state().items()
+        }
+        self.work.save(name, tensors, {"records": [record.to_dict() for record in self.records]})
+        run.workers.share(None)
+        self._states.append(_Stored(name, sweep, visit.number))
+
+    def _leave(self, visit: BlockVisit, share: float, *, last: bool) -> None:
+        """A block's weights for the streams to pass through; in the last sweep the block is written."""
+        run = self.run
+        if visit.name in self.finished:
+            run.replay(visit, self.finished[visit.name])
+            return
+        learner = self._learners.pop(visit.index)
+        learner.share = share
+        learner.settle()
+        if last:
+            self.parts[visit.name] = self._write(visit, learner)
+
+    def _write(self, visit: BlockVisit, learner: BlockLearner) -> PartRecord:
+        run, part = self.run, self._open_parts.pop(visit.index)
+        part.warnings += self._notes.get(visit.index, [])
+        part.windows = [record.to_dict() for record in self.records if record.start <= visit.index < record.stop]
+        weights = {
+            name: dataclasses.replace(weight, scheme=stored_scheme(visit, name, weight.scheme))
+            for name, weight in learner.fold().items()
+        }
+        for name, weight in weights.items():
+            part.layers.append(_record(f"{visit.name}.{name}", run.method.name, weight))
+        visit.close()
+        run.write_block(visit, weights, learner.changed(), part, self.writer)
+        return part
+
+    def _tidy(self, sweep: int, visit: WindowVisit, *, last: bool) -> None:
+        """Remove states that nobody will ask for again: of blocks that are written, or stored anew."""
+        written = set(range(visit.window.start + visit.leaving)) if last else set()
+        kept = []
+        for number, one in enumerate(self._states):
+            window = self.windows[one.window]
+            later = self._states[number + 1 :]
+            needed = [
+                block
+                for block in range(window.start, window.stop)
+                if block not in written and not any(self._holds(other, block) for other in later)
+            ]
+            if needed or number == len(self._states) - 1:
+                kept.append(one)
+            else:
+                self.work.drop(one.name)
+        self._states = kept
+
+
+def _label(window: Window) -> str:
+    return f"block {window.start}" if len(window) == 1 else f"blocks {window.start} to {window.stop - 1}"
+
+
+def _record(name: str, method: str, weight: QuantizedWeight) -> LayerRecord:
+    return LayerRecord(
+        name, method, weight.scheme.to_dict(), weight.shape, weight.bits_per_weight, weight.payload_bytes
+    )

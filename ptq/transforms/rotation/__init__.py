@@ -1,0 +1,1 @@
+"""The rotation of the residual stream, folded into the weights."""

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from cli.waiting import SPIN_CHOICES
+from cli.shared.terminal.waiting import SPIN_CHOICES
 from ptq.pipeline.preparation.preflight import cpu_name
 
 LIMIT = 2.5  # of the ratio

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import ptq
-from cli.models import describe, files_fingerprint, load_model
+from cli.shared.models import describe, files_fingerprint, load_model
 from evals.evaluate import measure, measure_base
 from evals.job import Workload, load_workload
 from evals.texts.base_cache import BaseStore

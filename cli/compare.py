@@ -12,8 +12,8 @@ import click
 from calib.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from cli.rows import NamedRows
-    from cli.screen import Screen
+    from cli.shared.terminal.rows import NamedRows
+    from cli.shared.terminal.screen import Screen
     from evals.comparison.types import Comparison, Difference, Standing
 
 __all__ = ["PICTURES", "command"]
@@ -51,7 +51,7 @@ def command(
       ptq compare base.json seed0.json seed1.json seed2.json --all
       ptq compare a.json b.json --label full --label "3 bits" -o differences.svg
     """
-    from cli.screen import console, echo
+    from cli.shared.terminal.screen import console, echo
 
     _check_target(out)
     from evals.comparison.compare import compare
@@ -99,7 +99,7 @@ def _tables(found: Comparison, everything: bool) -> list[NamedRows]:
 
 
 def _table(found: Comparison, target: str, measure: str) -> NamedRows:
-    from cli.rows import Column, NamedRows
+    from cli.shared.terminal.rows import Column, NamedRows
 
     standings = [one for one in found.standings if (one.target, one.measure) == (target, measure)]
     differences = [one for one in found.differences if (one.target, one.measure) == (target, measure)]

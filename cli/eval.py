@@ -13,7 +13,7 @@ import click
 from calib.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from cli.models import LoadedModel
+    from cli.shared.models import LoadedModel
     from evals.job import Workload
     from evals.record import ModelInfo, Record
     from evals.scorer import Base, Progress
@@ -104,8 +104,8 @@ def command(**options: Any) -> None:
       ptq eval OUT --text pydoc:eval --seqlen 512 --max-tokens 65536 --json
       ptq eval OUT --harness gsm8k,mmlu --limit 100
     """
-    from cli.eval_tables import show
-    from cli.screen import console, echo
+    from cli.shared.eval_tables import show
+    from cli.shared.terminal.screen import console, echo
 
     _check_target(options["out"])
     record = _evaluate(options)
@@ -121,10 +121,10 @@ def command(**options: Any) -> None:
 
 def _evaluate(options: dict[str, Any]) -> Record:
     """Read the data, then the models, one after the other, and score."""
-    from cli.bar import counter_bars
-    from cli.idle import given_options, idle_sentences
-    from cli.models import describe, load_model, locate
-    from cli.screen import echo
+    from cli.shared.idle import given_options, idle_sentences
+    from cli.shared.models import describe, load_model, locate
+    from cli.shared.terminal.bar import counter_bars
+    from cli.shared.terminal.screen import echo
     from evals.evaluate import measure
 
     top_k = _top_k(options["base_top_k"])
@@ -170,7 +170,7 @@ def _idle(options: dict[str, Any], workload: Workload) -> dict[str, str]:
 
 def _workload(options: dict[str, Any]) -> Workload:
     from calib.data.chat import RowReader
-    from cli.models import load_tokenizer
+    from cli.shared.models import load_tokenizer
     from evals.job import DEFAULT_TASKS, load_workload
 
     names = _names(options["tasks"])
@@ -192,7 +192,7 @@ def _workload(options: dict[str, Any]) -> Workload:
 
 def _base(options: dict[str, Any], workload: Workload, top_k: int | None, progress: Progress) -> Base:
     """The base's results, from the disk where they are there; it is not in memory afterwards."""
-    from cli.models import describe, files_fingerprint, load_model, resolved_dtype
+    from cli.shared.models import describe, files_fingerprint, load_model, resolved_dtype
     from evals.evaluate import measure_base
     from evals.texts.base_cache import BaseStore, default_cache
     from ptq.api import resolve_device

@@ -13,7 +13,7 @@ from calib.errors import DataError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cli.models import LoadedModel
+    from cli.shared.models import LoadedModel
 
 __all__ = ["command"]
 
@@ -47,9 +47,9 @@ def command(
       ptq generate OUT "The capital of France is" --temperature 0 --max-new-tokens 8
       ptq generate OUT "Once upon a time" --seed 1 --json
     """
-    from cli.idle import given_options, idle_sentences
-    from cli.models import load_model
-    from cli.screen import echo
+    from cli.shared.idle import given_options, idle_sentences
+    from cli.shared.models import load_model
+    from cli.shared.terminal.screen import echo
 
     drawn = {"seed": "at temperature 0 nothing is drawn"} if temperature == 0 else {}
     for sentence in idle_sentences(given_options(click.get_current_context()), drawn):
@@ -80,7 +80,7 @@ def _continue(
 
     from calib.data.sampling import sample_steps
     from calib.data.tokens import tokenize
-    from cli.bar import counter_bars
+    from cli.shared.terminal.bar import counter_bars
 
     ids = tokenize(prompt, loaded.tokenizer)
     _check_length(loaded.model, ids, steps)

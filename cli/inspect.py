@@ -44,8 +44,8 @@ def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -
       ptq inspect OUT --sort loss --top 10
       ptq inspect OUT --verify --json
     """
-    from cli.screen import console, echo
-    from cli.tables import kept_table, layer_table, totals_table, window_table
+    from cli.shared.tables import kept_table, layer_table, totals_table, window_table
+    from cli.shared.terminal.screen import console, echo
     from ptq.checkpoint.verify import verify_files
     from ptq.report import Report
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import click
 
 from calib.errors import OutputError, PtqError, unknown_name
-from cli.waiting import wait_asleep
+from cli.shared.terminal.waiting import wait_asleep
 
 __all__ = ["COMMANDS", "INTERRUPTED", "cli", "main"]
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; those of the process by default.
     """
-    from cli.screen import CLOSED_PIPE, ClosedPipe, forgiving_streams
+    from cli.shared.terminal.screen import CLOSED_PIPE, ClosedPipe, forgiving_streams
 
     wait_asleep()  # before a command imports torch
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -144,7 +144,7 @@ def _our_name(option: str, context: click.Context) -> str | None:
 
 def _fail(kind: str, message: str, code: int, arguments: Sequence[str]) -> int:
     """Say what went wrong on one line, in JSON if the arguments ask for it, and return ``code``."""
-    from cli.screen import echo
+    from cli.shared.terminal.screen import echo
 
     line = " ".join(message.split())
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks; this one's error may be its own

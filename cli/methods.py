@@ -24,7 +24,7 @@ def command(as_json: bool) -> None:
     """
     from rich.table import Table
 
-    from cli.screen import console, echo
+    from cli.shared.terminal.screen import console, echo
 
     rows = describe_methods()
     if as_json:

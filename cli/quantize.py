@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.method_flags import method_flags
+from cli.shared.method_flags import method_flags
 
 if TYPE_CHECKING:
     from ptq.recipe import Recipe
@@ -129,12 +129,12 @@ def command(
     """
     import ptq
     from calib.distributed import leave_workers
-    from cli.forecast import show_forecast
-    from cli.idle import idle_sentences
-    from cli.progress import ProgressListener
-    from cli.recipe_flags import build_recipe
-    from cli.screen import console, echo
-    from cli.tables import show_summary
+    from cli.shared.forecast import show_forecast
+    from cli.shared.idle import idle_sentences
+    from cli.shared.recipe_flags import build_recipe
+    from cli.shared.tables import show_summary
+    from cli.shared.terminal.progress import ProgressListener
+    from cli.shared.terminal.screen import console, echo
     from ptq.api import default_output
     from ptq.recipe import Recipe
 
@@ -175,7 +175,7 @@ def command(
 
 def _idle(recipe: Recipe, flags: Mapping[str, Any], restarts_nothing: bool) -> tuple[dict[str, str], dict[str, str]]:
     """The options that were given, and why some of them have no effect."""
-    from cli.idle import given_options
+    from cli.shared.idle import given_options
     from ptq.recipe_files.effects import without_effect
 
     given = given_options(click.get_current_context())

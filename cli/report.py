@@ -43,8 +43,8 @@ def command(sources: tuple[str, ...], target: str, title: str | None, as_json: b
     path = Path(target)
     _check_target(path)
     from calib.checkpoint.atomic_files import write_file
-    from cli.screen import echo
-    from cli.tables import size
+    from cli.shared.tables import size
+    from cli.shared.terminal.screen import echo
     from evals.report.page import report_page
 
     report = None if folder is None else _report(folder)

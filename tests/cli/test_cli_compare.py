@@ -12,7 +12,7 @@ import pytest
 from made_records import made_divergence, made_record, made_task, made_text, recipe
 
 from cli.main import main
-from cli.screen import PIPE_WIDTH
+from cli.shared.terminal.screen import PIPE_WIDTH
 from evals.record import Record
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import pytest
 
 from cli.inspect import SORTS
 from cli.main import main
-from cli.tables import number, size
+from cli.shared.tables import number, size
 from ptq.methods import METHODS
 from ptq.report import REPORT_NAME, Report
 

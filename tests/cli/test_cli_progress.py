@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cli.progress import ProgressListener, duration
-from cli.screen import Screen
+from cli.shared.terminal.progress import ProgressListener, duration
+from cli.shared.terminal.screen import Screen
 from ptq.pipeline.events import Event
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.main import main
-from cli.method_flags import METHOD_FLAGS
 from cli.quantize import command
-from cli.recipe_flags import build_recipe, parse_override
+from cli.shared.method_flags import METHOD_FLAGS
+from cli.shared.recipe_flags import build_recipe, parse_override
 from ptq.errors import UsageError
 from ptq.methods import METHODS
 from ptq.pipeline.events import Event

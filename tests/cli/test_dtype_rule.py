@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cli import models
-from cli.models import load_model, resolved_dtype
+from cli.shared import models
+from cli.shared.models import load_model, resolved_dtype
 
 CPU = torch.device("cpu")
 

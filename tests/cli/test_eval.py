@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from calib.data.tokens import tokenize, tokenizer_hash
 from cli.main import main
-from cli.models import load_model
+from cli.shared.models import load_model
 from ptq.api import resolve_device
 from ptq.errors import UsageError
 
@@ -137,8 +137,8 @@ def test_a_table_for_people(tiny_folder: Path, data: Path, tmp_path: Path, capsy
 def test_lost_and_won(capsys: pytest.CaptureFixture[str]) -> None:
     from made_records import made_record, made_task
 
-    from cli.eval_tables import show
-    from cli.screen import console
+    from cli.shared.eval_tables import show
+    from cli.shared.terminal.screen import console
 
     base = made_record("full", [made_task([1, 1, 1, 0, 0])])
     show(made_record("OUT", [made_task([1, 0, -1, 1, -1])], base=base), console())  # the last: wrong in another way
@@ -363,7 +363,7 @@ def test_errors(name: str, tiny_folder: Path, text_file: str, data: Path, capsys
 def test_wrong_names_cost_no_loading(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cli.models.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("cli.shared.models.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(["eval", str(tiny_folder), "--tasks", "arc_esy", "--data", str(data)]) == 2
     assert main(["eval", str(tiny_folder), "--tasks", "piqa", "--data", str(data)]) == 4
     assert main(["eval", str(tiny_folder), "--against", "no/such", "--data", str(data)]) == 3

@@ -16,12 +16,12 @@ import pytest
 from made_records import made_divergence, made_record, made_task, made_text
 
 import cli
-from cli.bar import counter_bars
-from cli.eval_tables import show
 from cli.main import COMMANDS, main
-from cli.rows import Column, NamedRows
-from cli.screen import CLOSED_PIPE, Screen, console, echo
-from cli.tables import show_summary
+from cli.shared.eval_tables import show
+from cli.shared.tables import show_summary
+from cli.shared.terminal.bar import counter_bars
+from cli.shared.terminal.rows import Column, NamedRows
+from cli.shared.terminal.screen import CLOSED_PIPE, Screen, console, echo
 from ptq.report import KeptTensor, Report
 
 HOSTILE = "a:train:b[/]x[bold]y[/bold]:fire:[red]z"
@@ -69,7 +69,9 @@ def test_every_place_shows_names_literally(small_report: Report, capsys: pytest.
 
 def test_bars_show_names_literally(monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
-    monkeypatch.setattr("cli.bar.console", lambda stderr: Screen(file=text, force_terminal=True, width=160))
+    monkeypatch.setattr(
+        "cli.shared.terminal.bar.console", lambda stderr: Screen(file=text, force_terminal=True, width=160)
+    )
     with counter_bars() as step:
         step(f"text {HOSTILE}", 1, 2)
     assert f"text {HOSTILE}" in text.getvalue()
@@ -83,7 +85,8 @@ def test_errors_are_shown_literally(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_other_place_makes_a_console_or_reads_markup() -> None:
-    """The one place is `cli.screen`: nothing else in the package makes a console, reads markup or calls click.echo."""
+    """The one place is `cli.shared.terminal.screen`: nothing else in the package makes a console, reads markup or calls
+    click.echo."""
     for path in Path(cli.__file__).parent.glob("*.py"):
         if path.name == "screen.py":
             continue

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cli.waiting import SPIN_CHOICES, wait_asleep
+from cli.shared.terminal.waiting import SPIN_CHOICES, wait_asleep
 
 
 def test_threads_sleep_where_nothing_was_chosen() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.method_flags import METHOD_FLAGS
+from cli.shared.method_flags import METHOD_FLAGS
 from ptq.learning import LearnedConfig
 from ptq.methods import METHODS, WindowMethod
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from cli.rows import Column, NamedRows
-from cli.screen import Screen
-from cli.tables import size
+from cli.shared.tables import size
+from cli.shared.terminal.rows import Column, NamedRows
+from cli.shared.terminal.screen import Screen
 from evals.record import Divergence, Record, TaskResult, TextResult
 
 __all__ = ["show"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from cli.progress import duration
-from cli.screen import Screen
-from cli.tables import kept_table, size
+from cli.shared.tables import kept_table, size
+from cli.shared.terminal.progress import duration
+from cli.shared.terminal.screen import Screen
 from ptq.pipeline.dry_run.forecast import Forecast
 
 __all__ = ["show_forecast"]

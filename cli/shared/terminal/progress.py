@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cli.screen import Screen, visible
+from cli.shared.terminal.screen import Screen, visible
 
 if TYPE_CHECKING:
     from ptq.pipeline.events import Event

@@ -32,7 +32,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class NamedRows:
-    """A table; print it on a `cli.screen.Screen`.
+    """A table; print it on a `cli.shared.terminal.screen.Screen`.
 
     Args:
         name: heading of the names.

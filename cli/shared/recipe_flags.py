@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cli.method_flags import METHOD_FLAGS
+from cli.shared.method_flags import METHOD_FLAGS
 from ptq.api import make_recipe
 from ptq.errors import UsageError
 from ptq.methods import METHODS, LayerMethod, WindowMethod, find_method, make_config, parse_options

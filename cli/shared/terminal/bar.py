@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cli.screen import console, visible
+from cli.shared.terminal.screen import console, visible
 
 __all__ = ["counter_bars"]
 

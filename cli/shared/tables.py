@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from cli.progress import duration
-from cli.rows import Column, NamedRows
-from cli.screen import Screen
+from cli.shared.terminal.progress import duration
+from cli.shared.terminal.rows import Column, NamedRows
+from cli.shared.terminal.screen import Screen
 from ptq.report import KeptTensor, LayerRecord, Report
 from ptq.scheme import Scheme
 

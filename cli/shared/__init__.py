@@ -1,0 +1,1 @@
+"""What commands share: tables, models by name, flags of recipes and methods."""

@@ -1,0 +1,1 @@
+"""What is written to a terminal, a pipe or a log: lines, tables at any width, progress."""

@@ -20,7 +20,7 @@ mkdir -p "$results"
 common=("$model" --calib "$texts/c4.txt@0:0.8" --text "wikitext2=$texts/wikitext2-raw-test.txt" --text "c4=$texts/c4.txt@0.8:1"
         --device cuda)
 
-"$python" -m pytest -q -rs tests/ptq/test_cuda.py tests/ptq/test_cuda_learning.py 2>&1 | tee "$results/tests.txt"
+"$python" -m pytest -q -rs tests/ptq/pipeline/test_cuda.py tests/ptq/learning/test_cuda_learning.py 2>&1 | tee "$results/tests.txt"
 
 # Weight-only at 2 and 3 bits, and W4A4, three seeds, 128 x 2048 tokens.
 "$python" benchmarks/learning.py "${common[@]}" --results "$results/records" \

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bytes_table import CASES, TABLE, environment, known, write_case
 
 from ptq.methods import METHODS
 from ptq.pipeline.events import Event
+from tests.support.bytes_table import CASES, TABLE, environment, known, write_case
 
 CUTS = {"coreq asym": 1, "gptq experts": 1, "autoround sym": 1, "sliderquant-lora sym": 3}
 """Cases that are interrupted after so many visits of blocks, and go on."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_records import made_divergence, made_record, made_task, made_text, recipe
 
 from cli.main import main
 from cli.shared.terminal.screen import PIPE_WIDTH
 from evals.record import Record
+from tests.support.record_factory import made_divergence, made_record, made_task, made_text, recipe
 
 RNG = np.random.default_rng(0)
 BASE = RNG.normal(30, 3, 12)

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from made_records import made_record, made_task, made_text, recipe
 
 from cli.main import main
 from evals.record import Record
 from ptq.report import REPORT_NAME, Report
+from tests.support.record_factory import made_record, made_task, made_text, recipe
 
 
 @pytest.fixture

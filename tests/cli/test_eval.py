@@ -135,10 +135,9 @@ def test_a_table_for_people(tiny_folder: Path, data: Path, tmp_path: Path, capsy
 
 
 def test_lost_and_won(capsys: pytest.CaptureFixture[str]) -> None:
-    from made_records import made_record, made_task
-
     from cli.shared.eval_tables import show
     from cli.shared.terminal.screen import console
+    from tests.support.record_factory import made_record, made_task
 
     base = made_record("full", [made_task([1, 1, 1, 0, 0])])
     show(made_record("OUT", [made_task([1, 0, -1, 1, -1])], base=base), console())  # the last: wrong in another way

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from packed_checkpoints import CASES, change, write
 from safetensors.torch import load_file, save_file
 
 from cli.main import main
 from ptq.report import Report
+from tests.support.packed_checkpoints import CASES, change, write
 
 TEXT = "Once upon a time there was a model that had more bits than it needed. " * 30
 

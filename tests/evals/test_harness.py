@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_models import tiny_model
 
 from calib.errors import DataError, PtqError, UsageError
 from evals import harness
@@ -29,6 +28,7 @@ from evals.tasks.prompts import fill
 from evals.tasks.registry import TASKS, load_task
 from evals.tasks.requests import encode_pairs
 from evals.tasks.types import LoadedTask
+from tests.support.tiny_models import tiny_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's, at import

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_divergence, made_record, made_task, made_text, recipe
 
 from calib.errors import DataError, OutputError
 from evals.items import Items
@@ -27,6 +26,7 @@ from evals.record import (
     read_task_result,
     read_text_result,
 )
+from tests.support.record_factory import made_divergence, made_record, made_task, made_text, recipe
 
 
 def cloze(ll: list[float]) -> TaskResult:

@@ -1,0 +1,1 @@
+"""Offline tests on the CPU, in the same rooms as the code."""

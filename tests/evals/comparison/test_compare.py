@@ -1,0 +1,522 @@
+"""Comparisons of records with chosen numbers: pooling, pairing, differences, verdicts, words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from calib.errors import DataError, UsageError
+from evals.comparison.compare import compare
+from evals.comparison.types import Comparison, Difference
+from evals.record import Record
+from tests.support.record_factory import made_divergence, made_record, made_task, made_text, recipe
+
+BASE = [30.0, 28.0, 33.0, 27.0, 31.0, 29.5, 30.5, 28.5]
+SHIFT = [1.0, 2.0, 1.5, 0.5, 1.0, 2.5, 1.5, 2.0]
+
+
+def moved(by: float = 1.0, noise: float = 0.0, seed: int = 0) -> list[float]:
+    rng = np.random.default_rng(seed)
+    return [b + by * s + noise * float(rng.normal()) for b, s in zip(BASE, SHIFT, strict=True)]
+
+
+def pick(found: Comparison, **fields: Any) -> Difference:
+    (one,) = [d for d in found.differences if all(getattr(d, name) == value for name, value in fields.items())]
+    return one
+
+
+def full(*results: Any) -> Record:
+    return made_record("models/full", results or [made_text(BASE)])
+
+
+# pooling
+
+
+def test_seeds_of_one_recipe_are_one_contender() -> None:
+    seeds = [made_record(f"s{i}", [made_text(moved(1 + i / 10))], bytes=100 + i, **recipe(seed=i)) for i in (4, 7, 9)]
+    found = compare([full(), *seeds])
+    assert [c.label for c in found.contenders] == ["full", "coreq 3 bits g64"]
+    pooled = found.contenders[1]
+    assert (pooled.sources, pooled.seeds) == (("s4", "s7", "s9"), (4, 7, 9))
+    assert pooled.bytes == pytest.approx((104 + 107 + 109) / 3)
+    assert pooled.bits_per_weight == 3.25
+    assert found.contenders[0].bits_per_weight is None
+    assert "coreq 3 bits g64: 3 calibration seeds (4, 7, 9) pooled" in found.notes
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        recipe("gptq", seed=1),
+        recipe(bits=4, seed=1),
+        recipe(seed=0),
+        {**recipe(seed=1), "architecture": "Other"},
+        {**recipe(seed=1), "parameters": 999},
+        {"recipe": recipe(seed=1)["recipe"], "calibration": {"source": "c4", "seed": 1, "sequences": 9}},
+        {"recipe": None},
+    ],
+    ids=["method", "bits", "same seed", "architecture", "size", "calibration", "no recipe"],
+)
+def test_anything_else_stands_alone(other: dict[str, Any]) -> None:
+    records = [made_record("a", [made_text(BASE)], **recipe(seed=0)), made_record("b", [made_text(BASE)], **other)]
+    labels = [c.label for c in compare(records).contenders]
+    assert len(set(labels)) == 2
+
+
+def test_what_has_no_recipe_is_never_pooled() -> None:
+    found = compare([full(), made_record("a/x", [made_text(BASE)]), made_record("b/x", [made_text(BASE)])])
+    assert [c.label for c in found.contenders] == ["full", "x (x)", "x (x) #3"]
+
+
+def test_names_cannot_steer_a_terminal() -> None:
+    found = compare(
+        [full(made_text(BASE, name="w\x1b[2J")), made_record("a/\x1b[31mred", [made_text(BASE, name="w\x1b[2J")])]
+    )
+    assert [c.label for c in found.contenders] == ["full", "?[31mred"]
+    assert "\x1b" not in " ".join((*found.sentences, *found.notes))
+
+
+def test_labels_decide() -> None:
+    records = [full(), *(made_record(f"x{i}", [made_text(moved(i))]) for i in (1, 2))]
+    found = compare(records, labels=["base", "mine", "mine"])
+    assert [c.label for c in found.contenders] == ["base", "mine"]
+    assert found.differences[0].seeds == 2
+    apart = [made_record(f"s{i}", [made_text(moved(i))], **recipe(seed=i)) for i in (1, 2)]
+    assert len(compare(apart, labels=["a", "b"]).contenders) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b"], "labels: 2, records: 3"),
+        (["a", "b", "b"], "a copy is no other seed"),
+        (["b", "b", "a"], "different recipes: coreq 3 bits g64, gptq 3 bits g64"),
+    ],
+)
+def test_labels_that_do_not_fit(labels: list[str], message: str) -> None:
+    one = made_record("one", [made_text(BASE)], **recipe("gptq"))
+    with pytest.raises(UsageError, match=message):
+        compare([made_record("zero", [made_text(BASE)], **recipe()), one, one], labels=labels)
+
+
+# numbers
+
+
+def test_perplexity_by_hand() -> None:
+    found = compare([full(), made_record("b", [made_text(moved())])])
+    one = pick(found, measure="ln ppl")
+    d = np.array(SHIFT) / 10
+    assert one.difference == pytest.approx(d.mean())
+    assert one.standard_error == one.within_seed == pytest.approx(d.std(ddof=1) / math.sqrt(8))
+    assert (one.items, one.blocks, one.seeds, one.between_seeds, one.flips) == (8, 8, 1, None, None)
+    assert one.low is not None
+    assert one.low < one.difference < (one.high or 0)
+    assert one.p_value is not None
+    assert one.p_value < 0.01
+    t = stats.t(7)
+    assert one.detectable == pytest.approx((t.ppf(0.975) + t.ppf(0.8)) * one.standard_error)
+    assert (one.verdict, one.higher_is_better) == ("worse", False)
+    value = next(s for s in found.standings if s.contender == "full")
+    assert value.value == pytest.approx(np.mean(BASE) / 10)
+
+
+def test_tokens_weigh() -> None:
+    tokens = [10, 20, 5]
+    a = made_record("a", [made_text([30.0, 60.0, 10.0], tokens)])
+    b = made_record("b", [made_text([31.0, 66.0, 10.5], tokens)])
+    one = compare([a, b]).differences[0]
+    residual = np.array([1.0, 6.0, 0.5]) - 7.5 / 35 * np.array(tokens)
+    assert one.difference == pytest.approx(7.5 / 35)
+    assert one.standard_error == pytest.approx(math.sqrt(3 / 2 * float(residual @ residual)) / 35)
+
+
+def test_pooled_seeds_by_hand() -> None:
+    changes = np.array([moved(1.0, 1.0, i) for i in range(3)]) - np.array(BASE)  # [seeds, items]
+    seeds = [made_record(f"s{i}", [made_text(moved(1.0, 1.0, i))], **recipe(seed=i)) for i in range(3)]
+    one = compare([full(), *seeds]).differences[0]
+    means = changes.mean(axis=1) / 10
+    within = float(np.std(changes.mean(axis=0) / 10, ddof=1)) / math.sqrt(8)
+    between = float(np.std(means, ddof=1))
+    total = within**2 + between**2 / 3
+    freedom = total**2 / (within**4 / 7 + (between**2 / 3) ** 2 / 2)
+    reach = stats.t(freedom).ppf(0.975) * math.sqrt(total)
+    assert one.difference == pytest.approx(means.mean())
+    assert (one.within_seed, one.between_seeds) == pytest.approx((within, between))
+    assert one.standard_error == pytest.approx(math.sqrt(total))
+    assert (one.low, one.high) == pytest.approx((means.mean() - reach, means.mean() + reach))
+    assert one.p_value == pytest.approx(2 * stats.t(freedom).sf(means.mean() / math.sqrt(total)))
+    assert one.seeds == 3
+
+
+def test_both_sides_with_seeds() -> None:
+    a = [made_record(f"a{i}", [made_text(moved(1.0, 1.0, i))], **recipe(seed=i)) for i in range(2)]
+    b = [made_record(f"b{i}", [made_text(moved(2.0, 1.0, 9 + i))], **recipe("gptq", seed=i)) for i in range(3)]
+    one = compare([*a, *b]).differences[0]
+    left = [float(np.sum(moved(1.0, 1.0, i))) / 80 for i in range(2)]
+    right = [float(np.sum(moved(2.0, 1.0, 9 + i))) / 80 for i in range(3)]
+    assert one.difference == pytest.approx(np.mean(right) - np.mean(left))
+    assert one.between_seeds == pytest.approx(math.sqrt(np.var(left, ddof=1) + np.var(right, ddof=1)))
+    assert one.within_seed is not None
+    expected = one.within_seed**2 + np.var(left, ddof=1) / 2 + np.var(right, ddof=1) / 3
+    assert one.standard_error == pytest.approx(math.sqrt(expected))
+
+
+def test_seeds_that_agree_are_not_more_items() -> None:
+    """Three copies of one result have the error of one: the items are the same."""
+    seeds = [made_record(f"s{i}", [made_text(moved())], **recipe(seed=i)) for i in range(3)]
+    pooled, alone = compare([full(), *seeds]).differences[0], compare([full(), seeds[0]]).differences[0]
+    assert pooled.standard_error == pytest.approx(alone.standard_error)
+    assert pooled.between_seeds == pytest.approx(0.0, abs=1e-12)
+
+
+def test_flips_and_mcnemar() -> None:
+    before = [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1]
+    after = [0, 0, -1, 0, 0, 0, 0, 1, 1, 0, -1, 1]
+    found = compare([full(made_task(before)), made_record("b", [made_task(after)])])
+    one = pick(found, measure="acc")
+    assert one.flips is not None
+    assert (one.flips.lost, one.flips.won) == (7, 1)
+    assert one.flips.rate == pytest.approx(8 / 12)
+    assert one.flips.answers_changed == pytest.approx(9 / 12)
+    assert one.difference == pytest.approx(-6 / 12)
+    assert one.p_value == pytest.approx(stats.binomtest(1, 8).pvalue)
+    spec = math.sqrt(8 - 36 / 12) / 12  # with n in place of n - 1
+    assert one.standard_error == pytest.approx(spec * math.sqrt(12 / 11))
+    # Agresti and Min: half an item more in each of the four cells
+    mean, error = -6 / 14, math.sqrt(9 - 36 / 14) / 14
+    assert (one.low, one.high) == pytest.approx((mean - 1.959964 * error, mean + 1.959964 * error))
+
+
+def test_flips_of_seeds_are_means() -> None:
+    seeds = [
+        made_record(f"s{i}", [made_task(right)], **recipe(seed=i))
+        for i, right in enumerate([[0, 1, 1, 1], [0, 0, 1, 1]])
+    ]
+    one = pick(compare([full(made_task([1, 1, 0, 0])), *seeds]), measure="acc")
+    assert one.flips is not None
+    assert (one.flips.lost, one.flips.won) == (1.5, 2.0)
+    assert one.difference == pytest.approx(0.125)
+
+
+def test_continuous_measures_of_tasks() -> None:
+    task, other = made_task([1] * 20, margin=2.0), made_task([1] * 20, margin=[1.0 + i / 20 for i in range(20)])
+    found = compare([full(task), made_record("b", [other])])
+    gold = pick(found, measure="ll_gold")
+    change = np.array([-1.0 + i / 20 for i in range(20)])
+    assert gold.difference == pytest.approx(change.mean())
+    assert gold.standard_error == pytest.approx(stats.sem(change))
+    share = pick(found, measure="p_gold")
+    new = np.exp(np.array([1.0 + i / 20 for i in range(20)]))
+    assert share.difference == pytest.approx(float(np.mean(new / (new + 2)) - math.exp(2) / (math.exp(2) + 2)))
+    for one in (gold, share):
+        assert (one.headline, one.p_adjusted, one.verdict) == (False, None, "not established")
+        assert one.p_value is not None
+        assert one.p_value < 0.001
+
+
+def test_clusters_are_draws() -> None:
+    groups = [i // 5 for i in range(60)]
+    before = [1] * 60
+    after = [0 if group in (1, 4) else 1 for group in groups]  # whole clusters are lost
+    tasks = [made_task(right, cluster=groups) for right in (before, after)]
+    found = compare([full(tasks[0]), made_record("b", [tasks[1]])])
+    one = pick(found, measure="acc")
+    assert (one.items, one.blocks) == (60, 12)
+    lost = np.array([-5.0 if group in (1, 4) else 0.0 for group in range(12)])
+    assert one.standard_error == pytest.approx(float(np.std(lost / 5, ddof=1)) / math.sqrt(12))
+    assert stats.binomtest(0, 10).pvalue < 0.01 < (one.p_value or 0)  # McNemar would take rows for draws
+    assert one.verdict == "not established"
+
+
+def test_average_of_tasks() -> None:
+    rng = np.random.default_rng(0)
+    before = {name: rng.integers(0, 2, n) for name, n in (("a", 40), ("b", 90))}
+    after = {name: np.where(rng.random(len(v)) < 0.2, 0, v) for name, v in before.items()}
+    records = [
+        made_record(source, [made_task(v.tolist(), name=name) for name, v in scores.items()])
+        for source, scores in (("x", before), ("y", after))
+    ]
+    found = compare(records)
+    one = pick(found, target="average of tasks")
+    changes = [after[name] - before[name] for name in before]
+    assert one.difference == pytest.approx(np.mean([c.mean() for c in changes]))
+    variances = [np.var(c, ddof=1) / len(c) for c in changes]
+    assert one.standard_error == pytest.approx(math.sqrt(sum(variances)) / 2)
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(c) - 1) for v, c in zip(variances, changes, strict=True))
+    assert one.p_value == pytest.approx(2 * stats.t(freedom).sf(abs(one.difference) / one.standard_error))
+    assert (one.headline, one.items) == (True, 130)
+    standing = [s.value for s in found.standings if s.target == "average of tasks"]
+    assert standing[1] - standing[0] == pytest.approx(one.difference)
+
+
+def test_seeds_move_all_tasks_of_an_average_together() -> None:
+    """Each seed wins on one task what it loses on the other, so the average does not depend on the seed."""
+    scores = [([1, 1, 0, 0], [1, 0, 0, 0]), ([1, 0, 0, 0], [1, 1, 0, 0])]
+    seeds = [
+        made_record(f"s{i}", [made_task(a, name="a"), made_task(b, name="b")], **recipe(seed=i))
+        for i, (a, b) in enumerate(scores)
+    ]
+    found = compare([full(made_task([1, 1, 1, 0], name="a"), made_task([1, 1, 1, 0], name="b")), *seeds])
+    one = pick(found, target="average of tasks")
+    assert one.between_seeds == 0
+    assert (pick(found, target="a", measure="acc").between_seeds or 0) > 0.1
+
+
+def test_divergence_from_one_base() -> None:
+    def against(source: str, kl: list[float], base: str) -> Record:
+        columns = {"kl": kl, "same_top": [9] * 8}
+        return made_record(source, [made_text(moved(), columns=columns, divergence=made_divergence(base))])
+
+    kl = [0.1 * s for s in SHIFT]
+    found = compare([full(), against("a", kl, "f"), against("b", [2 * k for k in kl], "f"), against("c", kl, "g")])
+    standings = {s.contender: s.value for s in found.standings if s.measure == "kl"}
+    assert standings["a"] == pytest.approx(np.mean(kl) / 10)
+    assert "full" not in standings
+    (one,) = [d for d in found.differences if d.measure == "kl"]  # c has another base
+    assert (one.reference, one.contender) == ("a", "b")
+    assert one.difference == pytest.approx(np.mean(kl) / 10)
+    top = next(s for s in found.standings if s.measure == "top1")
+    assert (top.value, top.headline) == (0.9, False)
+
+
+def test_bits_per_byte_of_documents() -> None:
+    size = [40.0] * 8
+    texts = [made_text(v, convention="documents", columns={"bytes": size}) for v in (BASE, moved())]
+    found = compare([full(texts[0]), made_record("b", [texts[1]])])
+    one = pick(found, measure="bits per byte")
+    assert one.target == "words (documents)"
+    assert one.difference == pytest.approx(np.mean(SHIFT) / 40 / math.log(2))
+    assert not one.headline
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 1), st.integers(-1, 1)), min_size=2, max_size=12), st.integers(0, 9))
+def test_the_other_way_round_is_the_other_sign(pairs: list[tuple[int, int]], seed: int) -> None:
+    left, right = ([pair[i] for pair in pairs] for i in range(2))
+    rng = np.random.default_rng(seed)
+    texts = [made_text(rng.normal(30, 3, size=8).tolist()) for _ in range(2)]
+    a, b = made_record("a", [texts[0], made_task(left)]), made_record("b", [texts[1], made_task(right)])
+    there, back = compare([a, b], draws=200), compare([b, a], draws=200)
+    for one, other in zip(there.differences, back.differences, strict=True):
+        assert one.difference == pytest.approx(-other.difference, abs=1e-12)
+        assert one.p_value == pytest.approx(other.p_value)
+        assert one.standard_error == pytest.approx(other.standard_error)
+        assert {one.verdict, other.verdict} in ({"better", "worse"}, {"not established"})
+
+
+def test_holm_is_over_all_headlines() -> None:
+    records = [full(made_text(BASE), made_task([1] * 10)), made_record("b", [made_text(moved()), made_task([0] * 10)])]
+    records.append(made_record("c", [made_text(moved(0.1, 1.0)), made_task([1] * 9 + [0])]))
+    found = compare(records)
+    family = [d for d in found.differences if d.headline]
+    assert len(family) == 6
+    raw = sorted(d.p_value or 0.0 for d in family)
+    smallest = min(d.p_adjusted or 0.0 for d in family)
+    assert smallest == pytest.approx(6 * raw[0])
+    for d in family:
+        assert (d.verdict != "not established") == ((d.p_adjusted or 0.0) < 0.05)
+
+
+# pairing
+
+
+def test_rows_in_another_order_are_paired() -> None:
+    task = made_task([1, 0, 1, 1, 0])
+    order = np.array([3, 1, 4, 0, 2])
+    columns = dict(task.items.columns)
+    answers = {name: columns[name].reshape(5, 3)[order].reshape(-1) for name in ("ll", "characters", "bytes")}
+    columns |= answers | {name: columns[name][order] for name in ("gold", "counts")}
+    other = dataclasses.replace(task, items=dataclasses.replace(task.items, ids=task.items.ids[order], columns=columns))
+    found = compare([full(task), made_record("b", [other])])
+    assert all(d.difference == 0 for d in found.differences)
+    assert pick(found, measure="acc").items == 5
+
+
+def test_items_that_occur_twice_are_paired_once_each() -> None:
+    def twice(right: list[int]) -> Any:
+        task = made_task(right)
+        ids = task.items.ids.copy()
+        ids[3] = ids[0]  # same gold answer: 3 questions apart
+        return dataclasses.replace(task, items=dataclasses.replace(task.items, ids=ids))
+
+    one = pick(compare([full(twice([1, 1, 1, 1])), made_record("b", [twice([1, 1, 1, 0])])]), measure="acc")
+    assert one.flips is not None
+    assert (one.items, one.flips.lost) == (4, 1)
+
+
+def test_records_of_different_items_are_refused() -> None:
+    a = full(made_task([1] * 10, settings={"limit": 10}))
+    b = made_record("runs/b", [made_task([1] * 8, first=4, settings={"limit": 8})])
+    message = (
+        "different items of quiz: 10 in models/full, 8 in runs/b; 6 are shared. Their settings differ: limit 10 and 8"
+    )
+    with pytest.raises(DataError) as refused:
+        compare([a, b])
+    assert message in str(refused.value)
+    assert "--shared" in str(refused.value)
+
+
+def test_shared_items_on_request() -> None:
+    a = full(made_text(BASE), made_task([1, 1, 1, 0, 0, 1]))
+    b = made_record("b", [made_text(moved()[2:], first=2), made_task([0, 0, 1, 1], first=3)])
+    found = compare([a, b], shared=True)
+    assert pick(found, measure="ln ppl").difference == pytest.approx(np.mean(SHIFT[2:]) / 10)
+    one = pick(found, measure="acc")  # shared: 0 0 1 before, 0 0 1 after
+    assert (one.items, one.difference) == (3, 0.0)
+    assert any("words (segments): only the 6 shared items" in note for note in found.notes)
+    with pytest.raises(DataError, match="0 are shared"):
+        compare([full(), made_record("b", [made_text(BASE, first=50)])], shared=True)
+
+
+def test_texts_of_other_settings_are_told_apart() -> None:
+    short = made_text(BASE, name="w", first=100, settings={"seqlen": 5})
+    long = made_text(BASE, name="w", settings={"seqlen": 11})
+    both = compare([full(short, long), made_record("b", [short, long])])
+    assert [d.target for d in both.differences] == ["w, 5 tokens", "w, 11 tokens"]
+    one = compare([full(short, long), made_record("b", [long])])
+    assert [d.target for d in one.differences] == ["w"]
+    assert "w (segments) is left out: not in the record of b" in one.notes
+    with pytest.raises(DataError, match="seqlen 5 and 11"):
+        compare([full(short), made_record("b", [long])])
+
+
+def test_a_text_by_another_path_is_the_same_text() -> None:
+    first = made_text(BASE, name="/here/text.txt")
+    other = dataclasses.replace(made_text(moved(), name="/there/t.txt"), sha256=first.sha256)
+    assert [d.target for d in compare([full(first), made_record("b", [other])]).differences] == ["text.txt"]
+
+
+def test_what_is_not_in_all_records_is_left_out_and_said() -> None:
+    a = full(made_text(BASE), made_task([1, 0], name="a"))
+    b = made_record("b", [made_text(moved()), made_task([1, 0], name="c")])
+    found = compare([a, b])
+    assert {d.target for d in found.differences} == {"words"}
+    assert "a is left out: not in the record of b" in found.notes
+    assert "c: left out, not in the first record" in found.notes
+
+
+def test_nothing_in_common_is_refused() -> None:
+    with pytest.raises(DataError, match=r"models/full has words \(segments\); b has quiz"):
+        compare([full(), made_record("b", [made_task([1, 0])])])
+
+
+def test_other_tokenizers() -> None:
+    both = [made_text(BASE), made_task([1, 0, 1])]
+    found = compare([full(*both), made_record("b", both, tokenizer="u")])
+    assert {d.target for d in found.differences} == {"quiz"}
+    assert any("different tokenizers" in note for note in found.notes)
+    with pytest.raises(DataError, match="different tokenizers, whose tokens do not match"):
+        compare([full(), made_record("b", [made_text(BASE)], tokenizer="u")])
+
+
+def test_damaged_records_are_refused() -> None:
+    with pytest.raises(DataError, match="ln ppl of item 1 of record 2 is nan"):
+        compare([full(made_text([1.0, 2.0])), made_record("b", [made_text([1.0, math.nan])])])
+    with pytest.raises(DataError, match="1 items have other tokens"):
+        compare([full(made_text([1.0, 2.0])), made_record("b", [made_text([1.0, 2.0], [10, 11])])])
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        ([], {}, "no records"),
+        ([full()], {}, "one record only"),
+        ([full(), full()], {"confidence": 1.0}, "got 1.0"),
+        ([full(), full()], {"draws": 10}, "bootstrap of 10"),
+        ([made_record(f"s{i}", [made_text(BASE)], **recipe(seed=i)) for i in (0, 1)], {}, "seeds of one recipe"),
+    ],
+)
+def test_wrong_use(records: list[Record], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare(records, **options)
+
+
+def test_one_record_is_compared_with_its_base() -> None:
+    found = compare([made_record("b", [made_text(moved())], base=full())])
+    assert [c.label for c in found.contenders] == ["full", "b"]
+
+
+# words
+
+
+def test_sentences() -> None:
+    rng = np.random.default_rng(3)
+    right = rng.integers(0, 2, 400)
+    some = right.copy()
+    some[:9] = 1 - some[:9]
+    base = full(made_text(BASE), made_task(right.tolist()))
+    b = made_record("b", [made_text(moved()), made_task(some.tolist())], **recipe())
+    c = made_record("c", [made_text(BASE[:]), made_task([0] * 400)], **recipe("gptq"))
+    found = compare([base, b, c])
+    assert list(found.sentences) == [
+        "coreq 3 bits g64 is worse than full on words: ln ppl +0.150 +- 0.023 (p = 0.001).",
+        "On quiz no difference between coreq 3 bits g64 and full is established: acc +0.2 points [-1.3, +1.8]; "
+        "this sample finds differences of 2.1 points or more.",
+        "On words gptq 3 bits g64 and full have the same ln ppl on every item.",
+        "gptq 3 bits g64 is worse than full on quiz: acc -50.2 +- 2.5 points (p < 0.001).",
+        "gptq 3 bits g64 is better than coreq 3 bits g64 on words: ln ppl -0.150 +- 0.023 (p = 0.001).",
+        "gptq 3 bits g64 is worse than coreq 3 bits g64 on quiz: acc -50.5 +- 2.5 points (p < 0.001).",
+    ]
+    assert any(note.startswith("p values are Holm's over 6 headline differences") for note in found.notes)
+    assert (
+        "one calibration seed only: coreq 3 bits g64, gptq 3 bits g64. "
+        "This says something about these models, not about the methods"
+    ) in found.notes
+
+
+def test_open_tasks_are_said_in_one_sentence() -> None:
+    tasks = [[made_task([1, 0, 1, 1, i], name=name) for name in ("a", "b")] for i in (0, 1)]
+    found = compare([full(*tasks[0]), made_record("x", tasks[1])])
+    said = next(s for s in found.sentences if s.startswith("On 2 tasks no difference between x and full"))
+    assert "a +20.0 points" in said
+    assert "; b +20.0 points" in said
+
+
+def test_one_item_says_nothing() -> None:
+    found = compare([full(made_text([30.0])), made_record("b", [made_text([40.0])])])
+    one = found.differences[0]
+    assert (one.standard_error, one.low, one.p_value, one.p_adjusted) == (None, None, None, None)
+    assert one.verdict == "not established"
+    said = "On words nothing can be said between b and full: ln ppl +1.00, but from one independent draw no error is"
+    assert found.sentences == (f"{said} known.",)
+
+
+def test_differences_that_do_not_spread_are_not_established() -> None:
+    found = compare([full(), made_record("b", [made_text([value + 1 for value in BASE])])])
+    assert found.differences[0].verdict == "not established"
+    assert "do not spread" in found.sentences[0]
+
+
+def test_no_sentence_claims_equality() -> None:
+    found = compare([full(made_task([1, 0] * 20)), made_record("b", [made_task([1, 0] * 19 + [0, 1])])])
+    assert all("equal" not in s and "same" not in s for s in found.sentences)
+
+
+def test_other_circumstances_are_noted() -> None:
+    a = full()
+    b = made_record(
+        "b", [made_text(moved())], environment={"dtype": "bfloat16", "device": "cuda"}, fingerprint="of models/full"
+    )
+    notes = " ".join(compare([a, b]).notes)
+    assert "not the same dtype (full float32, b bfloat16)" in notes
+    assert "not the same device (full cpu, b cuda)" in notes
+    assert "batch size" not in notes
+    assert "models/full and b are the same model" in notes
+
+
+def test_as_json_and_again_the_same() -> None:
+    records = [full(), made_record("b", [made_text(moved(2.0, 1.0))], **recipe())]
+    found = compare(records, seed=5)
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["compare"] == "ptq-compare"
+    assert data["differences"][0]["verdict"] == "worse"
+    assert compare(records, seed=5) == found
+    assert compare(records, seed=6).differences[0].low != found.differences[0].low

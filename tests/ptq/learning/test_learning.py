@@ -1,0 +1,608 @@
+"""Learning in windows of blocks: the loop against a plain one, losses, optimizers, options, and what keeps it safe."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import ptq.learning.stepper
+from calib.checkpoint.reader import open_model
+from calib.precision import strict_float32
+from calib.runner.runner import Walk, WindowVisit
+from calib.runner.window_schedule import Window
+from ptq.errors import NumericalError, UsageError
+from ptq.learning import LearnedConfig
+from ptq.learning.block import BlockLearner
+from ptq.learning.losses import output_loss
+from ptq.learning.optimizer import Optimizer, decayed
+from ptq.learning.training import WindowRecord, _order, train_window
+from ptq.methods import METHODS, find_method, make_config
+from ptq.pipeline.input_transforms import treat_block
+from ptq.scheme import KeyValueScheme, Scheme
+from tests.support.tiny_models import tiny_model
+
+TOKENS = torch.randint(2, 400, (8, 12), generator=torch.Generator().manual_seed(3))
+SCHEME = Scheme(3, False, 16, "float16")
+
+
+def options(method: str, **changes: Any) -> LearnedConfig:
+    config: LearnedConfig = make_config(find_method(method), changes)
+    return config
+
+
+@contextlib.contextmanager
+def window(
+    config: LearnedConfig,
+    blocks: int = 1,
+    family: str = "llama",
+    scheme: Scheme | None = SCHEME,
+    batch: int = 8,
+    tokens: Tensor = TOKENS,
+) -> Iterator[tuple[WindowVisit, list[BlockLearner]]]:
+    """The first blocks of a tiny model as one window, with learners; all linears have the scheme."""
+    source = open_model(tiny_model(family, num_hidden_layers=max(2, blocks)))
+    with torch.no_grad(), strict_float32():
+        walk = Walk(source, tokens, device=torch.device("cpu"), dtype=torch.float32, batch=batch)
+        visits = walk.windows([Window(0, blocks), Window(blocks - 1, max(2, blocks))])
+        visit = next(visits)
+        learners = []
+        for block in visit.blocks:
+            schemes = {} if scheme is None else dict.fromkeys(block.linears, scheme)
+            treat_block(block, schemes, None)
+            learners.append(BlockLearner(block, schemes, config))
+        yield visit, learners
+        visits.close()  # type: ignore[attr-defined]
+
+
+def train(
+    visit: WindowVisit, learners: Sequence[BlockLearner], config: LearnedConfig, steps: int = 6, **changes: Any
+) -> list[WindowRecord]:
+    return train_window(visit, learners, config, **{"sweep": 0, "shares": (1.0,), "steps": steps, "seed": 0} | changes)
+
+
+def states(learners: Sequence[BlockLearner]) -> dict[str, Tensor]:
+    return {f"{n}:{name}": value for n, one in enumerate(learners) for name, value in one.state().items()}
+
+
+# -- the loop against a plain one --------------------------------------------------------------------------------------
+
+
+def through(rounded: Tensor, exact: Tensor) -> Tensor:
+    return exact + (rounded - exact).detach()
+
+
+def fake_weight(weight: Tensor, found: dict[str, Tensor], scheme: Scheme, smooth: bool) -> Tensor:
+    """A weight with a low-rank addition, clipped and rounded, written down from the papers' formulas."""
+    if "lora_b" in found:
+        weight = weight + found["lora_b"] @ found["lora_a"] / len(found["lora_a"])
+    out, width = weight.shape
+    z = weight.view(out, width // scheme.group_size, scheme.group_size)  # type: ignore[operator]
+    squeeze = torch.sigmoid if smooth else (lambda value: value)
+    high = squeeze(found["clip_high"]) * z.amax(-1, keepdim=True).clamp(min=0)
+    low = squeeze(found["clip_low"]) * z.amin(-1, keepdim=True).clamp(max=0)
+    top = 2**scheme.bits - 1
+    if scheme.symmetric:
+        step = torch.where(high > -low, -high, -low) / 2 ** (scheme.bits - 1)
+        zero = torch.full_like(step, 2 ** (scheme.bits - 1))
+    else:
+        step = (high - low) / top
+        exact = -low / step
+        zero = exact.round().detach() if smooth else through(exact.round(), exact)
+    step = through(step.half().float(), step)
+    level = z / step if "offset" not in found else z / step + found["offset"].view_as(z)
+    return (step * ((through(level.round(), level) + zero).clamp(0, top) - zero)).view(out, width)
+
+
+def fake_input(x: Tensor, bits: int) -> Tensor:
+    """A linear's input, rounded a token, asymmetric, the gradient passed through."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / (2**bits - 1)
+    zero = (-low / step).round()
+    rounded = (((x / step).round() + zero).clamp(0, 2**bits - 1) - zero) * step
+    return through(rounded, x)
+
+
+def plain_loop(
+    config: LearnedConfig, start: dict[str, Tensor], blocks: int, family: str, scheme: Scheme, steps: int
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The whole calibration data in every step, gradients by autograd, torch's own optimizer.
+
+    Returns:
+        The loss before every step and of what is kept, and what was learned.
+    """
+    model = tiny_model(family, num_hidden_layers=max(2, blocks))
+    layers = nn.ModuleList(model.model.layers[:blocks])
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+        hidden = calls[0][0][0].detach()
+        targets = hidden
+        for layer, (_, kwargs) in zip(layers, list(calls), strict=True):
+            targets = layer(targets, **kwargs)
+    arguments = [kwargs for _, kwargs in calls[:blocks]]
+    linears = {
+        f"{n}.{name}": m for n, one in enumerate(layers) for name, m in one.named_modules() if type(m) is nn.Linear
+    }
+    if scheme.act_bits is not None:
+        for module in linears.values():
+            module.register_forward_pre_hook(lambda _, args: (fake_input(args[0], scheme.act_bits or 0),))
+    learned = {name: value.clone().requires_grad_() for name, value in start.items()}
+    groups = [{"params": [v], "lr": rate(config, name, steps)} for name, v in learned.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def loss() -> Tensor:
+        output = hidden
+        for number, (layer, kwargs) in enumerate(zip(layers, arguments, strict=True)):
+            weights = {}
+            for name in [n for n in linears if n.startswith(f"{number}.")]:
+                short = name.removeprefix(f"{number}.")
+                found = {k.rpartition(":")[2]: v for k, v in learned.items() if k.startswith(f"{number}:{short}:")}
+                weight = linears[name].weight.detach()
+                weights[f"{short}.weight"] = fake_weight(weight, found, scheme, config.clip == "sigmoid")
+            output = functional_call(layer, weights, (output,), kwargs)
+        error = (output - targets).square().mean(-1)
+        if config.loss == "token":
+            error = error / targets.square().mean(-1)
+        return error.mean()
+
+    losses, best = [], (math.inf, {})
+    for step in range(steps):
+        value = loss()
+        losses.append(value.item())
+        if losses[-1] < best[0]:
+            best = losses[-1], {name: tensor.detach().clone() for name, tensor in learned.items()}
+        slow = 1.0 if config.decay == "constant" else 1 - step / steps
+        found = torch.autograd.grad(value, list(learned.values()))
+        if config.grad_clip:
+            norm = math.sqrt(sum(float(g.square().sum()) for g in found))
+            found = tuple(g * min(1.0, config.grad_clip / (norm + 1e-6)) for g in found)
+        if config.optimizer == "sign":
+            for (name, tensor), gradient in zip(learned.items(), found, strict=True):
+                tensor.data -= slow * rate(config, name, steps) * gradient.sign()
+                if "clip" in name:
+                    tensor.data.clamp_(0, 1)
+        else:
+            for group, tensor, gradient in zip(optimizer.param_groups, learned.values(), found, strict=True):
+                group["lr"], tensor.grad = slow * rate(config, name_of(learned, tensor), steps), gradient
+            optimizer.step()
+    if config.keep == "best":
+        return [*losses, best[0]], best[1]
+    return [*losses, loss().item()], {name: value.detach() for name, value in learned.items()}
+
+
+def name_of(tensors: dict[str, Tensor], wanted: Tensor) -> str:
+    return next(name for name, tensor in tensors.items() if tensor is wanted)
+
+
+def rate(config: LearnedConfig, name: str, steps: int) -> float:
+    if config.optimizer == "sign":
+        return 1 / steps
+    return (config.lr_lora or 3e-4) if "lora" in name else (config.lr_clip or 3e-2)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], int, str, Scheme]] = {
+    "omniquant": ("omniquant", {"lr_clip": 0.1}, 1, "llama", SCHEME),
+    "omniquant with biases": ("omniquant", {"lr_clip": 0.1}, 1, "qwen2", dataclasses.replace(SCHEME, symmetric=True)),
+    "omniquant w4a4": (
+        "omniquant",
+        {"lr_clip": 0.1, "scaling": "off"},
+        1,
+        "llama",
+        dataclasses.replace(SCHEME, bits=4, act_bits=4),
+    ),
+    "gradients clipped": ("omniquant", {"lr_clip": 0.1, "grad_clip": 1e-4}, 1, "llama", SCHEME),
+    "low rank, two blocks": ("sliderquant-lora", {"lora_rank": 3, "lr_lora": 0.002}, 2, "qwen2", SCHEME),
+    "autoround": ("autoround", {}, 1, "llama", SCHEME),
+    "autoround symmetric": ("autoround", {}, 1, "qwen2", dataclasses.replace(SCHEME, symmetric=True)),
+    "autoround, the last step": ("autoround", {"keep": "end"}, 2, "llama", dataclasses.replace(SCHEME, symmetric=True)),
+    "the best step is not the last": ("omniquant", {"keep": "best", "lr_clip": 0.5}, 1, "llama", SCHEME),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_learning_is_the_plain_loop(case: str) -> None:
+    method, changes, blocks, family, scheme = CASES[case]
+    config, steps = options(method, **changes), 7 if method == "omniquant" else 12
+    with window(config, blocks, family, scheme) as (visit, learners):
+        start = states(learners)
+        (record,) = train(visit, learners, config, steps)
+        found = states(learners)
+    losses, wanted = plain_loop(config, start, blocks, family, scheme, steps)
+    assert record.loss_before == pytest.approx(losses[0], rel=1e-4)
+    assert record.loss_after == pytest.approx(losses[-1], rel=1e-3)
+    assert losses[-1] < 0.99 * losses[0]
+    assert record.steps == steps
+    assert record.notes == ()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        moved = (value - start[name]).abs()
+        assert moved.any(), name
+        # A gradient near nothing can have either sign, and both optimizers take a whole step for it.
+        close = (found[name] - value).abs() <= 1e-5 + 0.01 * moved
+        assert close.float().mean() > (0.98 if config.optimizer == "sign" else 0.995), name
+
+
+def test_gradients_of_several_batches_are_those_of_one_large_batch() -> None:
+    found = []
+    for batch, accumulated in ((8, 1), (4, 2), (2, 4)):
+        config = options("omniquant", grad_accum=accumulated)
+        with window(config, batch=batch) as (visit, learners):
+            records = train(visit, learners, config)
+            found.append((records[0], states(learners)))
+    for record, state in found[1:]:
+        assert record.loss_after == pytest.approx(found[0][0].loss_after, rel=1e-4)
+        for name, value in state.items():
+            torch.testing.assert_close(value, found[0][1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber", "token"])
+@pytest.mark.parametrize("rounding", ["nearest", "offset", "soft"])
+def test_every_kind_of_learning_lowers_its_loss(rounding: Any, loss: Any) -> None:
+    config = LearnedConfig(rounding=rounding, loss=loss, lr_offset=0.05, lora_rank=2)
+    with window(config) as (visit, learners):
+        (record,) = train(visit, learners, config, 20)
+        assert record.loss_after < record.loss_before
+        (again,) = train(visit, learners, config, 1)
+    if loss != "huber":  # whose corner is a stage's own
+        assert again.loss_before == record.loss_after, "the loss that is told is that of what was kept"
+
+
+def test_the_corner_of_the_huber_loss_follows_the_error_at_the_start() -> None:
+    """Losses before and after have the same corner, twice the mean error before: only then can they be compared."""
+    config = LearnedConfig(loss="huber", clip="off")
+    with window(config, batch=4) as (visit, (learner,)):
+        errors = []
+        for batch in visit.walk.batches:
+            target = visit.run(batch, full=True)
+            visit.blocks[0].use(full=False)
+            call, hidden = visit.walk.call(batch, 0, full=False), visit.walk.hidden(batch, full=False)
+            errors.append(learner.run(call, hidden, learner.tensors()) - target)
+        error = torch.cat(errors)
+        (record,) = train(visit, [learner], config)
+    corner = 2 * error.abs().mean()
+    bends = torch.where(error.abs() < corner, error.square() / 2, corner * (error.abs() - corner / 2))
+    assert (error.abs() > corner).any()
+    assert record.loss_before == pytest.approx(bends.mean().item(), rel=1e-4)
+
+
+def test_stages_go_on_from_each_other_and_are_told() -> None:
+    config = options("sliderquant-lora", intra="window")
+    told: list[tuple[int, int]] = []
+    with window(config) as (visit, learners):
+        first, second = train(
+            visit, learners, config, 5, shares=(0.5, 1.0), tell=lambda done, of: told.append((done, of))
+        )
+        assert learners[0].share == 1.0
+    assert (first.share, second.share) == (0.5, 1.0)
+    assert first.loss_before < second.loss_before, "half of the channels are still exact"
+    assert {of for _, of in told} == {10}
+    assert told[0] == (5, 10)
+    assert told[-1] == (10, 10)
+
+
+def test_keys_values_and_inputs_follow_the_share_of_a_stage() -> None:
+    """Those of the first stage are rounded in part, whatever the share was when the block was opened."""
+    config, scheme = LearnedConfig(), dataclasses.replace(SCHEME, act_bits=4)
+    with window(config, scheme=scheme) as (visit, (learner,)):
+        learner.visit.forget_treatments()
+        treat_block(learner.visit, dict.fromkeys(learner.linears, scheme), KeyValueScheme(4), lambda: learner.share)
+        seen: list[tuple[float, float]] = []
+
+        def note(*_: int) -> None:
+            hidden = learner.visit.block.self_attn._ptq_kv.share  # type: ignore[union-attr]
+            x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+            for hook in learner.visit.linears["mlp.up_proj"]._forward_pre_hooks.values():
+                (rounded,), _ = hook(None, (x,), {})
+                seen.append((hidden, float((rounded != x).any(0).float().mean())))
+
+        train(visit, [learner], config, 2, shares=(0.5, 1.0), tell=note)
+        assert list(dict.fromkeys(seen)) == [(0.5, 0.5), (1.0, 1.0)]
+        visit.run(0, full=True)
+        assert not hasattr(learner.visit.block.self_attn, "_ptq_kv"), "the full-precision stream is left alone"
+
+
+def test_the_order_of_batches_follows_seed_sweep_and_window() -> None:
+    config = options("omniquant", batch=2)
+
+    def learned(**changes: Any) -> Tensor:
+        with window(config, batch=2) as (visit, learners):
+            visit.number = changes.pop("number", 0)
+            train(visit, learners, config, 3, **changes)
+            return torch.cat([value.flatten() for value in states(learners).values()])
+
+    same = learned()
+    assert torch.equal(same, learned())
+    for changes in ({"seed": 1}, {"sweep": 1}, {"number": 1}):
+        assert not torch.equal(same, learned(**changes))
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 5))
+def test_every_epoch_has_every_batch_once(batches: int, count: int, seed: int) -> None:
+    order = _order(batches, count, torch.Generator().manual_seed(seed))
+    assert len(order) == count
+    for start in range(0, count, batches):
+        epoch = order[start : start + batches]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(batches))
+
+
+# -- safety ------------------------------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
+    """Losses of steps become NaN; those over all data stay as they are."""
+    calls = iter(range(10**6))
+
+    def loss(*args: Any) -> Tensor:
+        return output_loss(*args) * (math.nan if when(next(calls)) else 1.0)
+
+    monkeypatch.setattr(ptq.learning.stepper, "output_loss", loss)
+
+
+@pytest.mark.parametrize("method", ["sliderquant-lora", "sliderquant", "autoround", "omniquant"])
+def test_a_loss_that_is_not_finite_puts_everything_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, lambda number: number % 6 == 3)
+    config = options(method)
+    with window(config, 2) as (visit, learners):
+        start = states(learners)
+        (record,) = train(visit, learners, config)
+        found = states(learners)
+    assert all(torch.equal(found[name], value) for name, value in start.items())
+    assert len(record.notes) == 2
+    assert all("was not finite after 6 steps" in note and "put back" in note for note in record.notes)
+    assert "with a quarter of the rates" in record.notes[1]
+    assert record.loss_after == record.loss_before
+    assert math.isfinite(record.loss_before)
+
+
+def test_a_second_try_is_kept_if_it_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, lambda number: number == 2)
+    config = options("omniquant")
+    with window(config) as (visit, learners):
+        start = states(learners)
+        (record,) = train(visit, learners, config)
+        moved = max(float((value - start[name]).abs().max()) for name, value in states(learners).items())
+    assert len(record.notes) == 1
+    assert record.loss_after < record.loss_before
+    assert 0 < moved <= 6 * 0.25 * config.lr_clip * 1.01, "a quarter of the rates"
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), [("omniquant", {"lr_clip": 900.0}), ("sliderquant-lora", {"lr_lora": 99.0})]
+)
+def test_what_does_not_lower_the_loss_is_put_back(method: str, changes: dict[str, float]) -> None:
+    config = options(method, grad_clip=0.0, **changes)
+    with window(config) as (visit, learners):
+        start = states(learners)
+        (record,) = train(visit, learners, config)
+        found = states(learners)
+        (again,) = train(visit, learners, config, 1)
+    assert all(torch.equal(found[name], value) for name, value in start.items())
+    assert record.notes
+    assert all("put back" in note for note in record.notes)
+    assert record.loss_after == record.loss_before
+    assert again.loss_before == record.loss_after, "the loss that is told is that of what was kept"
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj"
+    model.get_submodule(name).weight.data[3, 4] = math.nan
+    with torch.no_grad():
+        walk = Walk(open_model(model), TOKENS, device=torch.device("cpu"), dtype=torch.float32, batch=8)
+        visits = walk.windows([Window(0, 1), Window(1, 2)])
+        block = next(visits).blocks[0]
+        with pytest.raises(NumericalError, match=rf"{name}: .* of the weights are NaN"):
+            BlockLearner(block, dict.fromkeys(block.linears, SCHEME), LearnedConfig())
+
+
+def test_activations_that_are_not_finite_end_it() -> None:
+    config = LearnedConfig()
+    with window(config) as (visit, learners):
+        visit.walk.stream(full=False)[0] = visit.walk.hidden(0, full=False) * math.inf
+        with pytest.raises(NumericalError, match=r"the loss of model\.layers\.0 .* before anything is learned"):
+            train(visit, learners, config)
+
+
+def test_nothing_to_learn_is_an_error_and_no_rounding_in_silence() -> None:
+    config = LearnedConfig(lora_rank=0, clip="off")
+    with window(config) as (visit, learners), pytest.raises(UsageError, match=r"layers\.0: nothing is left to learn"):
+        train(visit, learners, config)
+
+
+def test_blocks_in_full_precision_are_passed_over() -> None:
+    config = LearnedConfig()
+    with window(config, scheme=None) as (visit, learners):
+        assert train(visit, learners, config) == []
+        learners[0].settle()
+        assert learners[0].fold() == {}
+        full, own = (visit.run(0, full=kind) for kind in (True, False))
+        assert torch.equal(full, own)
+
+
+# -- a block's learner -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("rounding", ["nearest", "soft"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "mixtral"])
+def test_settled_weights_are_those_of_training_and_of_the_checkpoint(family: str, rounding: Any, share: float) -> None:
+    config = LearnedConfig(rounding=rounding)
+    with window(config, family=family) as (visit, (learner,)):
+        for number, value in enumerate(learner.parameters().values()):
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+            value.data += 0.1 * noise
+        learner.share = share
+        if rounding == "soft":  # all choices made
+            for one in learner.linears.values():
+                variable = one.parameters["soft"].data
+                variable.copy_(torch.where(variable > 0, 50.0, -50.0))
+        trained = learner.run(visit.walk.call(0, 0, full=False), visit.walk.hidden(0, full=False), learner.tensors())
+        learner.settle()
+        settled = visit.run(0, full=False)
+        torch.testing.assert_close(settled, trained, rtol=0, atol=0)
+        assert not torch.equal(settled, visit.run(0, full=True))
+        if share == 1:
+            for name, weight in learner.fold().items():
+                learner.visit.replace(name, weight.dequantize())
+            assert torch.equal(visit.run(0, full=False), settled)
+
+
+def test_a_state_comes_back_and_lacks_nothing() -> None:
+    config = LearnedConfig(rounding="offset")
+    with window(config) as (visit, (learner,)):
+        start = learner.state()
+        train(visit, [learner], config)
+        end = learner.state()
+        assert any(not torch.equal(end[name], value) for name, value in start.items())
+        learner.load(start)
+        assert all(torch.equal(learner.state()[name], value) for name, value in start.items())
+        with pytest.raises(KeyError):
+            learner.load({name: value for name, value in start.items() if "offset" not in name})
+
+
+def test_linears_draw_for_themselves() -> None:
+    config = LearnedConfig()
+    with window(config) as (_, (learner,)):
+        other = BlockLearner(learner.visit, dict.fromkeys(["mlp.up_proj"], SCHEME), config)
+        another = BlockLearner(learner.visit, dict.fromkeys(["mlp.up_proj"], SCHEME), config, seed=1)
+    name = "mlp.up_proj:lora_a"
+    assert torch.equal(learner.parameters()[name], other.parameters()[name])
+    assert not torch.equal(learner.parameters()[name], another.parameters()[name])
+    assert not torch.equal(learner.parameters()[name], learner.parameters()["mlp.gate_proj:lora_a"])
+
+
+# -- losses, optimizers, options ---------------------------------------------------------------------------------------
+
+
+def test_losses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, target = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    error = (output - target).flatten().tolist()
+    assert output_loss(output, target, "mse").item() == pytest.approx(sum(e * e for e in error) / 30, rel=1e-5)
+    for corner in (1.0, 0.7, 1e9):
+        bends = [e * e / 2 if abs(e) < corner else corner * (abs(e) - corner / 2) for e in error]
+        assert output_loss(output, target, "huber", corner).item() == pytest.approx(sum(bends) / 30, rel=1e-5)
+    shares = [
+        sum((output[s, t] - target[s, t]).square().tolist()) / sum(target[s, t].square().tolist())
+        for s in range(2)
+        for t in range(3)
+    ]
+    assert output_loss(output, target, "token").item() == pytest.approx(sum(shares) / 6, rel=1e-5)
+    halves = output_loss(output.bfloat16(), target.bfloat16(), "mse")
+    assert halves.dtype == torch.float32
+
+
+def test_an_optimizer_leaves_what_has_no_gradient_and_forgets() -> None:
+    for kind in ("adamw", "sign"):
+        tensors = {name: (torch.ones(3), 0.5) for name in "ab"} | {"c": (torch.ones(3), 0.25)}
+        optimizer = Optimizer(tensors, LearnedConfig(optimizer=kind, grad_clip=0.0))  # type: ignore[arg-type]
+        optimizer.set_decay(0.5)
+        gradient = torch.tensor([3.0, -2.0, 0.0])
+        optimizer.step([gradient, None, gradient])
+        for name, step in (("a", 0.25), ("b", 0.0), ("c", 0.125)):
+            wanted = torch.tensor([1 - step, 1 + step, 1.0])
+            torch.testing.assert_close(tensors[name][0], wanted)
+            assert tensors[name][0].grad is None
+        assert torch.equal(gradient, torch.tensor([3.0, -2.0, 0.0]))
+
+
+def test_gradients_are_clipped_together() -> None:
+    moved = {name: (torch.zeros(1), 1.0) for name in "ab"}
+    seen: list[Tensor] = []
+    optimizer = Optimizer(moved, LearnedConfig(optimizer="sign", grad_clip=1.0))
+    optimizer._sign_step = lambda: seen.extend(t.grad.clone() for t, _ in moved.values() if t.grad is not None)  # type: ignore[method-assign]
+    optimizer.step([torch.tensor([3.0]), torch.tensor([4.0])])
+    optimizer.step([torch.tensor([0.3]), torch.tensor([0.4])])
+    torch.testing.assert_close(torch.cat(seen), torch.tensor([0.6, 0.8, 0.3, 0.4]))
+
+
+def test_rates_fall_to_nothing_or_stay() -> None:
+    linear, constant = LearnedConfig(), LearnedConfig(decay="constant")
+    assert [decayed(linear, step, 4) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert {decayed(constant, step, 4) for step in range(4)} == {1}
+    for steps in (50, 200, 1000):  # signed steps over a whole decay: half a level, and a little more
+        total = sum(decayed(linear, step, steps) / steps for step in range(steps))
+        assert total == pytest.approx(0.5 + 0.5 / steps)
+
+
+def test_steps_of_a_stage() -> None:
+    published = options("sliderquant-lora")
+    assert published.steps(43, [4]) == 10 * 43
+    assert published.steps(43, [4, 2]) == 30 * 43
+    assert options("sliderquant-lora", intra="off").steps(43, [4]) == 20 * 43
+    assert options("sliderquant-lora", epochs=7, stages=3).steps(43, [2]) == round(7 * 43 / 3)
+    assert options("sliderquant-lora", grad_accum=4).steps(8, [4]) == 20
+    assert options("omniquant").steps(128, [4]) == 20 * 128
+    assert options("autoround").steps(16, [4]) == options("autoround").steps(99, [2]) == 200
+    assert options("autoround", epochs=2).steps(16, [4]) == 32
+    assert options("autoround", iters=1, grad_accum=50).steps(16, [4]) == 1
+
+
+def test_sweeps_and_stages() -> None:
+    assert LearnedConfig().sweeps == ((0.5,), (1.0,))
+    assert LearnedConfig(intra="window").sweeps == ((0.5, 1.0),)
+    assert LearnedConfig(intra="off").sweeps == LearnedConfig(init="gptq").sweeps == ((1.0,),)
+    assert LearnedConfig(intra="sweep", init="gptq").sweeps == ((0.5,), (1.0,))
+    assert LearnedConfig(intra="window", stages=4).sweeps == ((0.25, 0.5, 0.75, 1.0),)
+
+
+def test_rates_as_published() -> None:
+    low, high = Scheme(2), Scheme(4)
+    lora, omni, around = options("sliderquant-lora"), options("omniquant"), options("autoround")
+    assert (lora.rates(high, 9).lora, lora.rates(low, 9).lora, lora.rates(high, 9).clip) == (3e-4, 1.5e-3, 3e-2)
+    assert (omni.rates(low, 9).clip, omni.rates(low, 9).scale) == (1e-2, 5e-3)
+    assert (around.rates(low, 200).offset, around.rates(high, 200).clip) == (1 / 200, 1 / 200)
+    assert options("autoround", lr_offset=0.25).rates(low, 200).offset == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epochs": -1}, r"epochs is a whole number from 0 .*got -1"),
+        ({"lora_rank": -4}, r"lora_rank is a whole number from 0 .*got -4"),
+        ({"lora_rank": 10**6}, r"lora_rank is a whole number .*4096"),
+        ({"stages": 0}, r"stages is a whole number from 1"),
+        ({"batch": 0}, r"batch is a whole number from 1"),
+        ({"grad_accum": 0}, r"grad_accum is a whole number from 1"),
+        ({"lr_clip": -1.0}, r"lr_clip is 0 .*, got -1"),
+        ({"lr_clip": 1e4}, r"lr_clip is 0 .* below 1000, got 10000"),
+        ({"lr_lora": math.nan}, r"lr_lora is 0 .*got nan"),
+        ({"grad_clip": math.inf}, r"grad_clip is 0 .*got inf"),
+        ({"loss": "mae"}, r"unknown loss 'mae'.*huber, mse, token"),
+        ({"intra": "windows"}, r"unknown intra 'windows'.*Did you mean 'window'"),
+        ({"schedule": "slide"}, r"unknown schedule 'slide'.*'slider'"),
+        ({"init": "gptqq"}, r"unknown init 'gptqq'.*'gptq'"),
+        ({"rounding": "up"}, r"unknown rounding 'up'"),
+        ({"lora_rank": 0, "clip": "off", "scaling": "off"}, r"nothing is left to learn"),
+        ({"epochs": 1.5}, r"epochs is a int, got 1\.5"),
+        ({"windows": 2}, r"unknown option of sliderquant-lora 'windows'"),
+    ],
+)
+def test_nonsense_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        options("sliderquant-lora", **changes)
+
+
+def test_every_learned_method_is_a_config() -> None:
+    learned = [name for name, method in METHODS.items() if issubclass(method.config, LearnedConfig)]
+    assert {"sliderquant", "sliderquant-lora", "omniquant", "autoround"} <= set(learned)
+    for name in learned:
+        assert options(name).windows(6)
+
+
+def test_a_record_survives_json() -> None:
+    record = WindowRecord(1, 2, 3, 5, 0.5, 0.25, 0.125, 7, 1.5, False, ("said",))
+    assert WindowRecord.from_dict(record.to_dict()) == record
+    assert record.to_dict()["notes"] == ["said"]

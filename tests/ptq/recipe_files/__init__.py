@@ -1,0 +1,1 @@
+"""Tests of `ptq.recipe_files`."""

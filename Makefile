@@ -5,7 +5,7 @@
 #   make check        the same as test
 #   make fix          format and apply the safe lint fixes
 #   make docs         only the documentation: snippets run, links resolve
-#   make bench        the recorded figures (benchmarks/quality.py, slow): make bench MODEL=folder [BENCH='options']
+#   make bench        the recorded figures (benchmarks/quality/quality.py, slow): make bench MODEL=folder [BENCH='options']
 #   make test-latest  the gate on the newest packages that pyproject.toml allows, in .venv-latest, made anew each time;
 #                     LATEST='transformers==5.23.*' narrows what is new
 #   make lock         resolve requirements/*.txt anew from pyproject.toml
@@ -48,7 +48,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	@test -n "$(MODEL)" || { echo "usage: make bench MODEL=folder [BENCH='--seeds 0 --max-tokens 65536 ...']" >&2; exit 2; }
-	$(BIN)/python benchmarks/quality.py '$(MODEL)' $(BENCH)
+	$(BIN)/python benchmarks/quality/quality.py '$(MODEL)' $(BENCH)
 
 # The newest packages; style and types belong to the pinned ruff and mypy, which are the same in both.
 test-latest:

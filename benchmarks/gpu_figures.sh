@@ -22,25 +22,25 @@ common=("$model" --calib "$texts/c4.txt@0:0.8" --wiki "$texts/wikitext2-raw-test
     tests/ptq/integration/test_integration.py 2>&1 | tee "$results/tests.txt"
 
 # Seconds: a warm-up in the same process, then with and without the scale search.
-"$python" benchmarks/seconds.py "$model" --calib "$texts/c4.txt@0:0.8" --device cuda > "$results/seconds.json"
+"$python" benchmarks/speed/seconds.py "$model" --calib "$texts/c4.txt@0:0.8" --device cuda > "$results/seconds.json"
 
 # 8B shapes, four random blocks: seconds a block, activations on the GPU and in memory, forecast over fact.
 large=$(mktemp -d) && trap 'rm -rf "$large"' EXIT
-"$python" benchmarks/large_model.py make "$large/model" --shapes 8b --layers 4 --filled 4
+"$python" benchmarks/speed/large_model.py make "$large/model" --shapes 8b --layers 4 --filled 4
 for place in none memory; do
     for extra in --forecast ""; do
-        "$python" benchmarks/large_model.py coreq "$large/model" "$large/out" --samples 128 --seqlen 2048 \
+        "$python" benchmarks/speed/large_model.py coreq "$large/model" "$large/out" --samples 128 --seqlen 2048 \
             --offload "$place" $extra >> "$results/8b.jsonl"
     done
 done
 
 # The table of the main job: six methods, four schemes, three seeds, 128 x 2048 tokens, whole test text.
-"$python" benchmarks/quality.py "${common[@]}"
-"$python" benchmarks/quality.py --table "$results/records" > "$results/table.md"
+"$python" benchmarks/quality/quality.py "${common[@]}"
+"$python" benchmarks/quality/quality.py --table "$results/records" > "$results/table.md"
 
 # Symmetric grids, and every variant of coreq at W3 g64.
-"$python" benchmarks/quality.py "${common[@]}" --schemes "W4 g64 sym" "W3 g64 sym" "W3 channel sym" \
+"$python" benchmarks/quality/quality.py "${common[@]}" --schemes "W4 g64 sym" "W3 g64 sym" "W3 channel sym" \
     --methods rtn gptq coreq
-"$python" benchmarks/quality.py "${common[@]}" --schemes "W3 g64 asym" --methods "coreq cd 2" "coreq row" "coreq js" \
+"$python" benchmarks/quality/quality.py "${common[@]}" --schemes "W3 g64 asym" --methods "coreq cd 2" "coreq row" "coreq js" \
     "coreq cv" "coreq .25" "coreq .5" "coreq 1" "coreq min-max" "coreq hessian scales" "coreq min-pivot"
-"$python" benchmarks/quality.py --table "$results/records" > "$results/variants.md"
+"$python" benchmarks/quality/quality.py --table "$results/records" > "$results/variants.md"

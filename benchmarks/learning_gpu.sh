@@ -23,25 +23,25 @@ common=("$model" --calib "$texts/c4.txt@0:0.8" --text "wikitext2=$texts/wikitext
 "$python" -m pytest -q -rs tests/ptq/pipeline/test_cuda.py tests/ptq/learning/test_cuda_learning.py 2>&1 | tee "$results/tests.txt"
 
 # Weight-only at 2 and 3 bits, and W4A4, three seeds, 128 x 2048 tokens.
-"$python" benchmarks/learning.py "${common[@]}" --results "$results/records" \
+"$python" benchmarks/quality/learning.py "${common[@]}" --results "$results/records" \
     --cells 'W2 g64/gptq,W2 g64/coreq,W2 g64/sliderquant,W3 channel/gptq,W3 channel/coreq,W3 channel/sliderquant'
-"$python" benchmarks/learning.py "${common[@]}" --results "$results/records" \
+"$python" benchmarks/quality/learning.py "${common[@]}" --results "$results/records" \
     --cells 'W4A4/rtn,W4A4/sliderquant,W4A4/sliderquant?*fixed*,W4A4 rotated/rtn,W4A4 rotated/sliderquant'
 
 # 8B shapes: one window of four blocks, seconds a step and peak memory.
 large=$(mktemp -d) && trap 'rm -rf "$large"' EXIT
-"$python" benchmarks/large_model.py make "$large/model" --shapes 8b --layers 4 --filled 4
-"$python" benchmarks/large_model.py sliderquant "$large/model" "$large/out" --samples 16 --seqlen 2048 > "$results/8b.jsonl"
+"$python" benchmarks/speed/large_model.py make "$large/model" --shapes 8b --layers 4 --filled 4
+"$python" benchmarks/speed/large_model.py sliderquant "$large/model" "$large/out" --samples 16 --seqlen 2048 > "$results/8b.jsonl"
 
 # Peak memory beside what the largest window has to hold, with the streams on the GPU and in memory.
 for offload in none memory; do
-    "$python" benchmarks/learning_memory.py "$model" --calib "$texts/c4.txt@0:0.8" --offload $offload >> "$results/memory.jsonl"
+    "$python" benchmarks/speed/learning_memory.py "$model" --calib "$texts/c4.txt@0:0.8" --offload $offload >> "$results/memory.jsonl"
 done
 
 # What each part of the windows is worth: 32 x 1024 tokens.
-"$python" benchmarks/learning.py "${common[@]}" --results "$results/ablation" --samples 32 --seqlen 1024 \
+"$python" benchmarks/quality/learning.py "${common[@]}" --results "$results/ablation" --samples 32 --seqlen 1024 \
     --max-tokens 65536 --cells 'ablation W2 g64/*,ablation W4A4/*'
-"$python" benchmarks/learning.py --results "$results/ablation" --table > "$results/ablation.md"
+"$python" benchmarks/quality/learning.py --results "$results/ablation" --table > "$results/ablation.md"
 
 # Intel's auto-round on the same tokens, and the relatives on this engine.
 if [ -n "${AUTOROUND_PYTHON:-}" ]; then
@@ -49,8 +49,8 @@ if [ -n "${AUTOROUND_PYTHON:-}" ]; then
     "$python" benchmarks/export_tokens.py "$model" "$results/autoround/tokens.safetensors" --calib "$texts/c4.txt@0:0.8"
     "$AUTOROUND_PYTHON" benchmarks/peers/autoround_reference.py "$model" "$results/autoround/tokens.safetensors" \
         "$large/intel" --bits 3 --group-size 64 --asym --iters 200 --batch 8 --device cuda
-    "$python" benchmarks/learning.py "${common[@]}" --results "$results/records" --evaluate "intel=$large/intel" \
+    "$python" benchmarks/quality/learning.py "${common[@]}" --results "$results/records" --evaluate "intel=$large/intel" \
         --cells 'autoround/W3 g64' --seeds 0
 fi
-"$python" benchmarks/learning.py "${common[@]}" --results "$results/records" --seeds 0 --cells 'W2 g64/*,W3 channel/*'
-"$python" benchmarks/learning.py --results "$results/records" --table > "$results/table.md"
+"$python" benchmarks/quality/learning.py "${common[@]}" --results "$results/records" --seeds 0 --cells 'W2 g64/*,W3 channel/*'
+"$python" benchmarks/quality/learning.py --results "$results/records" --table > "$results/table.md"

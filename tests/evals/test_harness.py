@@ -273,8 +273,8 @@ def test_a_real_model_on_real_rows(name: str) -> None:
 
 
 def benchmark() -> Any:
-    """``benchmarks/harness_parity.py``, whose prompts are written apart from ours."""
-    path = Path(__file__).parents[2] / "benchmarks" / "harness_parity.py"
+    """``benchmarks/peers/harness_parity.py``, whose prompts are written apart from ours."""
+    path = Path(__file__).parents[2] / "benchmarks" / "peers" / "harness_parity.py"
     spec = importlib.util.spec_from_file_location("harness_parity", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Our log-likelihoods beside those of lm-evaluation-harness, answer by answer, on the same rows and in float32.
 
-    python benchmarks/harness_parity.py MODEL --data DIR [--rows N] [--tasks arc_easy piqa ...] [-o record.json]
+    python benchmarks/peers/harness_parity.py MODEL --data DIR [--rows N] [--tasks arc_easy piqa ...] [-o record.json]
 
 DIR holds JSONL files (docs/tasks.md). The harness reads them by itself, as data sets of kind ``json``, and builds its
 prompts by the templates below, which were written from its own task files; no code of ours touches its strings.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds of a quantization on a quiet machine, and beside one and four processes that take the same cores.
 
-    python benchmarks/busy.py MODEL --calib c4.txt --samples 32 --seqlen 512 --cores 0,1 --repeats 3 > busy.json
+    python benchmarks/speed/busy.py MODEL --calib c4.txt --samples 32 --seqlen 512 --cores 0,1 --repeats 3 > busy.json
 
 Run it on a machine that does nothing else: the record has the load average before each run. Every run and every
 competitor, an endless loop of one thread, is bound to the cores given, so that they share nothing but these. Two shares

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Methods at 4 and 3 bits on texts and tasks, with paired statistics: records for `ptq compare` and `ptq report`.
 
-    python benchmarks/zero_shot.py MODEL --data DIR --calib 'c4.txt@0:0.8' --records RECORDS [--seeds 0 1 2]
+    python benchmarks/quality/zero_shot.py MODEL --data DIR --calib 'c4.txt@0:0.8' --records RECORDS [--seeds 0 1 2]
     ptq compare RECORDS/full.json RECORDS/*3bit*.json
 
 Every run leaves one record and is skipped when it is there. The base is run once; its predictions are kept. Packed

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Every causal language model of transformers that can be built small: quantized, loaded again, and compared.
 
-    python benchmarks/families.py WORK -o families.json --minutes 25
-    python benchmarks/families.py WORK -o families.json --table families.md
-    python benchmarks/families.py WORK -o families.json --only falcon mamba2 --again
+    python benchmarks/quality/families.py WORK -o families.json --minutes 25
+    python benchmarks/quality/families.py WORK -o families.json --table families.md
+    python benchmarks/quality/families.py WORK -o families.json --only falcon mamba2 --again
 
 Each family of transformers' table of causal language models gets a small random model in bfloat16, rounded to 4 bits in
 groups of 32, once symmetric and once with zero points. The result is loaded with ptq, and in a process without ptq
@@ -104,7 +104,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "record": "ptq-families",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/families.py WORK -o families.json",
+        "command": "python benchmarks/quality/families.py WORK -o families.json",
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds of one quantization, by part of the work.
 
-    python benchmarks/seconds.py MODEL --calib c4.txt --samples 64 --seqlen 512 --method coreq
+    python benchmarks/speed/seconds.py MODEL --calib c4.txt --samples 64 --seqlen 512 --method coreq
 
 Beside the seconds stand the matrix-multiplication rates of this machine, measured in the same process, in float32 and
 bfloat16. Prints one JSON object.

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Peak GPU memory of a learned run, beside what its largest window has to hold.
 
-    python benchmarks/learning_memory.py MODEL --calib 'c4.txt@0:0.8' --method sliderquant --bits 2 --group-size 64
+    python benchmarks/speed/learning_memory.py MODEL --calib 'c4.txt@0:0.8' --method sliderquant --bits 2 \\
+        --group-size 64
 
 Prints one JSON line. ``needed`` is the sum of: the largest window's weights; their copies, gradients and optimizer
 state, counted by shapes; and what autograd keeps of one batch, counted by its own hooks while the run learns (every

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far a run is from the machine's limit: seconds over those of its counted operations, and forecast over fact.
 
-    python benchmarks/efficiency.py MODEL --calib c4.txt@0:0.8 --method coreq --samples 32 --seqlen 512
+    python benchmarks/speed/efficiency.py MODEL --calib c4.txt@0:0.8 --method coreq --samples 32 --seqlen 512
 
 The limit is the time that the operations in the report take at the rates of this machine's own matrix products,
 measured in the same process before and after: passes at the rate of their dtype, solves at the float32 rate,

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Random checkpoints of large shapes, and what quantizing them takes.
 
-    python benchmarks/large_model.py make FOLDER                         # 42 blocks of 14B shapes, 30.9 GB, sparse
-    python benchmarks/large_model.py rtn FOLDER OUT                      # the whole model through rtn
-    python benchmarks/large_model.py coreq FOLDER OUT --forecast         # what the forecast says
-    python benchmarks/large_model.py coreq FOLDER OUT --blocks 2         # and the first two blocks
-    python benchmarks/large_model.py make FOLDER --shapes 8b --layers 4 --filled 4      # for a GPU: seconds a block
-    python benchmarks/large_model.py coreq FOLDER OUT --samples 128 --seqlen 2048
-    python benchmarks/large_model.py sliderquant FOLDER OUT --samples 16 --seqlen 2048  # a window of four blocks learns
+    python benchmarks/speed/large_model.py make FOLDER  # 42 blocks of 14B shapes, 30.9 GB, sparse
+    python benchmarks/speed/large_model.py rtn FOLDER OUT                      # the whole model through rtn
+    python benchmarks/speed/large_model.py coreq FOLDER OUT --forecast         # what the forecast says
+    python benchmarks/speed/large_model.py coreq FOLDER OUT --blocks 2         # and the first two blocks
+    python benchmarks/speed/large_model.py make FOLDER --shapes 8b --layers 4 --filled 4  # for a GPU: seconds a block
+    python benchmarks/speed/large_model.py coreq FOLDER OUT --samples 128 --seqlen 2048
+    # a window of four blocks learns
+    python benchmarks/speed/large_model.py sliderquant FOLDER OUT --samples 16 --seqlen 2048
 
 `make` fills the embedding and the first blocks with random numbers and leaves the rest of the files sparse (zeros that
 take no room). Every run prints one JSON object: seconds until each block was written, and peak memory.

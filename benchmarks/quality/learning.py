@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Learned methods beside layer-wise ones, and what each part of them is worth: the figures of docs/results.
 
-    python benchmarks/learning.py MODEL --calib 'c4.txt@0:0.8' --text wikitext2=wikitext2-raw-test.txt \\
+    python benchmarks/quality/learning.py MODEL --calib 'c4.txt@0:0.8' --text wikitext2=wikitext2-raw-test.txt \\
         --text c4='c4.txt@0.8:1' --results RESULTS --cells 'W2*' --seeds 0,1,2 --device cuda
-    python benchmarks/learning.py --results RESULTS --table
+    python benchmarks/quality/learning.py --results RESULTS --table
 
 Every run is `ptq quantize` in a process of its own, so that its peak memory is its own; then it is scored here, beside
 the full model, whose hidden states are kept. A run leaves one dated JSON record in RESULTS and is skipped when that is
@@ -43,7 +43,7 @@ from evals import evaluate
 from ptq.api import resolve_device
 from ptq.runtime.linear import QuantLinear
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
 
 

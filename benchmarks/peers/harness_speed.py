@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Wall time of zero-shot tasks, ours beside lm-evaluation-harness: same rows, dtype and threads.
 
-    python benchmarks/harness_speed.py MODEL --data DIR [--rows N] [--rounds 3] [--threads 2] [-o record.json]
+    python benchmarks/peers/harness_speed.py MODEL --data DIR [--rows N] [--rounds 3] [--threads 2] [-o record.json]
 
 Every run is a process of its own. The order of the sides turns round from one round to the next. The harness runs with
 several batch sizes, and the best one counts. ``seconds`` is from a loaded model to the metrics: reading rows,

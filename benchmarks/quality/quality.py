@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Quality of methods at equal schemes, calibration data and evaluation tokens: the tables of docs/results.
 
-    python benchmarks/quality.py MODEL --calib 'c4.txt@0:0.8' --wiki wikitext2-raw-test.txt --held-out 'c4.txt@0.8:1' \\
+    python benchmarks/quality/quality.py MODEL --calib 'c4.txt@0:0.8' --wiki wikitext2-raw-test.txt \\
+        --held-out 'c4.txt@0.8:1' \\
         --samples 64 --seqlen 512 --max-tokens 65536 --records RECORDS
-    python benchmarks/quality.py --table RECORDS          # the records as a Markdown table, mean +- spread over seeds
+    python benchmarks/quality/quality.py --table RECORDS  # the records as a Markdown table, mean +- spread over seeds
 
 Every run leaves one JSON record and is skipped when its record is there, so that a table can be made in parts and by
 several processes (``--shard 0/2``). The full model's predictions are kept on disk between runs.

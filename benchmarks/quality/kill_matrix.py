@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Whether a quantization that SIGKILL ends at any moment goes on to the same bytes.
 
-    python benchmarks/kill_matrix.py -o record.json
-    python benchmarks/kill_matrix.py MODEL --methods coreq --random 20 --flags "--calib c4 --calib-samples 8"
+    python benchmarks/quality/kill_matrix.py -o record.json
+    python benchmarks/quality/kill_matrix.py MODEL --methods coreq --random 20 --flags "--calib c4 --calib-samples 8"
 
 For every method: one undisturbed run of ``ptq quantize`` in a process of its own; then one run killed after each
 finished block (the journal is watched), and runs killed at random moments, every third of them again and again. Each

@@ -176,7 +176,7 @@ def command(
 def _idle(recipe: Recipe, flags: Mapping[str, Any], restarts_nothing: bool) -> tuple[dict[str, str], dict[str, str]]:
     """The options that were given, and why some of them have no effect."""
     from cli.shared.idle import given_options
-    from ptq.recipe_files.effects import without_effect
+    from ptq.pipeline.preparation.effects import without_effect
 
     given = given_options(click.get_current_context())
     if "dtype" in given:

@@ -30,6 +30,7 @@ from ptq.pipeline.dry_run.forecast import forecast as make_forecast
 from ptq.pipeline.dry_run.rough_time import long_run_notices
 from ptq.pipeline.dry_run.windows import Surroundings, check_learning
 from ptq.pipeline.events import Event, Listener, ignore_events
+from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import find_finished
 from ptq.pipeline.preparation.preflight import check_vocabulary
 from ptq.pipeline.preparation.rotated_assignment import rotate_last_inputs
@@ -37,7 +38,6 @@ from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.pipeline.run import Run
 from ptq.proof import settle_format
 from ptq.recipe import CalibrationSpec, Recipe
-from ptq.recipe_files.effects import without_effect
 from ptq.recipe_files.other_names import other_name
 from ptq.report import Report
 from ptq.scheme import KeyValueScheme, Scheme

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "MAX_INDEX_BYTES",
     "SINGLE_NAME",
     "WEIGHT_SUFFIXES",
+    "CompanionRule",
     "checkpoint_files",
     "resolve_model",
     "stored_tensors",
@@ -194,3 +196,16 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 def _first(names: list[str]) -> str:
     return ", ".join(quoted(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompanionRule:
+    """Which files of a model's folder may go along beside the weights.
+
+    Args:
+        code: Python files too, because the user allowed the model's code to run.
+        text_only: not those that prepare images, video or sound.
+    """
+
+    code: bool = False
+    text_only: bool = False

@@ -37,9 +37,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from calib.checkpoint.companion_rule import CompanionRule
 from calib.checkpoint.config import check_config
-from calib.checkpoint.files import resolve_model, stored_tensors
+from calib.checkpoint.files import CompanionRule, resolve_model, stored_tensors
 from calib.checkpoint.quantized import SourceQuantization, StoredWeights, open_weights
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.checkpoint.text_part import TextPart, text_parameters

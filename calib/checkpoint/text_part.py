@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from calib.checkpoint.companion_rule import CompanionRule
+from calib.checkpoint.files import CompanionRule
 from calib.checkpoint.quantized import SourceQuantization
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.checkpoint.companion_rule import CompanionRule
+from calib.checkpoint.files import CompanionRule
 from calib.checkpoint.reader import ModelSource
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError

@@ -11,7 +11,7 @@ import ptq
 from cli.main import main
 from ptq.api import make_recipe
 from ptq.pipeline.events import Event
-from ptq.recipe_files.effects import without_effect
+from ptq.pipeline.preparation.effects import without_effect
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,16 @@ def _parse(where: str, text: str, default: Any) -> Any:
 
 
 def finish(codes: Tensor, grid: BoundGrid, scheme: Scheme) -> QuantizedWeight:
-    """A `QuantizedWeight` from codes and the grid they were rounded onto (its scales are stored values already)."""
+    """A `QuantizedWeight` from codes and the grid they were rounded onto (its scales are stored values already).
+
+    Raises:
+        ValueError: the grid is not the integer grid that ``scheme`` describes, so that the stored codes would be read
+            as other values.
+    """
+    if not grid.grid.uniform or len(grid.grid.levels) != 2**scheme.bits:
+        raise ValueError(
+            f"codes of a grid of {len(grid.grid.levels)} {'equal steps' if grid.grid.uniform else 'unequal levels'} "
+            f"cannot be stored as {scheme.describe()}: a scheme describes integer grids only."
+        )
     zero = None if scheme.symmetric else grid.zero.to(torch.uint8)
     return QuantizedWeight(codes, grid.scale.to(SCALE_DTYPES[scheme.scale_dtype]), zero, scheme)

@@ -166,7 +166,7 @@ def test_the_base_is_loaded_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cli import models
+    from cli.shared import models
 
     loaded: list[str] = []
     original = models.load_model

@@ -78,7 +78,7 @@ def test_a_base_with_nan_is_refused(make_model: Callable[..., Any], compare: Cal
 
 
 def test_evaluation_reads_the_test_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    from evals import data
+    from evals.texts import sources as data
 
     asked: list[str] = []
     monkeypatch.setattr(data, "read_text", lambda source, **_: asked.append(source))

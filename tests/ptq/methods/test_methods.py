@@ -10,8 +10,9 @@ from torch import Tensor
 
 from calib.stats import LinearStatistics, Stat, StatisticsAccumulator
 from ptq.errors import UsageError
-from ptq.grids import BoundGrid
+from ptq.grids import BoundGrid, Grid, uniform_grid
 from ptq.methods import METHODS, LayerMethod, find_method, make_config, parse_options
+from ptq.methods.base import finish
 from ptq.methods.layerwise.coreq import COEFFICIENTS
 from ptq.methods.layerwise.gptaq import drift_matrix
 from ptq.pipeline.output_error import layer_losses
@@ -218,3 +219,14 @@ def test_operations_of_what_linears_share_are_counted_once() -> None:
         assert first > second > 0
         assert name == "gptaq" or first - second == 40**3 // 3
     assert run("rtn", weight, None).flops == 0
+
+
+E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@pytest.mark.parametrize("grid", [Grid(torch.tensor(E2M1)), uniform_grid(3)], ids=["E2M1", "3 bits"])
+def test_codes_of_another_grid_are_never_stored_as_integers_of_the_scheme(grid: Grid) -> None:
+    scale, zero = torch.ones(2, 1), torch.full((2, 1), 4.0)
+    bound = BoundGrid(grid, scale, zero, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cannot be stored as int4 sym per channel"):
+        finish(bound.round(torch.randn(2, 8)), bound, Scheme(4, group_size=None, scale_dtype="float16"))

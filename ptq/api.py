@@ -32,7 +32,7 @@ from ptq.pipeline.dry_run.windows import Surroundings, check_learning
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import find_finished
-from ptq.pipeline.preparation.preflight import check_vocabulary
+from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary
 from ptq.pipeline.preparation.rotated_assignment import rotate_last_inputs
 from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.pipeline.run import Run
@@ -180,6 +180,7 @@ def _prepare(
     method = find_method(recipe.method)
     config = make_config(method, recipe.options)
     target = Path(out) if out is not None else default_output(model, recipe)
+    check_path_names(*([target] if isinstance(model, nn.Module) else [model, target]))
     check_output_folder(target)
     finished = find_finished(target) if keep_finished else None
     if finished is not None:

@@ -155,4 +155,7 @@ def check_dynamic(prefix: str, what: str, bits: object, symmetric: object) -> No
     if not isinstance(symmetric, bool):
         raise UsageError(f"{prefix}_symmetric must be true or false, got {symmetric!r}.")
     if symmetric and bits is None:
-        raise UsageError(f"{prefix}_symmetric says how to quantize {what}, and {prefix}_bits is not set: give both.")
+        raise UsageError(
+            f"{prefix}_symmetric (--{prefix}-sym) says how to quantize {what}, and {prefix}_bits (--{prefix}-bits) is "
+            f"not set: give both."
+        )

@@ -138,6 +138,8 @@ def _messages(value: Any, where: str, name: str) -> list[dict[str, Any]]:
         role, content = message.get("role"), message.get("content")
         if role is None and isinstance(message.get("from"), str):
             role, content = _SHAREGPT_ROLES.get(message["from"], message["from"]), message.get("value")
+        if content is None and message.get("tool_calls"):
+            content = ""  # what the assistant says is the call, which the template writes
         content = _plain(content)
         if not isinstance(role, str) or content is None:
             raise DataError(

@@ -8,7 +8,7 @@ from torch import nn
 
 from calib.checkpoint.reader import unmerged_experts
 from calib.model.experts import expert_linears
-from calib.model.structure import fused_experts
+from calib.model.structure import find_blocks, fused_experts
 from ptq.errors import UsageError
 from ptq.formats import compressed_tensors
 from ptq.scheme import SCALE_DTYPES, Scheme
@@ -52,8 +52,11 @@ def _key_values(bits: int | None) -> str | None:
 
 def _fused_experts(model: nn.Module) -> str | None:
     """Stock transformers (5.23) runs the format's decompression on experts as well, and fails where they are dense."""
-    for name in fused_experts(model):
-        return f"{name} holds experts in full precision, which transformers cannot load beside packed weights"
+    names = fused_experts(model)
+    blocks = tuple(f"{block}." for block in find_blocks(model)) if names else ()
+    for name in names:
+        if name.startswith(blocks):  # a vision tower has tensors of three dimensions, too
+            return f"{name} holds experts in full precision, which transformers cannot load beside packed weights"
     return None
 
 

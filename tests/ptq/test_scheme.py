@@ -64,7 +64,7 @@ def test_describe(scheme: Scheme, text: str) -> None:
         ({"act_bits": True}, "got True"),
         ({"act_bits": "4"}, "got '4'"),
         ({"act_bits": 4, "act_symmetric": 1}, "act_symmetric must be true or false, got 1"),
-        ({"act_symmetric": True}, "act_bits is not set: give both"),
+        ({"act_symmetric": True}, r"act_bits \(--act-bits\) is not set: give both"),
         ({"input_rotation": -1}, r"input_rotation must be a seed .* got -1"),
         ({"input_rotation": True}, "got True"),
         ({"input_rotation": 2**63}, "got 9223372036854775808"),
@@ -79,7 +79,7 @@ def test_schemes_out_of_their_limits(fields: dict[str, Any], message: str) -> No
     ("fields", "message"),
     [
         ({"kv_bits": 9}, "kv_bits must be a whole number from 2 to 8"),
-        ({"kv_symmetric": True}, "kv_bits is not set: give both"),
+        ({"kv_symmetric": True}, r"kv_bits \(--kv-bits\) is not set: give both"),
         ({"kv_bits": 4, "kv_symmetric": "yes"}, "kv_symmetric must be true or false, got 'yes'"),
         ({"rotate": ("residul",)}, r"unknown rotation 'residul'\. Did you mean 'residual'"),
         ({"rotate": ([],)}, "unknown rotation"),

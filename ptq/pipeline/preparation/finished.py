@@ -45,7 +45,12 @@ class Finished:
         Raises:
             UsageError: the recipes differ.
         """
-        self._refuse(flatten({"recipe": _as_today(self.report.recipe)}), flatten({"recipe": recipe.to_dict()}))
+        old, new = _as_today(self.report.recipe), recipe.to_dict()
+        if self.report.calibration is None and old.get("method") == new["method"] and not recipe.rotate:
+            old, new = (
+                {**one, "calibration": None} for one in (old, new)
+            )  # made without data: nothing follows from it
+        self._refuse(flatten({"recipe": old}), flatten({"recipe": new}))
 
     def refuse_other_data(self, fingerprint: str, calibration: Calibration | None) -> None:
         """Refuse to replace the result of another model or of other calibration tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from calib.model.input_groups import InputGroup
 from calib.runner.activation_store import Offload, Place, settle_offload
-from ptq.errors import DataError, OutputError
+from ptq.errors import DataError, OutputError, UsageError
 from ptq.pipeline.preparation.scheme_assignment import Plan
 from ptq.scheme import Scheme
 
 __all__ = [
     "check_disk",
+    "check_path_names",
     "check_vocabulary",
     "clashing_schemes",
     "cpu_name",
@@ -67,6 +69,20 @@ def cpu_name() -> str:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{name or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def check_path_names(*paths: str | os.PathLike[str]) -> None:
+    """Refuse paths whose names are not UTF-8: reports and records, which name them, are.
+
+    Raises:
+        UsageError: names the path, with what is no character escaped.
+    """
+    for path in (os.fspath(given) for given in paths):
+        try:
+            path.encode("utf-8")
+        except UnicodeEncodeError as error:
+            shown = path.encode("utf-8", "backslashreplace").decode("utf-8")
+            raise UsageError(f"the path '{shown}' is not valid UTF-8, and the report names it: rename it.") from error
 
 
 def check_disk(out: Path, needed: int) -> int:

@@ -200,3 +200,12 @@ def test_any_text_of_characters_comes_back(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("rows") / "a.json"
     path.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
     assert read(str(path)).text == "\n\n".join(texts)
+
+
+def test_a_call_of_a_tool_is_a_message_without_content(write: Write, chatty: PreTrainedTokenizerFast) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    source = write("calls.jsonl", lines({"messages": [CHAT[0], call]}))
+    assert read(source, chatty).text == "<s><user>Hi</s><assistant></s>"
+    empty = write("empty.jsonl", lines({"messages": [CHAT[0], {"role": "assistant", "content": None}]}))
+    with pytest.raises(DataError, match=r"messages\[1\] has no role and text content"):
+        read(empty, chatty)

@@ -26,6 +26,7 @@ from ptq.packing import integer
 from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
+from tests.support.tiny_models import tiny_model
 
 SYM, ASYM = (
     Scheme(bits=3, group_size=32, scale_dtype="float16"),
@@ -351,3 +352,15 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == {"thesis.tex"}
     with pytest.raises(OutputError, match="is a file"):
         check_output_folder(tmp_path / "thesis.tex")
+
+
+def test_tensors_outside_the_blocks_are_no_experts() -> None:
+    """A vision tower's class token has three dimensions; only those of decoder blocks are experts."""
+    model = tiny_model("llama")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    schemes = dict.fromkeys((name for name in linears if "layers" in name), SYM)
+    model.tower = nn.Module()
+    model.tower.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, 64)))
+    assert select_format("auto", schemes, linears, model)[0] == "compressed-tensors"
+    model.model.layers[0].register_parameter("experts", nn.Parameter(torch.zeros(2, 4, 4)))
+    assert select_format("auto", schemes, linears, model)[0] == "native"

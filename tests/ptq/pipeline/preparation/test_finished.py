@@ -147,3 +147,18 @@ def test_the_command_line_says_so_in_one_line(source: Path, tmp_path: Path, caps
     assert main([*command, "--bits", "4"]) == 2
     assert "recipe.scheme.bits was 3 and is now 4" in capsys.readouterr().err
     assert main([*command, "--bits", "4", "--restart"]) == 0
+
+
+def test_what_had_no_effect_makes_no_other_run(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "OUT")
+    _, events = run(source, tmp_path / "OUT", seed=5, calib="pydoc")  # nearest rounding reads no data
+    assert events[-1].kind == "finished"
+    run(source, tmp_path / "ROTATED", rotate=("down",))
+    with pytest.raises(UsageError, match=r"calibration\.seed was 0 and is now 5"):
+        run(source, tmp_path / "ROTATED", rotate=("down",), seed=5)  # the seed of the rotation
+
+
+def test_a_path_that_no_report_can_name_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"caf\\udce9' is not valid UTF-8"):
+        run(source, tmp_path / "caf\udce9")
+    assert not list(tmp_path.glob("caf*"))

@@ -47,7 +47,7 @@ from calib.model.expert_tensors import ExpertTensors
 from calib.model.experts import expert_lists, split_experts
 from calib.model.model_class import find_model_class, is_multimodal
 
-__all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "unmerged_experts"]
+__all__ = ["FolderSource", "ModelSource", "ModuleSource", "open_model", "quiet_transformers", "unmerged_experts"]
 
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -323,7 +323,7 @@ class FolderSource:
     def _convert(self, fused: frozenset[str]) -> None:
         """Fill parameters of the model as transformers builds it, by their names in that model."""
         keys = [key for key, targets in self._targets.items() if targets & fused]
-        with self._stored.slices(keys) as slices, _quiet_transformers(), self._experts.fused_in_place():
+        with self._stored.slices(keys) as slices, quiet_transformers(), self._experts.fused_in_place():
             config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=copy.deepcopy(self._conversions))
             info, _ = convert_and_load_state_dict_in_model(self.skeleton, slices, config)
         problems = [*info.error_msgs, *info.conversion_errors.values()]
@@ -502,7 +502,7 @@ def _open_gguf(file: Path) -> ModuleSource:
     if not file.is_file():
         raise ModelError(f"there is no file {file}.")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read {file}: {error}") from error
@@ -517,7 +517,7 @@ def _open_gguf(file: Path) -> ModuleSource:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No loading bars and reports of transformers for every block; its errors are raised as usual."""
     level = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()

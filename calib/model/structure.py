@@ -19,6 +19,7 @@ from calib.errors import ModelError
 from calib.model.model_class import language_model, other_modalities
 
 __all__ = [
+    "all_linears",
     "find_blocks",
     "find_linears",
     "foreign_code",
@@ -32,6 +33,11 @@ __all__ = [
 def is_linear(module: nn.Module) -> bool:
     """``y = x W^T + b`` with a weight parameter: `nn.Linear`, or `Conv1D` of GPT-2 with its transposed weight."""
     return isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, Tensor) and _computes_linear(module)
+
+
+def all_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of a model by full name, also those that cannot be quantized: a format lists them as dense."""
+    return {name: one for name, one in model.named_modules() if is_linear(one) or isinstance(one, nn.Linear)}
 
 
 def _computes_linear(module: nn.Module) -> bool:

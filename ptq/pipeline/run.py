@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from calib.checkpoint.reader import ModelSource
 from calib.data.tokens import Calibration
 from calib.distributed import ALONE, Workers
-from calib.model.structure import fused_experts, is_linear
+from calib.model.structure import all_linears, fused_experts, is_linear
 from calib.precision import strict_float32
 from calib.runner.activation_store import Offload, Place
 from calib.runner.forward import check_weight
@@ -120,8 +120,7 @@ class Run:
         self._started, self._earlier, self._noted = 0.0, PartRecord(), PartRecord()
         blocks = tuple(f"{block}." for block in plan.blocks)
         self._experts = frozenset(name for name in fused_experts(source.skeleton) if name.startswith(blocks))
-        modules = source.skeleton.named_modules()
-        self.linears = {name: one for name, one in modules if is_linear(one) or isinstance(one, nn.Linear)}
+        self.linears = all_linears(source.skeleton)
         self.choice, self.format, self.format_reason = choice, choice.name, choice.reason
         tokens = None if calibration is None else calibration.tokens
         self._streams = 3 if isinstance(method, WindowMethod) else 2

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 
-from calib.checkpoint.reader import ModelSource
+from calib.checkpoint.reader import ModelSource, quiet_transformers
 from calib.model.model_class import find_model_class
-from calib.model.structure import is_linear
+from calib.model.structure import all_linears
 from ptq.errors import ModelError, UsageError
 from ptq.formats.select import select_format
 from ptq.formats.vllm import vllm_phrase
 from ptq.integration.transformers import register
 from ptq.proof.loader import try_to_load
 from ptq.proof.prover import StockProver
-from ptq.proof.skeleton import Skeleton, make_skeleton, quiet_transformers
+from ptq.proof.skeleton import Skeleton, make_skeleton
 from ptq.proof.verdicts import Verdict, recall, remember, structure_key
 from ptq.scheme import KeyValueScheme, Scheme
 
@@ -83,8 +82,7 @@ def settle_format(
         UsageError: compressed-tensors was asked for, and cannot carry the result or does not load.
         ModelError: not even the native format loads.
     """
-    modules = source.skeleton.named_modules()
-    linears = {name: one for name, one in modules if is_linear(one) or isinstance(one, nn.Linear)}
+    linears = all_linears(source.skeleton)
     bits = None if key_values is None else key_values.bits
     name, reason = select_format(requested, schemes, linears, source.skeleton, bits)
     proofs: dict[str, Verdict] = {}

@@ -7,14 +7,13 @@ classes of their modules and the schemes of its linears must be those of the lar
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,17 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
-from calib.checkpoint.reader import ModelSource, ModuleSource, open_model
+from calib.checkpoint.reader import ModelSource, ModuleSource, open_model, quiet_transformers
 from calib.model.experts import expert_linears
-from calib.model.structure import find_blocks, find_linears, is_linear, linear_weight, set_linear_weight
+from calib.model.structure import all_linears, find_blocks, find_linears, is_linear, linear_weight, set_linear_weight
 from ptq.formats import compressed_tensors, native
 from ptq.proof.loader import run_model
 from ptq.proof.shrink import shrink_config
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 
-__all__ = ["Skeleton", "make_skeleton", "quiet_transformers"]
+__all__ = ["Skeleton", "make_skeleton"]
 
 _SMALL_MODEL = 1 << 22
 """Parameters of a model that needs no smaller one."""
@@ -71,8 +69,7 @@ class Skeleton:
     @property
     def linears(self) -> dict[str, nn.Module]:
         """All linears by full name, also those that cannot be quantized: a format lists them as dense."""
-        modules = self.source.skeleton.named_modules()
-        return {name: module for name, module in modules if is_linear(module) or isinstance(module, nn.Linear)}
+        return all_linears(self.source.skeleton)
 
     def write(self, form: str, folder: Path, key_values: KeyValueScheme | None) -> Path | None:
         """Write the packed form.
@@ -157,20 +154,6 @@ def make_skeleton(
             problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
             shutil.rmtree(folder, ignore_errors=True)
     return f"no small copy of this model can be built ({problem})"
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and reports of transformers."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _build(

@@ -20,7 +20,7 @@ SORTS: dict[str, Callable[[LayerRecord], Any]] = {
     "loss": lambda record: _largest(record.loss),
     "bytes": lambda record: _largest(record.payload_bytes),
     "bits": lambda record: _largest(record.bits_per_weight),
-    "alpha": lambda record: _largest(record.alpha),
+    "alpha": lambda record: _largest(record.figures.get("alpha")),
     "seconds": lambda record: _largest(record.seconds),
 }
 

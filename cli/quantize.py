@@ -24,9 +24,10 @@ __all__ = ["command"]
     "-o",
     "--out",
     type=click.Path(),
-    help="Output folder.  [default: <model>-<method>-w<bits>[a]g<group>[-a<bits>][-kv<bits>]]",
+    help="Output folder.  [default: <model>-<method>-<number format>]",
 )
 @click.option("--method", metavar="NAME", help="See ptq methods.  [default: coreq]")
+@click.option("--format", metavar="NAME", help="Number format of weights: int, fp4; see ptq methods.  [default: int]")
 @click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
 @click.option("--group-size", type=int, help="Input channels that share a scale; 0 is per channel.  [default: 64]")
 @click.option("--sym/--asym", "symmetric", default=None, help="Grid around zero, or a zero point.  [default: sym]")
@@ -74,9 +75,9 @@ __all__ = ["command"]
     "--override",
     "overrides",
     multiple=True,
-    metavar="PATTERN=bits[,gN][,asym][,aN]",
+    metavar="PATTERN=bits|format[,gN][,asym][,aN]",
     help="Another scheme for the linears that match, e.g. '*.down_proj=4,g32,a8' (a8: inputs of 8 bits, a0: inputs as "
-    "they are); repeat, the first match wins.",
+    "they are) or '*.o_proj=fp4'; repeat, the first match wins.",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
 @click.option("--recipe", "recipe_file", metavar="FILE.yaml", help="The base that the options above change.")
@@ -87,7 +88,7 @@ __all__ = ["command"]
     help="Of a multimodal model, write the text part alone, or the model with everything in it.  [default: whole]",
 )
 @click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
-@click.option("--format", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
+@click.option("--container", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option("--restart", is_flag=True, help="Start over where a run was interrupted; replace a finished result.")
 @click.option(
@@ -120,6 +121,7 @@ def command(
       ptq quantize --bits 2 --beam 4 --calib my_text.txt --calib-samples 64 MODEL
       ptq quantize --bits 4 --act-bits 8 --kv-bits 8 --override '*.down_proj=8,a0' MODEL
       ptq quantize --override '*.down_proj=4' --ignore '*.layers.0.*' MODEL
+      ptq quantize --method gptq --format fp4 MODEL
       ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
       ptq quantize --dry-run MODEL
       torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT

@@ -119,4 +119,4 @@ def _title(folder: str | None, report: dict[str, Any] | None) -> str:
     if folder is None or report is None:
         return "Evaluation"
     scheme = report["recipe"]["scheme"]
-    return f"{Path(folder).resolve().name}: {report['recipe']['method']}, {scheme['bits']} bits"
+    return f"{Path(folder).resolve().name}: {report['recipe']['method']}, {scheme['name']}"

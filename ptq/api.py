@@ -24,7 +24,8 @@ from calib.runner.forward import pass_dtype
 from ptq.checkpoint.writer import check_output_folder
 from ptq.errors import ModelError, PtqError, UsageError, unknown_name
 from ptq.learning import LearnedConfig
-from ptq.methods import WindowMethod, find_method, make_config
+from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
+from ptq.number_formats import find_number_format
 from ptq.pipeline.dry_run.forecast import Forecast
 from ptq.pipeline.dry_run.forecast import forecast as make_forecast
 from ptq.pipeline.dry_run.rough_time import long_run_notices
@@ -37,7 +38,7 @@ from ptq.pipeline.preparation.rotated_assignment import rotate_last_inputs
 from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.pipeline.run import Run
 from ptq.proof import settle_format
-from ptq.recipe import CalibrationSpec, Recipe
+from ptq.recipe import CONTAINER_NAMES, CalibrationSpec, Recipe
 from ptq.recipe_files.other_names import other_name
 from ptq.report import Report
 from ptq.scheme import KeyValueScheme, Scheme
@@ -210,7 +211,7 @@ def _prepare(
         plan = rotate_last_inputs(plan, source, recipe.calibration.seed, place, dtype)
     kv = None if recipe.kv_bits is None else KeyValueScheme(recipe.kv_bits, recipe.kv_symmetric)
     settled = (
-        [settle_format(recipe.format, plan.schemes, source, kv, trust_remote_code=trust_remote_code)]
+        [settle_format(recipe.container, plan.schemes, source, kv, trust_remote_code=trust_remote_code)]
         if workers.leads
         else []
     )
@@ -287,6 +288,8 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
     options = dict(base.options) if method.name == base.method else {}
     options.update(fields.get("options", {}))
     parts: dict[str, dict[str, Any]] = {"scheme": {}, "calibration": {}, "recipe": {}}
+    if fields.get("format") in CONTAINER_NAMES:
+        fields = {"container" if name == "format" else name: value for name, value in fields.items()}
     for name, value in fields.items():
         if name in own:
             parts["recipe"][name] = value
@@ -303,22 +306,29 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
             raise unknown_name("argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | option_names)
     return dataclasses.replace(
         base,
-        scheme=dataclasses.replace(base.scheme, **parts["scheme"]),
+        scheme=_scheme(base, method, parts["scheme"]),
         calibration=dataclasses.replace(base.calibration, **parts["calibration"]),
         options=options,
         **parts["recipe"],
     )
 
 
+def _scheme(base: Recipe, method: LayerMethod | WindowMethod, given: Mapping[str, Any]) -> Scheme:
+    """The base's scheme with what is given; another method or number format brings its own defaults along."""
+    start = dict(method.defaults) if method.name != base.method else {}
+    name = given.get("format", start.get("format", base.scheme.format))
+    if name != base.scheme.format:
+        start = {**find_number_format(name).defaults, **start, "format": name}
+    return dataclasses.replace(base.scheme, **{**start, **given})
+
+
 def default_output(model: str | os.PathLike[str] | nn.Module, recipe: Recipe) -> Path:
     """Where the result goes when nothing is said: in the current folder,
-    ``<model>-<method>-w<bits>[a]g<group>[-a<bits>][-kv<bits>]``."""
+    ``<model>-<method>-<number format>[-a<bits>][-kv<bits>]``, e.g. ``SmolLM2-coreq-int3-sym-g64``."""
     name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).resolve().name.removesuffix(".gguf")
-    scheme = recipe.scheme
-    group = "pc" if scheme.group_size is None else f"g{scheme.group_size}"
-    extra = "" if scheme.act_bits is None else f"-a{scheme.act_bits}"
-    extra += "" if recipe.kv_bits is None else f"-kv{recipe.kv_bits}"
-    return Path(f"{name}-{recipe.method}-w{scheme.bits}{'' if scheme.symmetric else 'a'}{group}{extra}")
+    stored = recipe.scheme.describe().replace("per channel", "pc").replace(" ", "-")
+    extra = "" if recipe.kv_bits is None else f"-kv{recipe.kv_bits}"
+    return Path(f"{name}-{recipe.method}-{stored}{extra}")
 
 
 def resolve_device(device: str) -> torch.device:

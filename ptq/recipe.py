@@ -16,10 +16,10 @@ from ptq.errors import UsageError, unknown_name
 from ptq.recipe_files.reader import read_recipe
 from ptq.scheme import Scheme, check_dynamic
 
-__all__ = ["COMPUTE_DTYPES", "FORMATS", "ROTATIONS", "CalibrationSpec", "Recipe"]
+__all__ = ["COMPUTE_DTYPES", "CONTAINER_NAMES", "ROTATIONS", "CalibrationSpec", "Recipe"]
 
 T = TypeVar("T")
-FORMATS = ("auto", "compressed-tensors", "native")
+CONTAINER_NAMES = ("auto", "compressed-tensors", "native")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROTATIONS = ("residual", "down")
 
@@ -58,9 +58,8 @@ class CalibrationSpec:
         check_template_choice(self.template, "calibration template")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; `bos` and `template`, which came later than the first release, only where they are set."""
-        later = {name: value for name in ("bos", "template") if (value := getattr(self, name)) != "auto"}
-        return {"source": self.source, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed, **later}
+        """Plain data, as written to YAML and to the report."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Recipe:
         calibration: the data; methods that need none do not read it.
         compute_dtype: dtype of the passes through the model's blocks. ``auto`` is the checkpoint's half-precision dtype
             where the device multiplies it natively, float32 otherwise. Statistics and solves are float32 in any case.
-        format: ``auto`` writes compressed-tensors where that format can carry the result, the native format otherwise.
+        container: ``auto`` writes a compressed-tensors checkpoint where that can carry the result, else a native one.
         kv_bits: width, 2 to 8, to which keys (after rotary) and values are rounded at run time, each token and head
             with a range of its own; ``None`` leaves them as they are.
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
@@ -97,22 +96,22 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    format: Literal["auto", "compressed-tensors", "native"] = "auto"
+    container: Literal["auto", "compressed-tensors", "native"] = "auto"
     kv_bits: int | None = None
     kv_symmetric: bool = False
     rotate: tuple[str, ...] = ()
     text_only: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("method", "compute_dtype", "format"):
+        for name in ("method", "compute_dtype", "container"):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} must be a name, got {getattr(self, name)!r}.")
         if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise UsageError(f"ignore must be a tuple of patterns, got {self.ignore!r}.")
         if not isinstance(self.text_only, bool):
             raise UsageError(f"text_only must be true or false, got {self.text_only!r}.")
-        if self.format not in FORMATS:
-            raise unknown_name("format", self.format, FORMATS)
+        if self.container not in CONTAINER_NAMES:
+            raise unknown_name("container", self.container, CONTAINER_NAMES)
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         check_dynamic("kv", "keys and values", self.kv_bits, self.kv_symmetric)
@@ -128,11 +127,7 @@ class Recipe:
         return self.scheme
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as written to YAML and to the report.
-
-        What came later than the first release is there only where it is set: a recipe without it reads as it always
-        did, and a run that an earlier release began can go on.
-        """
+        """Plain data, as written to YAML and to the report."""
         return {
             "method": self.method,
             "options": dict(self.options),
@@ -141,10 +136,11 @@ class Recipe:
             "ignore": list(self.ignore),
             "calibration": self.calibration.to_dict(),
             "compute_dtype": self.compute_dtype,
-            "format": self.format,
-            **({} if self.kv_bits is None else {"kv_bits": self.kv_bits, "kv_symmetric": self.kv_symmetric}),
-            **({"rotate": list(self.rotate)} if self.rotate else {}),
-            **({"text_only": True} if self.text_only else {}),
+            "container": self.container,
+            "kv_bits": self.kv_bits,
+            "kv_symmetric": self.kv_symmetric,
+            "rotate": list(self.rotate),
+            "text_only": self.text_only,
         }
 
     @classmethod
@@ -156,7 +152,7 @@ class Recipe:
         """
         fields = _known(cls, data, where)
         if "scheme" in fields:
-            fields["scheme"] = _record(Scheme, fields["scheme"], f"{where}.scheme")
+            fields["scheme"] = _scheme(fields["scheme"], f"{where}.scheme")
         if "calibration" in fields:
             fields["calibration"] = _record(CalibrationSpec, fields["calibration"], f"{where}.calibration")
         if "ignore" in fields:
@@ -182,7 +178,10 @@ class Recipe:
         return read_recipe(Path(path), cls)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        data = self.to_dict()
+        for scheme in (data["scheme"], *data["overrides"]):
+            del scheme["name"]  # follows from the rest
+        return yaml.safe_dump(data, sort_keys=False)
 
 
 def _rotations(names: object) -> tuple[str, ...]:
@@ -221,4 +220,12 @@ def _list(data: Any, where: str) -> list[Any]:
 def _override(row: Any, where: str) -> tuple[str, Scheme]:
     if not isinstance(row, Mapping) or not isinstance(row.get("pattern"), str):
         raise UsageError(f"{where} needs a 'pattern' and the fields of a scheme.")
-    return row["pattern"], _record(Scheme, {k: v for k, v in row.items() if k != "pattern"}, where)
+    return row["pattern"], _scheme({k: v for k, v in row.items() if k != "pattern"}, where)
+
+
+def _scheme(data: Any, where: str) -> Scheme:
+    fields = {key: value for key, value in data.items() if key != "name"} if isinstance(data, Mapping) else data
+    try:
+        return Scheme.from_dict(_known(Scheme, fields, where))
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"{where}: {error}") from error

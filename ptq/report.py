@@ -34,8 +34,9 @@ class LayerRecord:
 
     ``loss_rtn`` and ``loss`` are the layer's relative output error ``||W X - Q X~||^2 / ||W X||^2`` for nearest
     rounding of the original weight on the same kind of scales, and for what was chosen (``None`` without calibration
-    data). ``alpha`` is the mismatch coefficient used, ``r2`` the fraction of the mismatch's energy that a linear map
-    of the quantized model's inputs explains. ``notes`` names every fallback that was taken.
+    data). ``figures`` are the method's own, by name: coreq's ``alpha`` (the mismatch coefficient used) and ``r2`` (the
+    fraction of the mismatch's energy that a linear map of the quantized model's inputs explains), the ``damping``, ...
+    ``notes`` names every fallback that was taken.
     """
 
     name: str
@@ -47,9 +48,7 @@ class LayerRecord:
     seconds: float = 0.0
     loss_rtn: float | None = None
     loss: float | None = None
-    alpha: float | None = None
-    r2: float | None = None
-    damping: float | None = None
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
     tokens: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -80,7 +79,7 @@ class Report:
         model: ``source``, ``architecture``, ``model_type``, ``parameters``, ``dtype``.
         recipe: `Recipe.to_dict`.
         calibration: `calib.data.tokens.Calibration.describe`, or ``None`` for methods without data.
-        format: ``"compressed-tensors"`` or ``"native"``, and ``format_reason`` why.
+        container: ``"compressed-tensors"`` or ``"native"``, and ``container_reason`` why.
         layers: one record a quantized linear, in the order they were done.
         kept: what stayed in full precision and why.
         totals: ``quantized_parameters``, ``kept_parameters``, ``payload_bytes``, ``kept_bytes``, ``file_bytes``,
@@ -97,8 +96,8 @@ class Report:
     model: dict[str, Any]
     recipe: dict[str, Any]
     calibration: dict[str, Any] | None
-    format: str
-    format_reason: str
+    container: str
+    container_reason: str
     layers: tuple[LayerRecord, ...]
     kept: tuple[KeptTensor, ...]
     totals: dict[str, Any]
@@ -203,7 +202,7 @@ class PartRecord:
         kept: what passes through unchanged, by name; kept_parameters: how many numbers that is.
         warnings: sentences for the user.
         timing: seconds, and flops: floating-point operations, by kind of work; seconds: of the whole part.
-        format, format_reason: in which it was written; a resumed run goes on in the same.
+        container, container_reason: in which it was written; a resumed run goes on in the same.
         windows: what was learned in windows that its blocks were in, a record a stage (`ptq.learning.training`).
         changed: tensors that are not quantized but no longer the checkpoint's: parameter -> key in the shard.
     """
@@ -215,8 +214,8 @@ class PartRecord:
     timing: dict[str, float] = dataclasses.field(default_factory=dict)
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
-    format: str = ""
-    format_reason: str = ""
+    container: str = ""
+    container_reason: str = ""
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     changed: dict[str, str] = dataclasses.field(default_factory=dict)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ptq.errors import UsageError
+from ptq.grids.storage import MAX_BITS, MIN_BITS, SCALE_DTYPES
+from ptq.number_formats import NumberFormat, find_number_format
 
 __all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "KeyValueScheme", "Scheme", "check_dynamic"]
-
-MIN_BITS, MAX_BITS = 2, 8
-SCALE_DTYPES: dict[str, torch.dtype] = {"auto": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Scheme:
         act_symmetric: the inputs' grid has its zero in the middle; otherwise an integer zero point a vector.
         input_rotation: seed of the randomised Hadamard rotation of the input; the weight is stored rotated, so that
             the product is the same. ``None`` is no rotation.
+        format: the number format, a name of `ptq.number_formats.FORMATS`; `Scheme.of` starts from its defaults.
 
     Raises:
         UsageError: a value outside the limits above.
@@ -47,6 +48,7 @@ class Scheme:
     act_bits: int | None = None
     act_symmetric: bool = False
     input_rotation: int | None = None
+    format: str = "int"
 
     def __post_init__(self) -> None:
         if not isinstance(self.symmetric, bool):
@@ -67,6 +69,21 @@ class Scheme:
             )
         if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}.")
+        self.number_format.check(self)
+
+    @classmethod
+    def of(cls, format: str, **changes: Any) -> Scheme:
+        """The scheme of a number format: its defaults, with ``changes`` to single fields.
+
+        Raises:
+            UsageError: an unknown format, or a value that it does not take.
+        """
+        return cls(**{**find_number_format(format).defaults, "format": format, **changes})
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """The record of the weight's number format."""
+        return find_number_format(self.format)
 
     def resolved(self, model_dtype: torch.dtype) -> Scheme:
         """The scheme with ``scale_dtype`` settled for a model of that dtype."""
@@ -85,8 +102,7 @@ class Scheme:
 
     def describe(self) -> str:
         """Short name for tables and logs, e.g. ``"int3 sym g64"`` or ``"int4 sym per channel a4 rotated"``."""
-        group = "per channel" if self.group_size is None else f"g{self.group_size}"
-        text = f"int{self.bits} {'sym' if self.symmetric else 'asym'} {group}"
+        text = self.number_format.describe(self)
         if self.act_bits is not None:
             text += f" a{self.act_bits}{' sym' if self.act_symmetric else ''}"
         return text if self.input_rotation is None else f"{text} rotated"
@@ -97,12 +113,19 @@ class Scheme:
         return self.act_bits is not None or self.input_rotation is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is said of inputs only where it is set, so that other schemes read as they always did."""
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in _INPUT or value != _INPUT[name]}
+        """Plain data: all fields, and ``name``, the short name for people."""
+        return dataclasses.asdict(self) | {"name": self.describe()}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
+        """The inverse of `to_dict`; fields that are missing have the number format's defaults.
 
-_INPUT = {"act_bits": None, "act_symmetric": False, "input_rotation": None}  # the defaults
+        Raises:
+            UsageError: a value that a field refuses.
+            TypeError: an unknown field.
+        """
+        fields = {key: value for key, value in data.items() if key != "name"}
+        return cls.of(fields.pop("format", "int"), **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +160,7 @@ class KeyValueScheme:
         return f"kv{self.bits}{' sym' if self.symmetric else ''}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint says (see `ptq.formats.native`)."""
+        """What a checkpoint says (see `ptq.containers.native`)."""
         return {"bits": self.bits, "symmetric": self.symmetric}
 
 

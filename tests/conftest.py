@@ -104,7 +104,7 @@ def small_report() -> Report:
         recipe={"method": "coreq", "scheme": scheme.to_dict()},
         calibration={"source": "pydoc"},
         format="compressed-tensors",
-        format_reason="symmetric integers",
+        container_reason="symmetric integers",
         layers=layers,
         kept=(KeptTensor("model.embed_tokens", "embedding", 10_000), KeptTensor("lm_head", "tied", 0)),
         totals={

@@ -236,13 +236,13 @@ def one_scheme(folder: Path, symmetric: bool) -> dict[str, Any]:
         return {"status": "refused", "problem": one_line(error)}
     except Exception as error:  # that would be a finding
         return {"status": "failed", "problem": one_line(error)}
-    row: dict[str, Any] = {"format": report.format, "reason": report.format_reason, "linears": len(report.layers)}
+    row: dict[str, Any] = {"format": report.container, "reason": report.container_reason, "linears": len(report.layers)}
     try:
         exact, rounded = expected_logits(folder / "model", out)
     except Exception as error:  # the reader of this file does not know such a model, or it cannot be run here
         return row | {"status": "not compared", "problem": one_line(error)}
     row["ptq"] = load_and_compare(out, exact)
-    if report.format == "compressed-tensors":
+    if report.container == "compressed-tensors":
         np.save(out / "expected.npy", rounded)
         row["stock"] = shared("stock", lambda: Server("stock", folder.parent)).ask({"folder": str(out)}, LIMIT)
     good = all(row[reader].get("distance", 1.0) <= NEAR for reader in ("ptq", "stock") if reader in row)

@@ -28,7 +28,7 @@ def _rows(forecast: Forecast) -> list[tuple[str, str]]:
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in forecast.timing.items())
     rows = [
         ("model", f"{forecast.model} ({forecast.architecture})"),
-        ("format", f"{forecast.format}: {forecast.format_reason}"),
+        ("container", f"{forecast.container}: {forecast.container_reason}"),
         (
             "quantized",
             f"{forecast.linears} linears in {forecast.blocks} blocks, {forecast.quantized_parameters:,} weights",

@@ -11,6 +11,7 @@ from cli.shared.method_flags import METHOD_FLAGS
 from ptq.api import make_recipe
 from ptq.errors import UsageError
 from ptq.methods import METHODS, LayerMethod, WindowMethod, find_method, make_config, parse_options
+from ptq.number_formats import FORMATS
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -28,6 +29,7 @@ DIRECT = (
     "calib_template",
     "seed",
     "format",
+    "container",
     "text_only",
 )
 
@@ -62,8 +64,9 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
 
 
 def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
-    """``PATTERN=bits[,gN][,asym|sym][,aN]`` as a pattern and ``base`` with these fields changed.
+    """``PATTERN=[format|bits][,gN][,asym|sym][,aN]`` as a pattern and ``base`` with these fields changed.
 
+    A name of a number format brings its defaults along, e.g. ``fp4,g16``; a number alone is a width of integers.
     ``g0`` is per channel; ``a8`` rounds inputs to 8 bits, ``a0`` leaves them as they are.
 
     Raises:
@@ -74,11 +77,15 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
         raise _bad_override(text)
     fields: dict[str, Any] = {}
     for part in parts.split(","):
+        if part.strip() in FORMATS:
+            fields |= {**FORMATS[part.strip()].defaults, "format": part.strip()}
+            continue
         match = re.fullmatch(r"(?P<bits>\d+)|g(?P<group>\d+)|a(?P<act>\d+)|(?P<sign>a?sym)", part.strip())
         if match is None:
             raise _bad_override(text)
         if match["bits"]:
             fields["bits"] = int(match["bits"])
+            fields.setdefault("format", "int")
         elif match["group"]:
             fields["group_size"] = int(match["group"]) or None
         elif match["act"]:
@@ -89,7 +96,10 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
 
 
 def _bad_override(text: str) -> UsageError:
-    return UsageError(f"--override needs PATTERN=bits[,gN][,asym][,aN], e.g. '*.down_proj=4,g32,asym'; got {text!r}.")
+    return UsageError(
+        f"--override needs PATTERN=bits or a number format[,gN][,asym][,aN], e.g. '*.down_proj=4,g32,asym'; got "
+        f"{text!r}."
+    )
 
 
 def _dynamic(given: Mapping[str, Any]) -> dict[str, Any]:

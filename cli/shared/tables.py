@@ -12,7 +12,6 @@ from cli.shared.terminal.progress import duration
 from cli.shared.terminal.rows import Column, NamedRows
 from cli.shared.terminal.screen import Screen
 from ptq.report import KeptTensor, LayerRecord, Report
-from ptq.scheme import Scheme
 
 __all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table", "window_table"]
 
@@ -34,10 +33,12 @@ def size(count: float) -> str:
 
 
 def layer_table(records: Sequence[LayerRecord], title: str | None = None) -> NamedRows:
-    """One row per linear: scheme, bytes, real bits per weight, losses, alpha, seconds, notes."""
-    headings = ("bytes", "bits/weight", "loss rtn", "loss", "alpha", "seconds")
+    """One row per linear: scheme, bytes, real bits per weight, losses, the method's own figures, seconds, notes."""
+    figures = list(dict.fromkeys(name for record in records for name in record.figures))  # the methods' own
+    headings = ("bytes", "bits/weight", "loss rtn", "loss", *figures, "seconds")
     columns = (Column("scheme", left=True), *map(Column, headings))
-    return NamedRows("layer", columns, tuple(map(_layer_cells, records)), notes="notes", title=title)
+    rows = tuple(_layer_cells(record, figures) for record in records)
+    return NamedRows("layer", columns, rows, notes="notes", title=title)
 
 
 def totals_table(report: Report) -> Table:
@@ -101,15 +102,15 @@ def show_summary(report: Report, out: Path, screen: Screen) -> None:
     screen.print(f"\nwritten to {out}", soft_wrap=True)
 
 
-def _layer_cells(record: LayerRecord) -> tuple[str, ...]:
+def _layer_cells(record: LayerRecord, figures: Sequence[str]) -> tuple[str, ...]:
     return (
         record.name,
-        Scheme(**record.scheme).describe(),
+        str(record.scheme["name"]),
         f"{record.payload_bytes:,}",
         f"{record.bits_per_weight:.3f}",
         number(record.loss_rtn),
         number(record.loss),
-        number(record.alpha, 3),
+        *(number(record.figures.get(name), 3) for name in figures),
         f"{record.seconds:.2f}",
         "; ".join(record.notes),
     )
@@ -117,14 +118,14 @@ def _layer_cells(record: LayerRecord) -> tuple[str, ...]:
 
 def _totals(report: Report) -> list[tuple[str, str]]:
     totals, recipe = report.totals, report.recipe
-    scheme = Scheme(**recipe["scheme"]).describe()
+    scheme = recipe["scheme"]["name"]
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.timing.items())
     before = f"{size(totals['source_bytes'])} {report.model['dtype']}"
     return [
         ("model", f"{report.model['source']} ({report.model['architecture']})"),
         ("method", f"{recipe['method']}, {scheme}"),
         *_at_run_time(report.recipe),
-        ("format", f"{report.format}: {report.format_reason}"),
+        ("container", f"{report.container}: {report.container_reason}"),
         ("bits per weight", f"{totals['bits_per_weight']:.3f} in {len(report.layers)} quantized linears"),
         ("weights", f"{before} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
         ("time", f"{duration(totals['seconds'])} ({parts})" if parts else duration(totals["seconds"])),

@@ -144,11 +144,10 @@ def _own_name(record: Record) -> str:
     if recipe is None:
         return _last_part(record.model.source)
     scheme = recipe.get("scheme")
-    if not isinstance(scheme, Mapping) or "bits" not in scheme:
+    if not isinstance(scheme, Mapping) or "name" not in scheme:
         return str(recipe.get("method", _last_part(record.model.source)))
-    size = scheme.get("group_size")
     mixed = " mixed" if recipe.get("overrides") else ""
-    return f"{recipe.get('method', 'quantized')} {scheme['bits']} bits{f' g{size}' if size else ''}{mixed}"
+    return f"{recipe.get('method', 'quantized')} {scheme['name']}{mixed}"
 
 
 def _last_part(source: str) -> str:

@@ -13,7 +13,7 @@ class Contender:
     """One recipe: a record, or the records of its calibration seeds.
 
     Args:
-        label: short and unique in the comparison, e.g. ``"coreq 3 bits g128"``.
+        label: short and unique in the comparison, e.g. ``"coreq int3 sym g128"``.
         sources: the models' paths or names.
         seeds: calibration seed of each; ``None`` where a record names none.
         bytes: of the weights, the mean over the records.

@@ -25,9 +25,8 @@ def own_record(report: Mapping[str, Any], records: Sequence[Record]) -> Record |
 
 
 def scheme_words(scheme: Mapping[str, Any]) -> str:
-    """E.g. ``int3 sym g64``."""
-    group = f"g{scheme['group_size']}" if scheme.get("group_size") else "per channel"
-    return f"int{scheme.get('bits')} {'sym' if scheme.get('symmetric') else 'asym'} {group}"
+    """The scheme's name as its number format describes it, e.g. ``int3 sym g64``."""
+    return str(scheme.get("name", "unknown"))
 
 
 def tile_list(report: Mapping[str, Any], record: Record | None) -> Html:
@@ -69,15 +68,28 @@ def _tile(name: str, value: str, more: str) -> Html:
 
 def layer_table(report: Mapping[str, Any]) -> Html:
     """One row a linear, folded."""
-    headings = ("linear", "method", "scheme", "bits per weight", "bytes", "error, nearest", "error", "alpha", "seconds")
     layers = report["layers"]
-    rows = [_layer_row(layer) for layer in layers]
+    figures = list(dict.fromkeys(name for layer in layers for name in layer.get("figures", {})))  # the methods' own
+    headings = (
+        "linear",
+        "method",
+        "scheme",
+        "bits per weight",
+        "bytes",
+        "error, nearest",
+        "error",
+        *figures,
+        "seconds",
+    )
+    rows = [_layer_row(layer, figures) for layer in layers]
     notes = [f"{layer['name']}: {note}" for layer in layers for note in layer.get("notes", ())]
     shown = table("Linears; errors are squared, relative to the output", headings, rows, words=(0, 1, 2))
     return details(f"Every linear ({len(rows)})", shown, bullets(notes) if notes else "", long=True)
 
 
-def _layer_row(layer: Mapping[str, Any]) -> tuple[object, ...]:
+def _layer_row(layer: Mapping[str, Any], figures: Sequence[str]) -> tuple[object, ...]:
+    own = layer.get("figures", {})
+
     def number(field: str, form: str = ".4g") -> str | None:
         value = layer.get(field)
         return None if value is None else format(value, form)
@@ -90,7 +102,7 @@ def _layer_row(layer: Mapping[str, Any]) -> tuple[object, ...]:
         number("payload_bytes", ","),
         number("loss_rtn"),
         number("loss"),
-        number("alpha", ".3g"),
+        *(f"{own[name]:.3g}" if name in own else None for name in figures),
         number("seconds", ".2f"),
     )
 
@@ -108,7 +120,17 @@ def kept_table(report: Mapping[str, Any]) -> Html:
 
 def model_certificate(report: Mapping[str, Any]) -> Html:
     """Where the quantized model comes from, folded."""
-    names = ("model", "recipe", "calibration", "format", "format_reason", "totals", "timing", "environment", "sha256")
+    names = (
+        "model",
+        "recipe",
+        "calibration",
+        "container",
+        "container_reason",
+        "totals",
+        "timing",
+        "environment",
+        "sha256",
+    )
     files = dict(list(report.get("files", {}).items())[:_FILE_ROWS])
     data = {name: report[name] for name in names if report.get(name) is not None}
     hashes = {f"file {name}": file["sha256"] for name, file in files.items()}

@@ -27,8 +27,8 @@ from torch import Tensor
 from calib.checkpoint.atomic_files import file_sha256, os_errors, sync, sync_tree, write_file, write_json
 from ptq.checkpoint.journal import JOURNAL_NAME, FinishedPart
 from ptq.checkpoint.resume import open_journal, shard_name
+from ptq.containers.native import GUARD_KEY, NATIVE
 from ptq.errors import OutputError
-from ptq.formats.native import GUARD_KEY, GUARD_SENTENCE, QUANT_METHOD
 from ptq.report import REPORT_NAME, STAGING, Report
 
 __all__ = ["STAGING", "CheckpointWriter", "check_output_folder", "read_shard"]
@@ -224,8 +224,8 @@ class CheckpointWriter:
             # Without it, transformers takes the first floating tensor it meets for the model's dtype: a scale.
             full["dtype"] = self._dense_dtypes.most_common(1)[0][0]
         full["quantization_config"] = dict(quantization_config)
-        if quantization_config["quant_method"] == QUANT_METHOD:
-            full[GUARD_KEY] = GUARD_SENTENCE
+        if quantization_config["quant_method"] == NATIVE.quant_method:
+            full |= NATIVE.config_entries()
         return full
 
     def _move_into_place(self, names: Sequence[str]) -> None:

@@ -2,17 +2,18 @@
 
 Every grid of the toolkit has the form ``value = scale * (level[code] - zero)`` with an ascending table of levels. The
 integer grids are the table 0, 1, 2, ...; floating-point and codebook grids are other tables. Solvers see only
-`BoundGrid`, so none of them can assume equal steps.
+`ScaledGrid`, so none of them can assume equal steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["BoundGrid", "Grid", "uniform_grid"]
+__all__ = ["Grid", "ScaledGrid", "uniform_grid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def uniform_grid(bits: int, device: torch.device | None = None) -> Grid:
 
 
 @dataclasses.dataclass(frozen=True)
-class BoundGrid:
+class ScaledGrid:
     """A grid with the scales of one weight: what a solver rounds onto.
 
     Args:
@@ -89,14 +90,17 @@ class BoundGrid:
         scale: float32 ``[out, groups]``, finite; a negative scale mirrors the grid, zero is not allowed.
         zero: float32 ``[out, groups]``, in units of levels.
         group: int64 ``[in]``, the group of every input channel.
+        params: the stored parameters of the number format from which scale and zero follow; what a
+            `ptq.QuantizedWeight` on this grid keeps.
     """
 
     grid: Grid
     scale: Tensor
     zero: Tensor
     group: Tensor
+    params: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def permuted(self, order: Tensor) -> BoundGrid:
+    def permuted(self, order: Tensor) -> ScaledGrid:
         """The same grid for columns taken in ``order`` (int64 ``[in]``)."""
         return dataclasses.replace(self, group=self.group[order])
 
@@ -105,7 +109,7 @@ class BoundGrid:
         group = self.group[start:stop]
         return self.scale.index_select(1, group), self.zero.index_select(1, group)
 
-    def rows(self, start: int, stop: int) -> BoundGrid:
+    def rows(self, start: int, stop: int) -> ScaledGrid:
         """The grid of some rows."""
         return dataclasses.replace(self, scale=self.scale[start:stop], zero=self.zero[start:stop])
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericalError
-from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.grids.storage import SCALE_DTYPES, Storage
 
-__all__ = ["SCALE_SEARCHES", "ScaleSearch", "fit_scales"]
+__all__ = ["PNORM", "SCALE_SEARCHES", "ScaleSearch", "fit_scales", "stored_scale"]
 
 ScaleSearch = Literal["minmax", "pnorm", "hessian"]
 SCALE_SEARCHES: tuple[ScaleSearch, ...] = ("minmax", "pnorm", "hessian")
@@ -35,7 +35,7 @@ _NEAR = (0.0, -0.00625, 0.00625)  # measured exactly around the table's best
 _COARSE, _FINE = _RATIOS[::4], (-0.0375, -0.025, -0.0125, 0.0125, 0.025)  # without a table
 _POSITIONS = 128  # rows of the table a level
 _TABLE_BITS = 4  # asymmetric grids above this have no table
-_PNORM = 2.4
+PNORM = 2.4
 _TINY = 1e-20
 _MIRROR_BITS = 4  # above this a mirrored grid wins nothing that could be measured
 _CHUNK = 1 << 19  # weights searched at once: 2 MiB, so that the temporaries stay in cache
@@ -53,7 +53,7 @@ class _Groups:
 
     weight: Tensor
     importance: Tensor | None
-    scheme: Scheme
+    scheme: Storage
     power: float
     unit: Tensor
     zero: Tensor
@@ -77,7 +77,7 @@ class _Groups:
 
 
 def fit_scales(
-    weight: Tensor, scheme: Scheme, search: ScaleSearch = "pnorm", importance: Tensor | None = None
+    weight: Tensor, scheme: Storage, search: ScaleSearch = "pnorm", importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points of ``weight``.
 
@@ -107,7 +107,7 @@ def fit_scales(
         weights = torch.nn.functional.pad(importance, (0, groups * size - width)).view(1, groups, size)
     rows = max(1, (_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK) // (groups * size))
     for start in range(0, out, rows):
-        slab = _slab(padded[start : start + rows], weights, scheme, _PNORM if search == "pnorm" else 2)
+        slab = _slab(padded[start : start + rows], weights, scheme, PNORM if search == "pnorm" else 2)
         scale[start : start + rows] = slab.scale(1.0, 1.0) if search == "minmax" else _search(slab)
         zero[start : start + rows] = slab.zero
     if not bool(torch.isfinite(scale).all()):
@@ -122,7 +122,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp(min=tiny).to(dtype).float().clamp_(min=tiny)
 
 
-def _slab(weight: Tensor, importance: Tensor | None, scheme: Scheme, power: float) -> _Groups:
+def _slab(weight: Tensor, importance: Tensor | None, scheme: Storage, power: float) -> _Groups:
     steps = 2**scheme.bits - 1
     low, high = weight.amin(-1).clamp_(max=0.0), weight.amax(-1).clamp_(min=0.0)
     if scheme.symmetric:

@@ -23,7 +23,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from calib.model.experts import join_experts
 from ptq.checkpoint.verify import verify_checkpoint
-from ptq.formats.compressed_tensors import FORMAT
+from ptq.containers.compressed_tensors import FORMAT
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme

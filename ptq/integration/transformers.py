@@ -17,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calib.model.structure import find_blocks
 from ptq.checkpoint.verify import verify_checkpoint
-from ptq.formats import native
-from ptq.formats.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
+from ptq.containers import native
+from ptq.containers.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
@@ -36,7 +36,7 @@ def register() -> None:
 
 
 class PtqConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a native checkpoint (see `ptq.formats.native`).
+    """The ``quantization_config`` of a native checkpoint (see `ptq.containers.native`).
 
     Raises:
         OutputError: another version, or a config that does not hold together.
@@ -80,7 +80,7 @@ class PtqQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         # transformers calls this after it has found us and before it looks for weight files: the moment to take away
-        # the sentence that stops a transformers without us (see ptq.formats.native).
+        # the sentence that stops a transformers without us (see ptq.containers.native).
         if hasattr(config, native.GUARD_KEY):
             delattr(config, native.GUARD_KEY)
         return config

@@ -63,7 +63,7 @@ class LinearLearner:
         self._make_parameters(generator)
 
     def _start_from(self, anchor: QuantizedWeight) -> None:
-        grid = anchor.bound_grid()
+        grid = anchor.scaled_grid()
         scale, zero = grid.scale.to(self.base.device), grid.zero.to(self.base.device)
         chosen = anchor.dequantize().to(self.base.device)
         room = _INSIDE * scale.abs().repeat_interleave(self.size, 1)[:, : self.width]
@@ -150,8 +150,8 @@ class LinearLearner:
             whole = (exact if offset is None else exact + offset).round()
         codes = self.flat((whole + levels.zero).clamp(0, levels.top)).to(torch.uint8)
         scale = levels.scale[..., 0].to(SCALE_DTYPES[self.scheme.scale_dtype])
-        zero = None if self.scheme.symmetric else levels.zero[..., 0].to(torch.uint8)
-        return QuantizedWeight(codes, scale, zero, self.scheme)
+        zero = {} if self.scheme.symmetric else {"zero": levels.zero[..., 0].to(torch.uint8)}
+        return QuantizedWeight(codes, {"scale": scale, **zero}, self.scheme)
 
     @torch.no_grad()
     def keep_inside(self) -> None:

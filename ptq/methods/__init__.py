@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from ptq.errors import UsageError, unknown_name
-from ptq.methods.base import LayerMethod, LayerResult, WindowMethod, make_config, parse_options
+from ptq.methods.base import LayerMethod, LayerResult, WindowMethod, check_scheme, make_config, parse_options
 from ptq.methods.layerwise.coreq import COREQ
 from ptq.methods.layerwise.gptaq import GPTAQ
 from ptq.methods.layerwise.gptq import GPTQ
@@ -20,7 +20,16 @@ from ptq.methods.learned.autoround import AUTOROUND
 from ptq.methods.learned.omniquant import OMNIQUANT
 from ptq.methods.learned.sliderquant import SLIDERQUANT, SLIDERQUANT_LORA
 
-__all__ = ["METHODS", "LayerMethod", "LayerResult", "WindowMethod", "find_method", "make_config", "parse_options"]
+__all__ = [
+    "METHODS",
+    "LayerMethod",
+    "LayerResult",
+    "WindowMethod",
+    "check_scheme",
+    "find_method",
+    "make_config",
+    "parse_options",
+]
 
 _BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ, SLIDERQUANT, SLIDERQUANT_LORA, OMNIQUANT, AUTOROUND)
 

@@ -10,36 +10,46 @@ engine in `ptq.learning` does it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from calib.stats import LinearStatistics, Stat
 from ptq.errors import UsageError, unknown_name
-from ptq.grids import BoundGrid
 from ptq.learning import LearnedConfig
 from ptq.quantized import QuantizedWeight
-from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.scheme import Scheme
 
-__all__ = ["LayerMethod", "LayerResult", "WindowMethod", "finish", "make_config", "parse_options"]
+__all__ = ["LayerMethod", "LayerResult", "WindowMethod", "check_scheme", "make_config", "parse_options"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
     """A quantized weight and what the method wants the record to say.
 
-    ``flops`` are the floating-point operations of matrix products and factorizations; what linears share is counted by
-    the one that made it. The search of scales and other elementwise work is not counted.
+    Args:
+        weight: the result.
+        figures: the method's own figures by name, e.g. ``{"alpha": 0.8, "r2": 0.9, "damping": 0.01}``.
+        notes: every fallback that was taken, a sentence each.
+        flops: floating-point operations of matrix products and factorizations; what linears share is counted by the one
+            that made it. The search of scales and other elementwise work is not counted.
     """
 
     weight: QuantizedWeight
-    alpha: float | None = None
-    r2: float | None = None
-    damping: float | None = None
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     flops: int = 0
+
+
+def any_scheme(scheme: Scheme) -> str | None:
+    """The answer of methods that round onto whatever grid they are given."""
+    return None
+
+
+def integers_only(scheme: Scheme) -> str | None:
+    """The answer of methods that compute with integer codes."""
+    return None if scheme.format == "int" else "it computes with integer codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +61,19 @@ class LayerMethod:
         summary: one line for ``ptq methods``.
         config: frozen dataclass of the method's options, all with defaults, validated in ``__post_init__``.
         needs: statistics as data, from a config.
-        quantize: ``(weight float32 [out, in], statistics or None, scheme, config) -> LayerResult``.
+        quantize: ``(weight float32 [out, in], statistics or None, scheme, config, shared) -> LayerResult``; ``shared``
+            are the parameters that linears of one input group have in common (`NumberFormat.share`).
+        unsupported_reason: why the method cannot produce a scheme, or ``None``.
+        defaults: fields of the scheme that a user gets who names only the method.
     """
 
     name: str
     summary: str
     config: type[Any]
     needs: Callable[[Any], frozenset[Stat]]
-    quantize: Callable[[Tensor, LinearStatistics | None, Scheme, Any], LayerResult]
+    quantize: Callable[[Tensor, LinearStatistics | None, Scheme, Any, Mapping[str, Tensor]], LayerResult]
+    unsupported_reason: Callable[[Scheme], str | None] = any_scheme
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +84,37 @@ class WindowMethod:
         name: what users type.
         summary: one line for ``ptq methods``.
         config: a subclass of `LearnedConfig` with the method's defaults.
+        unsupported_reason: why the method cannot produce a scheme, or ``None``.
+        defaults: fields of the scheme that a user gets who names only the method.
     """
 
     name: str
     summary: str
     config: type[LearnedConfig]
+    unsupported_reason: Callable[[Scheme], str | None] = integers_only
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def check_scheme(
+    method: LayerMethod | WindowMethod, scheme: Scheme, methods: Iterable[LayerMethod | WindowMethod]
+) -> None:
+    """Check before a run that a method can produce a scheme.
+
+    Args:
+        method: the method asked for.
+        scheme: the scheme asked for.
+        methods: all methods, to name those that can.
+
+    Raises:
+        UsageError: it cannot; names the methods that can.
+    """
+    reason = method.unsupported_reason(scheme)
+    if reason is not None:
+        able = ", ".join(sorted(other.name for other in methods if other.unsupported_reason(scheme) is None))
+        raise UsageError(
+            f"the method {method.name} cannot produce {scheme.describe()}: {reason}. Methods that can: "
+            f"{able or 'none'}."
+        )
 
 
 def make_config(method: LayerMethod | WindowMethod, options: Mapping[str, Any]) -> Any:
@@ -126,19 +167,3 @@ def _parse(where: str, text: str, default: Any) -> Any:
         return type(default)(text)
     except ValueError as error:
         raise UsageError(f"{where} is a number ({type(default).__name__}), got {text!r}.") from error
-
-
-def finish(codes: Tensor, grid: BoundGrid, scheme: Scheme) -> QuantizedWeight:
-    """A `QuantizedWeight` from codes and the grid they were rounded onto (its scales are stored values already).
-
-    Raises:
-        ValueError: the grid is not the integer grid that ``scheme`` describes, so that the stored codes would be read
-            as other values.
-    """
-    if not grid.grid.uniform or len(grid.grid.levels) != 2**scheme.bits:
-        raise ValueError(
-            f"codes of a grid of {len(grid.grid.levels)} {'equal steps' if grid.grid.uniform else 'unequal levels'} "
-            f"cannot be stored as {scheme.describe()}: a scheme describes integer grids only."
-        )
-    zero = None if scheme.symmetric else grid.zero.to(torch.uint8)
-    return QuantizedWeight(codes, grid.scale.to(SCALE_DTYPES[scheme.scale_dtype]), zero, scheme)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from calib.stats import LinearStatistics
 from ptq.errors import NumericalError, UsageError, unknown_name
-from ptq.grids import SCALE_SEARCHES, BoundGrid, ScaleSearch, fit_scales, uniform_grid
+from ptq.grids import SCALE_SEARCHES, ScaledGrid, ScaleSearch
 from ptq.scheme import Scheme
 from ptq.solvers import ORDERS, Factor, Order, factorize, factorize_flops
 
@@ -36,15 +37,17 @@ def check_damping(value: float) -> None:
         raise UsageError(f"damping is a fraction of the mean diagonal, 0 to 1; got {value!r}.")
 
 
-def fit_grid(target: Tensor, scheme: Scheme, search: ScaleSearch, stats: LinearStatistics | None) -> BoundGrid:
-    """The scheme's grid with scales fitted to ``target`` ``[out, in]``, static, in the original column order."""
+def fit_grid(
+    target: Tensor,
+    scheme: Scheme,
+    search: ScaleSearch,
+    stats: LinearStatistics | None,
+    shared: Mapping[str, Tensor] | None = None,
+) -> ScaledGrid:
+    """The scheme's grid with parameters fitted to ``target`` ``[out, in]``, static, in the original column order."""
     importance = require(stats).hessian.diagonal() if search == "hessian" else None
-    scale, zero = fit_scales(target, scheme, search, importance)
-    centre = torch.full(scale.shape, 2.0 ** (scheme.bits - 1), device=target.device)
-    index = scheme.group_index(target.shape[1], target.device)
-    return BoundGrid(
-        uniform_grid(scheme.bits, target.device), scale.float(), centre if zero is None else zero.float(), index
-    )
+    params = scheme.number_format.fit(target, scheme, search, importance, shared)
+    return scheme.number_format.grid(params, scheme, target.shape[1])
 
 
 def group_factor(stats: LinearStatistics, damping: float, order: Order) -> tuple[Factor, int]:

@@ -59,8 +59,9 @@ def solve_group(
     """
     shapes = {name: group.block.full(name).shape for name in group.names}
     turn = owners([rows * columns for rows, columns in shapes.values()], workers.size)
+    shared = _shared(group, schemes)
     mine = {
-        name: _solve(group, name, schemes[name], stats, method, config, timing)
+        name: _solve(group, name, schemes[name], stats, method, config, timing, shared[name])
         for name, owner in zip(group.names, turn, strict=True)
         if owner == workers.rank
     }
@@ -70,6 +71,17 @@ def solve_group(
     return {
         name: _exchange(mine.get(name), owner, workers, device) for name, owner in zip(group.names, turn, strict=True)
     }
+
+
+def _shared(group: GroupVisit, schemes: Mapping[str, Scheme]) -> dict[str, Mapping[str, Tensor]]:
+    """Of every linear, the parameters that it has in common with those of its group that have its scheme; every process
+    computes them."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for scheme in {schemes[name] for name in group.names}:
+        alike = [name for name in group.names if schemes[name] == scheme]
+        shared = scheme.number_format.share((group.weight(name) for name in alike), scheme)
+        found.update(dict.fromkeys(alike, shared))
+    return found
 
 
 def owners(costs: Sequence[float], size: int) -> list[int]:
@@ -89,6 +101,7 @@ def _solve(
     method: LayerMethod,
     config: Any,
     timing: Timing,
+    shared: Mapping[str, Tensor],
 ) -> Solved:
     start, full = time.perf_counter(), group.full_name(name)
     device = group.block.walk.device
@@ -96,7 +109,7 @@ def _solve(
     own = None if stats is None else stats.of(name)
     with timing.part("solve", device), _named(full):
         check_energy(weight, own)
-        result = method.quantize(weight, own, scheme, config)
+        result = method.quantize(weight, own, scheme, config, shared)
     quantized = dataclasses.replace(result.weight, scheme=stored_scheme(group.block, name, result.weight.scheme))
     with timing.part("losses", device), _named(full):
         nearest, loss = layer_losses(weight, quantized, own)
@@ -114,9 +127,7 @@ def _solve(
         time.perf_counter() - start,
         nearest,
         loss,
-        result.alpha,
-        result.r2,
-        result.damping,
+        dict(result.figures),
         None if stats is None else stats.tokens,
         notes,
     )
@@ -139,14 +150,13 @@ def _exchange(mine: Solved | None, owner: int, workers: Workers, device: torch.d
     plain: Any = None
     tensors: dict[str, Tensor] = {}
     if mine is not None:
-        values = {field.name: getattr(mine.weight, field.name) for field in dataclasses.fields(mine.weight)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        tensors = {"codes": mine.weight.codes, **mine.weight.params}
         shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-        plain = ({name: v for name, v in values.items() if name not in tensors}, shapes, mine.record, mine.flops)
-    rest, shapes, record, flops = workers.share(plain, owner)
-    fields: dict[str, Any] = dict(rest)
+        plain = (mine.weight.scheme, shapes, mine.record, mine.flops)
+    scheme, shapes, record, flops = workers.share(plain, owner)
+    found: dict[str, Tensor] = {}
     for name, (shape, dtype) in shapes.items():
         buffer = tensors[name].to(workers.device) if mine else torch.empty(shape, dtype=dtype, device=workers.device)
         workers.broadcast_(buffer, owner)
-        fields[name] = buffer.to(device)
-    return Solved(QuantizedWeight(**fields), record, flops)
+        found[name] = buffer.to(device)
+    return Solved(QuantizedWeight(found.pop("codes"), found, scheme), record, flops)

@@ -76,7 +76,7 @@ def layer_losses(
     size = error(weight)
     if size <= 0:
         return 0.0, 0.0
-    grid = quantized.bound_grid()
+    grid = quantized.scaled_grid()
     nearest = grid.dequantize(grid.round(weight))
     found = error(weight - nearest) / size, error(weight - grid.dequantize(quantized.codes)) / size
     if not all(map(math.isfinite, (size, *found))):

@@ -36,11 +36,11 @@ from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.journal import FinishedPart, Journal, changed_conditions, flatten
 from ptq.checkpoint.workspace import WORK
 from ptq.checkpoint.writer import STAGING, CheckpointWriter, read_shard
+from ptq.containers.base import Container
+from ptq.containers.select import CONTAINERS
 from ptq.errors import ModelError, UsageError
-from ptq.formats import compressed_tensors, native
 from ptq.learning import LearnedConfig
 from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
-from ptq.packing.integer import layer_weight
 from ptq.pipeline.events import Event, Listener
 from ptq.pipeline.input_transforms import treat_block
 from ptq.pipeline.layerwise import solve_group
@@ -66,7 +66,6 @@ from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["Run"]
 
-_FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _VERSIONS = ("ptq-toolkit", "torch", "transformers", "compressed-tensors", "safetensors")
 _MANY_IDLE = 4  # one window in so many
 
@@ -121,7 +120,7 @@ class Run:
         blocks = tuple(f"{block}." for block in plan.blocks)
         self._experts = frozenset(name for name in fused_experts(source.skeleton) if name.startswith(blocks))
         self.linears = all_linears(source.skeleton)
-        self.choice, self.format, self.format_reason = choice, choice.name, choice.reason
+        self.choice, self.container, self.container_reason = choice, choice.name, choice.reason
         tokens = None if calibration is None else calibration.tokens
         self._streams = 3 if isinstance(method, WindowMethod) else 2
         self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size, self._streams)
@@ -233,9 +232,9 @@ class Run:
         parts = {name: PartRecord.from_payload(part.payload) for name, part in finished.items()}
         self._earlier = merge(parts.values())
         for part in parts.values():
-            self.format, self.format_reason = part.format, part.format_reason
+            self.container, self.container_reason = part.container, part.container_reason
             self._kernels_checked = frozenset({()})  # too late for another format
-        self.tell(Event("message", f"format {self.format}: {self.format_reason}"))
+        self.tell(Event("message", f"format {self.container}: {self.container_reason}"))
         rest = walk.tensors_outside_blocks()
         if done < total and isinstance(self.config, LearnedConfig):
             WindowRun(self, self.config, finished, parts, writer).execute()
@@ -330,7 +329,7 @@ class Run:
         part.seconds = now.seconds - self._noted.seconds
         part.timing = {name: value - self._noted.timing.get(name, 0.0) for name, value in now.timing.items()}
         part.flops = {name: value - self._noted.flops.get(name, 0.0) for name, value in now.flops.items()}
-        part.format, part.format_reason = self.format, self.format_reason
+        part.container, part.container_reason = self.container, self.container_reason
         self._noted = now
 
     def quantize_block(self, visit: BlockVisit, part: PartRecord, *, packed: bool) -> dict[str, Tensor]:
@@ -414,16 +413,16 @@ class Run:
         read. At the first block the format can still be another one."""
         groups = visit.walk.map_of(visit).groups
         names = tuple(name for group in groups for name in group.linears)
-        if self.format == "native" or names in self._kernels_checked:
+        if self.container == "native" or names in self._kernels_checked:
             return
         first, self._kernels_checked = not self._kernels_checked, self._kernels_checked | {names}
         clashes = clashing_schemes(self.plan, groups)
-        if clashes and self.recipe.format == "auto" and first:
+        if clashes and self.recipe.container == "auto" and first:
             self.choice = self.choice.native_instead(clashes[0])
-            self.format, self.format_reason = self.choice.name, self.choice.reason
+            self.container, self.container_reason = self.choice.name, self.choice.reason
             self.tell(Event("message", f"format native instead: {clashes[0]}"))
         elif clashes:
-            raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --format native.")
+            raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --container native.")
 
     def replay(self, visit: BlockVisit, part: FinishedPart) -> None:
         """Give a finished block its weights, for the streams to pass through."""
@@ -433,14 +432,16 @@ class Run:
         self.treat(visit)
         tensors = read_shard(self.out / STAGING / part.file)
         for row in part.payload["layers"]:
-            weight = layer_weight(row["name"], tensors, Scheme(**row["scheme"])).to(self.device)
+            rows, columns = row["shape"]
+            scheme = Scheme.from_dict(row["scheme"])
+            weight = self._format.read_layer(row["name"], tensors, scheme, (rows, columns)).to(self.device)
             visit.replace(row["name"].removeprefix(f"{visit.name}."), weight.dequantize(self.dtype))
         for name, key in part.payload.get("changed", {}).items():
             visit.replace_parameter(name.removeprefix(f"{visit.name}."), tensors[key])
 
     @property
-    def _format(self) -> Any:
-        return _FORMATS[self.format]
+    def _format(self) -> Container:
+        return CONTAINERS[self.container]
 
     def warn(self, part: PartRecord, *texts: str) -> None:
         for text in texts:
@@ -551,14 +552,16 @@ class Run:
         self.warn(total, *_idle_windows(total.windows))
         self.warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
         report = self._report(writer, total)
-        schemes = {record.name: Scheme(**record.scheme) for record in total.layers}  # as applied, not as planned
+        schemes = {
+            record.name: Scheme.from_dict(record.scheme) for record in total.layers
+        }  # as applied, not as planned
         writer.finish(self._model_config(), self._quantization_config(schemes), report)
         return report
 
     def _quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-        if self.format == "native":
-            return native.quantization_config(schemes, self.linears, self.key_values)
-        return compressed_tensors.quantization_config(schemes, self.linears, self._carried_modules())
+        return self._format.quantization_config(
+            schemes, self.linears, key_values=self.key_values, others=self._carried_modules()
+        )
 
     def _carried_modules(self) -> list[str]:
         """Modules that a reader other than transformers may have for tensors that are no part of the model."""
@@ -599,8 +602,8 @@ class Run:
             description,
             self.recipe.to_dict(),
             None if self.calibration is None else self.calibration.describe(),
-            self.format,
-            self.format_reason,
+            self.container,
+            self.container_reason,
             tuple(total.layers),
             kept,
             totals,

@@ -25,11 +25,11 @@ from calib.runner.window_schedule import Window, describe_windows
 from ptq.checkpoint.journal import FinishedPart
 from ptq.checkpoint.workspace import WORK, Workspace
 from ptq.checkpoint.writer import STAGING, CheckpointWriter
+from ptq.containers.native import NATIVE
 from ptq.errors import ModelError, UsageError
 from ptq.learning.block import BlockLearner
 from ptq.learning.config import LearnedConfig
 from ptq.learning.training import WindowRecord, train_window
-from ptq.packing.integer import layer_tensors, layer_weight
 from ptq.pipeline.events import Event, Listener
 from ptq.pipeline.input_transforms import stored_scheme
 from ptq.pipeline.preparation.scheme_assignment import Plan
@@ -172,7 +172,7 @@ class WindowRun:
     def _save_anchors(self, name: str, visit: BlockVisit, weights: dict[str, QuantizedWeight]) -> None:
         tensors: dict[str, Tensor] = {}
         for linear, weight in weights.items():
-            tensors.update(layer_tensors(linear, weight))
+            tensors.update(weight.tensors(linear))
         self.work.save(name, tensors, {"block": visit.name, "linears": sorted(weights)})
 
     def _anchors(self, visit: BlockVisit) -> dict[str, QuantizedWeight]:
@@ -181,7 +181,11 @@ class WindowRun:
         if self.config.init == "none":
             return {}
         tensors, schemes = self.work.load(name), self.run.plan.in_block(visit.name)
-        return {linear: layer_weight(linear, tensors, schemes[linear]) for linear in self.work.payload(name)["linears"]}
+        shapes = {linear: (visit.full(linear).shape[0], visit.full(linear).shape[1]) for linear in visit.linears}
+        return {
+            linear: NATIVE.read_layer(linear, tensors, schemes[linear], shapes[linear])
+            for linear in self.work.payload(name)["linears"]
+        }
 
     def _sweep(self, sweep: int, shares: Sequence[float]) -> None:
         run, walk = self.run, self.run.walk(batch=self.config.batch)

@@ -1,7 +1,7 @@
 """The format of an output, settled by loading a skeleton of it.
 
-The rules of `ptq.formats.select` say what a format can carry. Whether stock transformers then really loads a model of
-this family is not in any rule: it is tried, in a process without ptq. What fails there is written in the native format,
+The rules of `ptq.containers.select` say what a container can carry. Whether stock transformers then really loads a
+model of this family is not in any rule: it is tried, in a process without ptq. What fails there is written natively,
 which is tried in this process, where ptq is imported as it will be in the user's.
 """
 
@@ -20,9 +20,9 @@ import transformers
 from calib.checkpoint.reader import ModelSource, quiet_transformers
 from calib.model.model_class import find_model_class
 from calib.model.structure import all_linears
+from ptq.containers.select import select_container
+from ptq.containers.vllm import vllm_phrase
 from ptq.errors import ModelError, UsageError
-from ptq.formats.select import select_format
-from ptq.formats.vllm import vllm_phrase
 from ptq.integration.transformers import register
 from ptq.proof.loader import try_to_load
 from ptq.proof.prover import StockProver
@@ -83,15 +83,14 @@ def settle_format(
         ModelError: not even the native format loads.
     """
     linears = all_linears(source.skeleton)
-    bits = None if key_values is None else key_values.bits
-    name, reason = select_format(requested, schemes, linears, source.skeleton, bits)
+    name, reason = select_container(requested, schemes, linears, source.skeleton, key_values)
     proofs: dict[str, Verdict] = {}
     with _Trial(source, schemes, key_values, trust_remote_code) as trial:
         if name == "compressed-tensors":
             proofs[name] = trial.verdict(name)
             problem = _stock_problem(proofs[name])
             if problem is not None and requested != "auto":
-                raise UsageError(f"{problem}. Use format 'native' or 'auto'.")
+                raise UsageError(f"{problem}. Use --container native or auto.")
             one_scheme = len(set(schemes.values())) == 1
             if problem is None and one_scheme:
                 return FormatChoice(name, _stock_reason(proofs[name], schemes, linears), proofs)

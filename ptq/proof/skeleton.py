@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from calib.checkpoint.reader import ModelSource, ModuleSource, open_model, quiet_transformers
 from calib.model.experts import expert_linears
 from calib.model.structure import all_linears, find_blocks, find_linears, is_linear, linear_weight, set_linear_weight
-from ptq.formats import compressed_tensors, native
+from ptq.containers.select import CONTAINERS
 from ptq.proof.loader import run_model
 from ptq.proof.shrink import shrink_config
 from ptq.quantized import QuantizedWeight
-from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
+from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["Skeleton", "make_skeleton"]
 
@@ -37,7 +37,6 @@ _SMALL_MODEL = 1 << 22
 """Parameters of a model that needs no smaller one."""
 _LARGEST_SKELETON = 1 << 26
 _TOKENS = 8
-_FORMATS = {"compressed-tensors": compressed_tensors, "native": native}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -82,21 +81,19 @@ class Skeleton:
         Returns:
             A file with the logits that the folder should give, if that can be said without the runtime.
         """
-        module: Any = _FORMATS[form]
+        container = CONTAINERS[form]
         folder.mkdir()
         weights = {name: _draw(self.linears[name], scheme, index) for index, (name, scheme) in enumerate(self._packed)}
         tensors: dict[str, Tensor] = {}
         for name, weight in weights.items():
-            tensors.update(module.layer_tensors(name, weight))
+            tensors.update(container.layer_tensors(name, weight))
         dense = self.source.tensor_names() - {f"{name}.weight" for name in weights}
         tensors.update({key: tensor.contiguous() for key, _, tensor in self.source.raw_tensors(dense)})
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        arguments = () if form == "compressed-tensors" else (key_values,)
-        quantization = module.quantization_config(self.schemes, self.linears, *arguments)
+        quantization = container.quantization_config(self.schemes, self.linears, key_values=key_values)
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = quantization
-        if form == "native":
-            config[native.GUARD_KEY] = native.GUARD_SENTENCE
+        config |= container.config_entries()
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         for code in self.folder.glob("*.py"):
             shutil.copy(code, folder)
@@ -259,14 +256,10 @@ def _fit_groups(schemes: Mapping[str, Scheme | None], model: nn.Module) -> dict[
 
 
 def _draw(linear: nn.Module, scheme: Scheme, seed: int) -> QuantizedWeight:
-    """Random codes and scales of a sensible size."""
+    """Random codes and parameters of a sensible size."""
     generator = torch.Generator().manual_seed(seed)
-    shape, levels = linear_weight(linear).shape, 2**scheme.bits
-    codes = torch.randint(0, levels, shape, generator=generator, dtype=torch.uint8)
-    sizes = (shape[0], scheme.groups(shape[1]))
-    scale = (1 + torch.rand(sizes, generator=generator)) * (12 / shape[1]) ** 0.5 / levels
-    zero = None
-    if not scheme.symmetric:
-        middle = torch.full(sizes, levels // 2)
-        zero = (middle + torch.randint(-1, 2, sizes, generator=generator)).to(torch.uint8)
-    return QuantizedWeight(codes, scale.to(SCALE_DTYPES[scheme.scale_dtype]), zero, scheme)
+    rows, columns = linear_weight(linear).shape
+    weight = torch.randn(rows, columns, generator=generator) * columns**-0.5
+    record = scheme.number_format
+    grid = record.grid(record.fit(weight, scheme, "minmax"), scheme, columns)
+    return QuantizedWeight.from_grid(grid.round(weight), grid, scheme)

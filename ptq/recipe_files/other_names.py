@@ -55,7 +55,7 @@ _OURS = {
     "lr_clip": Ours("--lr-clip", "lr_clip", "options.lr_clip"),
     "ignore": Ours("--ignore", "ignore", "ignore"),
     "override": Ours("--override PATTERN=bits[,gN][,asym]", "overrides", "overrides"),
-    "format": Ours("--format auto, compressed-tensors or native", "format", "format"),
+    "container": Ours("--container auto, compressed-tensors or native", "container", "container"),
     "dtype": Ours("--dtype", "compute_dtype", "compute_dtype"),
     "device": Ours("--device", "device", _RUN),
     "offload": Ours("--offload", "offload", _RUN),
@@ -98,7 +98,7 @@ _QUANTIZE = {
     "ignore": "layers_to_skip skip_layers skip_modules modules_to_not_convert modules_to_skip ignored_layers exclude "
     "exclude_layers exclude_modules fp_layers fp16_layers ignore_layers not_use_layers",
     "override": "dynamic layer_config per_layer_config layer_bits tensor_type tensor_types mixed_precision_config",
-    "format": "export_format save_format output_format fmt checkpoint_format pack_mode save_compressed",
+    "container": "export_format save_format output_format fmt checkpoint_format pack_mode save_compressed",
     "dtype": "torch_dtype model_dtype precision compute_type compute_dtype",
     "device": "device_map cuda gpu gpu_id device_id devices device_num",
     "offload": "low_gpu_mem_usage low_cpu_mem_usage cpu_offload offload_folder disk_offload offload_dir "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.grids import BoundGrid
+from ptq.grids import ScaledGrid
 from ptq.solvers.cholesky import Factor
 from ptq.solvers.cpu_threads import one_thread
 from ptq.solvers.successive import quadratic, successive_rounding, sweep_flops
@@ -24,7 +24,7 @@ _BLOCK = 32
 _CHUNK_BYTES = 1 << 28
 
 
-def beam_search(target: Tensor, grid: BoundGrid, factor: Factor, *, width: int) -> Tensor:
+def beam_search(target: Tensor, grid: ScaledGrid, factor: Factor, *, width: int) -> Tensor:
     """Round ``target`` with ``width`` beams a row; every row keeps the better of beam search and greedy rounding.
 
     Args:
@@ -54,7 +54,7 @@ def beam_flops(rows: int, width: int, beams: int) -> int:
     return sweep_flops(rows, width) + (beams + 4) * rows * width * width
 
 
-def _search_rows(target: Tensor, grid: BoundGrid, factor: Factor, width: int) -> Tensor:
+def _search_rows(target: Tensor, grid: ScaledGrid, factor: Factor, width: int) -> Tensor:
     """The best of ``width`` beams for a chunk of rows, codes uint8 ``[r, n]`` in the original column order."""
     grid, wanted = grid.permuted(factor.order), target[:, factor.order]
     rows, columns = wanted.shape
@@ -97,7 +97,7 @@ class _Block:
         return codes, errors
 
 
-def _advance(state: _Block, grid: BoundGrid, start: int, feed: Tensor, pivots: Tensor, cost: Tensor) -> Tensor:
+def _advance(state: _Block, grid: ScaledGrid, start: int, feed: Tensor, pivots: Tensor, cost: Tensor) -> Tensor:
     """Take all columns of a block; returns the cost of the surviving beams ``[r, K]``."""
     rows, width = cost.shape
     scale, zero = grid.columns(start, start + len(pivots))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from calib.precision import product
-from ptq.grids import BoundGrid, Grid
+from ptq.grids import Grid, ScaledGrid
 from ptq.solvers.cholesky import Factor
 from ptq.solvers.cpu_threads import one_thread
 from ptq.solvers.cuda_graph import Replayed
@@ -28,19 +28,19 @@ __all__ = ["GridFitter", "coordinate_descent", "quadratic", "successive_rounding
 
 _BLOCK = 128  # columns a product is delayed for; a multiple of common group sizes
 _INNER = 32  # columns inside a block that take over errors one by one
-GridFitter = Callable[[int, int, Tensor], BoundGrid]
+GridFitter = Callable[[int, int, Tensor], ScaledGrid]
 """``(start, stop, columns)`` -> the grid to use from ``start`` on; ``columns`` are those, errors added."""
 
 
 def successive_rounding(
     target: Tensor,
-    grid: BoundGrid,
+    grid: ScaledGrid,
     factor: Factor,
     *,
     drift: Tensor | None = None,
     refit: GridFitter | None = None,
     block: int = _BLOCK,
-) -> tuple[Tensor, BoundGrid]:
+) -> tuple[Tensor, ScaledGrid]:
     """Round ``target`` onto ``grid``, column after column.
 
     Args:
@@ -101,7 +101,7 @@ class _Sweep:
         taken = product(self.upper[first:start, start:stop].T, self.errors[first:start])
         columns.addcdiv_(taken, self.pivots[start:stop, None])
 
-    def round_block(self, columns: Tensor, start: int, grid: BoundGrid) -> Tensor:
+    def round_block(self, columns: Tensor, start: int, grid: ScaledGrid) -> Tensor:
         """Codes of a block of columns, which have taken over everything from before the block."""
         group = grid.group[start : start + len(columns)]
         scale, zero = (part.T.contiguous().index_select(0, group) for part in (grid.scale, grid.zero))
@@ -197,7 +197,7 @@ def quadratic(difference: Tensor, factor: Factor) -> Tensor:
 
 
 def coordinate_descent(
-    target: Tensor, codes: Tensor, grid: BoundGrid, factor: Factor, *, passes: int, block: int = _BLOCK
+    target: Tensor, codes: Tensor, grid: ScaledGrid, factor: Factor, *, passes: int, block: int = _BLOCK
 ) -> Tensor:
     """Improve codes one column at a time on the same quadratic; stops early at a fixed point.
 
@@ -229,7 +229,7 @@ def coordinate_descent(
 
 
 def _descend_block(
-    difference: Tensor, gradient: Tensor, codes: Tensor, wanted: Tensor, grid: BoundGrid, start: int, local: Tensor
+    difference: Tensor, gradient: Tensor, codes: Tensor, wanted: Tensor, grid: ScaledGrid, start: int, local: Tensor
 ) -> None:
     scale, zero = (part.T.contiguous() for part in grid.columns(start, start + len(codes)))
     for j in range(len(codes)):

@@ -14,6 +14,7 @@ coordinate descent. Scales are fitted to W*.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 from calib.precision import product
 from calib.stats import LinearStatistics, Moments, Stat
 from ptq.errors import UsageError, unknown_name
-from ptq.grids import BoundGrid, ScaleSearch
-from ptq.methods.base import LayerMethod, LayerResult, finish
+from ptq.grids import ScaledGrid, ScaleSearch
+from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import check_damping, check_order, check_scales, fit_grid, group_factor, require
+from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 from ptq.solvers import (
     Factor,
@@ -86,7 +88,13 @@ def needs(config: CoreqConfig) -> frozenset[Stat]:
     return frozenset({Stat.HESSIAN, Stat.MISMATCH, Stat.MISMATCH_ENERGY} | extra)
 
 
-def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: CoreqConfig) -> LayerResult:
+def quantize(
+    weight: Tensor,
+    stats: LinearStatistics | None,
+    scheme: Scheme,
+    config: CoreqConfig,
+    shared: Mapping[str, Tensor] | None = None,
+) -> LayerResult:
     """Correct and round ``weight`` ``[out, in]``."""
     stats = require(stats)
     factor, flops = group_factor(stats, config.damping, config.order)
@@ -94,16 +102,16 @@ def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, con
     shift = factor.solve(pull)  # B = W D H^-1
     alpha, r2 = coefficient(weight, shift, pull, stats, config)
     target = weight + alpha * shift
-    grid = fit_grid(target, scheme, config.scales, stats)
+    grid = fit_grid(target, scheme, config.scales, stats, shared)
     if config.beam > 1:
         codes = beam_search(target, grid, factor, width=config.beam)
     else:
         codes, _ = successive_rounding(target, grid, factor)
     if config.cd_passes:
         codes = _descend(target, codes, grid, factor, config.cd_passes)
-    alpha_mean = float(alpha.mean())
+    figures = {"alpha": float(alpha.mean()), "r2": r2, "damping": factor.damping}
     flops += _flops(weight.shape, config)
-    return LayerResult(finish(codes, grid, scheme), alpha_mean, r2, factor.damping, factor.notes, flops)
+    return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), figures, factor.notes, flops)
 
 
 def _flops(shape: torch.Size, config: CoreqConfig) -> int:
@@ -116,7 +124,7 @@ def _flops(shape: torch.Size, config: CoreqConfig) -> int:
     return 2 * square + solve_flops(rows, width) + folds + rounding + descent
 
 
-def _descend(target: Tensor, codes: Tensor, grid: BoundGrid, factor: Factor, passes: int) -> Tensor:
+def _descend(target: Tensor, codes: Tensor, grid: ScaledGrid, factor: Factor, passes: int) -> Tensor:
     """Coordinate descent, kept only where it lowered a row's loss (rounding of sums could raise it by an ulp)."""
     found = coordinate_descent(target, codes, grid, factor, passes=passes)
     before = quadratic(target - grid.dequantize(codes), factor)

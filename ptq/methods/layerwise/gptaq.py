@@ -11,6 +11,7 @@ where w_i is the column before rounding. 0.25 is the published code's default st
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from calib.precision import product
 from calib.stats import LinearStatistics, Stat
 from ptq.errors import UsageError
 from ptq.grids import ScaleSearch
-from ptq.methods.base import LayerMethod, LayerResult, finish
+from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import check_damping, check_scales, fit_grid, group_factor, require
+from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 from ptq.solvers import Factor, successive_rounding, sweep_flops
 
@@ -61,7 +63,13 @@ def drift_matrix(factor: Factor, mismatch: Tensor, strength: float) -> Tensor:
     return drift
 
 
-def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: GptaqConfig) -> LayerResult:
+def quantize(
+    weight: Tensor,
+    stats: LinearStatistics | None,
+    scheme: Scheme,
+    config: GptaqConfig,
+    shared: Mapping[str, Tensor] | None = None,
+) -> LayerResult:
     """Round ``weight`` ``[out, in]`` with error compensation and a drifting target."""
     stats = require(stats)
     factor, flops = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
@@ -73,11 +81,11 @@ def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, con
         return drift_matrix(factor, mismatch, config.strength)
 
     drift = stats.group.memo(("drift", config), make)
-    grid = fit_grid(weight, scheme, config.scales, stats)
+    grid = fit_grid(weight, scheme, config.scales, stats, shared)
     codes, _ = successive_rounding(weight, grid, factor, drift=drift)
     flops += 2 * sweep_flops(*weight.shape)
-    weight_q = finish(codes, grid, scheme)
-    return LayerResult(weight_q, config.strength, damping=factor.damping, notes=factor.notes, flops=flops)
+    weight_q = QuantizedWeight.from_grid(codes, grid, scheme)
+    return LayerResult(weight_q, {"alpha": config.strength, "damping": factor.damping}, factor.notes, flops)
 
 
 GPTAQ = LayerMethod("gptaq", "GPTQ towards the full-precision model's outputs", GptaqConfig, needs, quantize)

@@ -8,15 +8,18 @@ consecutive channels together); otherwise a group's scales are fitted to its err
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from calib.stats import LinearStatistics, Stat
 from ptq.errors import UsageError
-from ptq.grids import BoundGrid, ScaleSearch, fit_scales
-from ptq.methods.base import LayerMethod, LayerResult, finish
+from ptq.grids import ScaledGrid, ScaleSearch
+from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import check_damping, check_scales, fit_grid, group_factor, require
+from ptq.number_formats import join_groups
+from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 from ptq.solvers import Factor, successive_rounding, sweep_flops
 
@@ -51,38 +54,50 @@ def needs(config: GptqConfig) -> frozenset[Stat]:
     return frozenset({Stat.HESSIAN})
 
 
-def quantize(weight: Tensor, stats: LinearStatistics | None, scheme: Scheme, config: GptqConfig) -> LayerResult:
+def quantize(
+    weight: Tensor,
+    stats: LinearStatistics | None,
+    scheme: Scheme,
+    config: GptqConfig,
+    shared: Mapping[str, Tensor] | None = None,
+) -> LayerResult:
     """Round ``weight`` ``[out, in]`` with error compensation."""
     stats = require(stats)
     factor, flops = group_factor(stats, config.damping, "descending" if config.act_order else "natural")
     if config.static_groups:
-        grid = fit_grid(weight, scheme, config.scales, stats)
+        grid = fit_grid(weight, scheme, config.scales, stats, shared)
         codes, _ = successive_rounding(weight, grid, factor)
     else:
-        codes, grid = _dynamic_groups(weight, stats, scheme, config, factor)
+        codes, grid = _dynamic_groups(weight, stats, scheme, config, factor, shared)
     flops += sweep_flops(*weight.shape)
-    return LayerResult(finish(codes, grid, scheme), damping=factor.damping, notes=factor.notes, flops=flops)
+    weight_q = QuantizedWeight.from_grid(codes, grid, scheme)
+    return LayerResult(weight_q, {"damping": factor.damping}, factor.notes, flops)
 
 
 def _dynamic_groups(
-    weight: Tensor, stats: LinearStatistics, scheme: Scheme, config: GptqConfig, factor: Factor
-) -> tuple[Tensor, BoundGrid]:
+    weight: Tensor,
+    stats: LinearStatistics,
+    scheme: Scheme,
+    config: GptqConfig,
+    factor: Factor,
+    shared: Mapping[str, Tensor] | None,
+) -> tuple[Tensor, ScaledGrid]:
     """Natural order; a group's scales are fitted to its columns with the errors of all groups before it."""
-    size = scheme.group_size or weight.shape[1]
+    record, size = scheme.number_format, scheme.group_size or weight.shape[1]
     one_group = dataclasses.replace(scheme, group_size=None)
-    grid = fit_grid(weight, scheme, "minmax", stats)
     importance = stats.hessian.diagonal() if config.scales == "hessian" else None
+    found: list[Mapping[str, Tensor]] = []
 
-    def refit(start: int, stop: int, columns: Tensor) -> BoundGrid:
+    def refit(start: int, stop: int, columns: Tensor) -> ScaledGrid:
         part = None if importance is None else importance[start:stop]
-        scale, zero = fit_scales(columns.contiguous(), one_group, config.scales, part)
-        grid.scale[:, start // size] = scale[:, 0].float()
-        if zero is not None:
-            grid.zero[:, start // size] = zero[:, 0].float()
-        return grid
+        found.append(record.fit(columns.contiguous(), one_group, config.scales, part, shared))
+        one = record.grid(found[-1], one_group, stop - start)
+        return dataclasses.replace(one, group=weight.new_zeros(weight.shape[1], dtype=torch.int64))
 
-    codes, grid = successive_rounding(weight, grid, factor, refit=refit, block=size)
-    return codes, dataclasses.replace(grid, group=scheme.group_index(weight.shape[1], torch.device(weight.device)))
+    first = record.grid(record.fit(weight[:, :size], one_group, "minmax"), one_group, size)
+    first = dataclasses.replace(first, group=weight.new_zeros(weight.shape[1], dtype=torch.int64))
+    codes, _ = successive_rounding(weight, first, factor, refit=refit, block=size)
+    return codes, record.grid(join_groups(found), scheme, weight.shape[1])
 
 
 GPTQ = LayerMethod("gptq", "error-compensated rounding (GPTQ)", GptqConfig, needs, quantize)

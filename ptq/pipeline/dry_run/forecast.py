@@ -59,8 +59,8 @@ class Forecast:
 
     model: str
     architecture: str
-    format: str
-    format_reason: str
+    container: str
+    container_reason: str
     blocks: int
     linears: int
     quantized_parameters: int
@@ -151,8 +151,8 @@ def _layerwise(run: Run, sizes: Sizes, tokens: Tensor | None) -> Forecast:
     result = Forecast(
         run.source.name,
         type(run.source.skeleton).__name__,
-        run.format,
-        run.format_reason,
+        run.container,
+        run.container_reason,
         len(run.plan.blocks),
         sizes.linears,
         sizes.quantized,

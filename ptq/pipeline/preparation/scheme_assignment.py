@@ -9,8 +9,9 @@ import fnmatch
 import torch
 from torch import nn
 
-from calib.model.structure import find_blocks, find_linears, is_linear
+from calib.model.structure import find_blocks, find_linears, is_linear, linear_weight
 from ptq.errors import UsageError
+from ptq.methods import METHODS, check_scheme, find_method
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -60,6 +61,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     outside = [name for name, module in model.named_modules() if is_linear(module) and name not in linears]
     for pattern in (*recipe.ignore, *(pattern for pattern, _ in recipe.overrides)):
         _check_matches(pattern, linears, outside)
+    method, checked = find_method(recipe.method), set[Scheme]()
     schemes: dict[str, Scheme | None] = {}
     reasons: dict[str, str] = {}
     for name in linears:
@@ -69,9 +71,23 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
         elif _kept_router(name, recipe):
             scheme, reasons[name] = None, "chooses experts"
         schemes[name] = None if scheme is None else scheme.resolved(dtype)
+        if scheme is not None and scheme not in checked:
+            check_scheme(method, scheme, METHODS.values())
+            checked.add(scheme)
+        if scheme is not None:
+            _check_shape(name, linear_weight(model.get_submodule(name)).shape, scheme)
     if not any(schemes.values()):
         raise UsageError(f"nothing is left to quantize: {len(linears)} linears in {len(blocks)} blocks, all kept.")
     return Plan(tuple(blocks), schemes, reasons)
+
+
+def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:
+    problem = scheme.number_format.unsupported_reason(shape[0], shape[1], scheme)
+    if problem is not None:
+        raise UsageError(
+            f"{name} ({shape[0]} x {shape[1]}) cannot be stored as {scheme.describe()}: {problem}. Give it another "
+            f"scheme (--override '{name}=8') or leave it in full precision (--ignore '{name}')."
+        )
 
 
 def chooses_experts(name: str) -> bool:

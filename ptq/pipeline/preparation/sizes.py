@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.structure import linear_weight
-from ptq.packing.integer import tensor_specs
 from ptq.pipeline.preparation.scheme_assignment import Plan
 from ptq.report import KeptTensor, PartRecord
-from ptq.scheme import SCALE_DTYPES, Scheme
 
 __all__ = ["FUSED_EXPERTS", "NOT_IN_MODEL", "Sizes", "dense_experts", "model_tensor", "plan_sizes"]
 
@@ -63,8 +61,8 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
             continue
         rows, columns = linear_weight(model.get_submodule(name)).shape
         quantized, linears = quantized + rows * columns, linears + 1
-        payload += _payload(rows, columns, scheme)
-        specs = tensor_specs(rows, columns, scheme).values()
+        payload += (scheme.number_format.payload_bits(rows, columns, scheme) + 7) // 8
+        specs = scheme.number_format.tensor_specs(rows, columns, scheme).values()
         packed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
         taken.add(f"{name}.weight")
     part = PartRecord()
@@ -74,12 +72,6 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
         part.keep(name, NOT_IN_MODEL, math.prod(tensor.shape), tensor.nbytes)
     kept = tuple(sorted(part.kept.values(), key=lambda tensor: -tensor.bytes))
     return Sizes(quantized, payload, packed, linears, kept, part.kept_parameters)
-
-
-def _payload(rows: int, columns: int, scheme: Scheme) -> int:
-    groups = scheme.groups(columns)
-    bits = rows * columns * scheme.bits + rows * groups * 8 * SCALE_DTYPES[scheme.scale_dtype].itemsize
-    return (bits + (0 if scheme.symmetric else rows * groups * scheme.bits) + 7) // 8
 
 
 def dense_experts(kept: Iterable[KeptTensor], payload: int) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq.errors import NumericalError, UsageError
-from ptq.grids import BoundGrid, Grid, fit_scales, uniform_grid
+from ptq.grids import Grid, ScaledGrid, fit_scales, uniform_grid
 from ptq.grids.scale_search import stored_scale
 from ptq.scheme import Scheme
 
@@ -19,11 +19,11 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bound(weight: torch.Tensor, scheme: Scheme, search: str = "pnorm") -> BoundGrid:
+def bound(weight: torch.Tensor, scheme: Scheme, search: str = "pnorm") -> ScaledGrid:
     importance = random(weight.shape[1], seed=5).abs()
     scale, zero = fit_scales(weight, scheme, search, importance)  # type: ignore[arg-type]
     centre = torch.full(scale.shape, 2.0 ** (scheme.bits - 1))
-    return BoundGrid(
+    return ScaledGrid(
         uniform_grid(scheme.bits),
         scale.float(),
         centre if zero is None else zero.float(),
@@ -76,7 +76,7 @@ def test_hessian_search_beats_the_p_norm_in_the_weighted_error() -> None:
 
     def error(search: str) -> float:
         scale, _ = fit_scales(weight, scheme, search, importance)  # type: ignore[arg-type]
-        grid = BoundGrid(uniform_grid(3), scale.float(), torch.full(scale.shape, 4.0), scheme.group_index(64))
+        grid = ScaledGrid(uniform_grid(3), scale.float(), torch.full(scale.shape, 4.0), scheme.group_index(64))
         return float(((weight - grid.dequantize(grid.round(weight))) ** 2 * importance).sum())
 
     assert error("hessian") < error("pnorm")
@@ -97,7 +97,7 @@ def test_mirrored_scales_put_the_extra_level_where_it_is_needed() -> None:
     weight = torch.tensor([[3.0, 1.0, -1.0, 4.0]])  # 4 s with s = 1 needs the side that has four levels
     scale, _ = fit_scales(weight, Scheme(3, True, None))
     assert float(scale) < 0
-    grid = BoundGrid(uniform_grid(3), scale.float(), torch.tensor([[4.0]]), torch.zeros(4, dtype=torch.int64))
+    grid = ScaledGrid(uniform_grid(3), scale.float(), torch.tensor([[4.0]]), torch.zeros(4, dtype=torch.int64))
     torch.testing.assert_close(grid.dequantize(grid.round(weight)), weight, rtol=0, atol=0.06)
 
 
@@ -160,7 +160,7 @@ def test_the_search_is_as_good_as_trying_every_ratio(bits: int, symmetric: bool,
     zero = torch.full_like(span, 2.0 ** (bits - 1)) if symmetric else (-low / span * steps).round()
 
     def error(scale: torch.Tensor) -> torch.Tensor:
-        grid = BoundGrid(uniform_grid(bits), scale, zero, scheme.group_index(128))
+        grid = ScaledGrid(uniform_grid(bits), scale, zero, scheme.group_index(128))
         return (weight - grid.dequantize(grid.round(weight))).abs().pow(2.4).view(16, 2, 64).sum(-1)
 
     signs = (1, -1) if symmetric and bits <= 4 else (1,)

@@ -20,13 +20,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 from calib.checkpoint.reader import ModelSource, open_model
 from calib.model.experts import expert_lists
 from calib.model.structure import find_blocks, is_linear, linear_weight, set_linear_weight
+from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
+from ptq.containers.native import NATIVE
+from ptq.containers.select import select_container
 from ptq.errors import OutputError, UsageError
-from ptq.formats import compressed_tensors, native
-from ptq.formats.select import select_format
 from ptq.integration.transformers import register
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, Scheme
+from tests.support.integer_weights import integer_weight
 from tests.support.tiny_models import EXPERT_FAMILIES, MIXTURES, tiny_model
 
 FAMILIES = (*MIXTURES, *(family for family in EXPERT_FAMILIES if family != "llama4_text"))
@@ -49,7 +51,7 @@ def nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     scale = torch.stack([group.abs().amax(1) for group in weight.float().split(size, 1)], 1) / half
     scale = scale.clamp_min(1e-6).to(SCALE_DTYPES[scheme.scale_dtype])
     codes = (weight.float() / scale.float().repeat_interleave(size, 1)).round() + half
-    return QuantizedWeight(codes.clamp(0, 2 * half - 1).to(torch.uint8), scale, None, scheme)
+    return integer_weight(codes.clamp(0, 2 * half - 1).to(torch.uint8), scale, None, scheme)
 
 
 def linears_of(source: ModelSource) -> dict[str, nn.Module]:
@@ -119,7 +121,7 @@ def round_trip(family: str, kept: str, kind: str, folder: Path) -> None:
         model.save_pretrained(folder / "model")
     source = open_model(folder / "model" if kind == "folder" else model)
     schemes = schemes_of(source, FP16, KEPT[kept])
-    wanted = write(source, folder / "out", schemes, native)
+    wanted = write(source, folder / "out", schemes, NATIVE)
     loaded = load(folder / "out")
     assert packed(loaded) == {name for name, scheme in schemes.items() if scheme is not None}
     torch.testing.assert_close(logits(loaded), wanted, rtol=1e-5, atol=1e-5)
@@ -147,7 +149,7 @@ def test_experts_that_stay_dense_load_beside_packed_ones(family: str, kept: str,
 
 def test_the_inner_model_has_the_same_experts(tmp_path: Path) -> None:
     source = open_model(tiny_model("qwen3_moe", tie_word_embeddings=True))  # no head in the file that is too much
-    write(source, tmp_path / "out", schemes_of(source, FP16, KEPT["one expert"]), native)
+    write(source, tmp_path / "out", schemes_of(source, FP16, KEPT["one expert"]), NATIVE)
     whole, inner = load(tmp_path / "out"), load(tmp_path / "out", AutoModel)
     assert {f"model.{name}" for name in packed(inner)} == packed(whole)
     state = whole.state_dict()
@@ -156,7 +158,7 @@ def test_the_inner_model_has_the_same_experts(tmp_path: Path) -> None:
 
 def test_a_config_with_an_expert_too_many_is_refused(tmp_path: Path) -> None:
     source = open_model(tiny_model("qwen3_moe"))
-    write(source, tmp_path / "out", schemes_of(source, FP16), native)
+    write(source, tmp_path / "out", schemes_of(source, FP16), NATIVE)
     text = (tmp_path / "out" / "config.json").read_text().replace("experts.3.up_proj", "experts.4.up_proj")
     (tmp_path / "out" / "config.json").write_text(text)
     with pytest.raises(OutputError, match=r"experts\.4\.up_proj is packed.*no such module"):
@@ -193,12 +195,12 @@ def test_the_format_that_stock_transformers_can_load(case: str) -> None:
     source = open_model(tiny_model(family, dtype))
     schemes = change(schemes_of(source, FP16 if dtype == torch.float32 else BF16))
     linears = linears_of(source)
-    name, why = select_format("auto", schemes, linears, source.skeleton)
+    name, why = select_container("auto", schemes, linears, source.skeleton)
     assert name == ("compressed-tensors" if "carries" in reason else "native")
     assert re.search(reason, why)
     if name == "native":
         with pytest.raises(UsageError, match=reason):
-            select_format("compressed-tensors", schemes, linears, source.skeleton)
+            select_container("compressed-tensors", schemes, linears, source.skeleton)
 
 
 STOCK = """
@@ -227,7 +229,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         family, dtype, change, _ = SELECTED[case]
         source = open_model(tiny_model(family, dtype))
         schemes = change(schemes_of(source, FP16 if dtype == torch.float32 else BF16))
-        write(source, root / case, schemes, compressed_tensors)
+        write(source, root / case, schemes, COMPRESSED_TENSORS)
     load(root / "qwen3_moe").save_pretrained(root / "again")
     folders = [str(path) for path in root.iterdir()]
     arguments = [json.dumps(TOKENS.tolist()), json.dumps(folders)]
@@ -250,7 +252,7 @@ def test_stock_transformers_gives_our_logits(case: str, stock: tuple[Path, dict[
     ("case", "answer"), [("other names", "missing"), ("other dtype", "RuntimeError"), ("dense expert", "RuntimeError")]
 )
 def test_what_is_refused_would_not_load(case: str, answer: str, stock: tuple[Path, dict[str, str]]) -> None:
-    """The reasons of `select_format`; once transformers loads these, this test says so."""
+    """The reasons of `select_container`; once transformers loads these, this test says so."""
     assert stock[1][case] == answer
     if case == "dense expert":
         assert any(".experts." in name for name in packed(load(stock[0] / case)))  # we can
@@ -260,7 +262,7 @@ def test_experts_of_others_under_their_own_names_are_decompressed(tmp_path: Path
     """Mixtral as other tools write it: its experts stay fused, as in stock transformers, the rest stays packed."""
     source = open_model(tiny_model("mixtral", torch.bfloat16, experts_implementation="eager"))
     schemes = schemes_of(source, BF16)
-    wanted = write(source, tmp_path / "out", schemes, compressed_tensors)
+    wanted = write(source, tmp_path / "out", schemes, COMPRESSED_TENSORS)
     file = tmp_path / "out" / "model.safetensors"
     theirs = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 

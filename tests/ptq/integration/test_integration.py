@@ -30,9 +30,10 @@ from transformers.pytorch_utils import Conv1D
 
 import ptq.integration.loading
 from ptq.checkpoint.writer import CheckpointWriter
+from ptq.containers import native
+from ptq.containers.native import NATIVE
+from ptq.containers.select import CONTAINERS, select_container
 from ptq.errors import OutputError
-from ptq.formats import compressed_tensors, native
-from ptq.formats.select import select_format
 from ptq.integration.transformers import PtqConfig, PtqQuantizer, register
 from ptq.quantized import QuantizedWeight
 from ptq.report import Report
@@ -41,6 +42,7 @@ from ptq.runtime.kv_cache import set_key_values
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
+from tests.support.integer_weights import integer_weight, zero_of
 
 SYM = Scheme(bits=3, group_size=32, scale_dtype="float16")
 ASYM = Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16")
@@ -99,11 +101,11 @@ def nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     if not scheme.symmetric:
         lows = torch.stack([group.amin(1) for group in groups], 1)
         zero = (-lows / scale.float()).round().clamp(0, 2 * half - 1).to(torch.uint8)
-    empty = QuantizedWeight(
+    empty = integer_weight(
         torch.empty(weight.shape, dtype=torch.uint8), scale, None if scheme.symmetric else zero, scheme
     )
-    codes = empty.bound_grid().round(weight.float())
-    return QuantizedWeight(codes, scale, empty.zero, scheme)
+    codes = empty.scaled_grid().round(weight.float())
+    return integer_weight(codes, scale, zero_of(empty), scheme)
 
 
 def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -124,9 +126,9 @@ def write(
     """Write a checkpoint (a shard a block) and give back the dense model with the same, dequantized weights."""
     linears = linears_of(model)
     name_of_format = (
-        "compressed-tensors" if wanted == "forced" else select_format(wanted, schemes, linears, nn.Module())[0]
+        "compressed-tensors" if wanted == "forced" else select_container(wanted, schemes, linears, nn.Module())[0]
     )
-    module = {"native": native, "compressed-tensors": compressed_tensors}[name_of_format]
+    module = CONTAINERS[name_of_format]
     state, shards = model.state_dict(), dict[str, dict[str, Tensor]]()
     linear: Any
     for name, linear in linears.items():
@@ -144,8 +146,7 @@ def write(
     for block, tensors in shards.items():
         writer.write_part(f"block {block}", tensors)
     writer.write_part("rest", state)
-    extra = (key_values,) if key_values is not None else ()
-    writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears, *extra), report())
+    writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears, key_values=key_values), report())
     model.train(False)
     return model
 
@@ -224,7 +225,7 @@ def test_scales_keep_their_dtype(wanted: str, scheme: Scheme, tmp_path: Path) ->
         nn.Module.to(loaded, torch.bfloat16)
         for name, module in loaded.named_modules():
             if isinstance(module, QuantLinear):
-                assert torch.equal(module.weight_scale, stored[f"{name}.weight_scale"])
+                assert torch.equal(module.get_buffer("weight_scale"), stored[f"{name}.weight_scale"])
                 assert module.quantized().scheme == scheme
         assert logits(loaded).dtype == torch.bfloat16
 
@@ -372,7 +373,7 @@ for folder, name in json.loads(sys.argv[2]):
         answers.append(type(error).__name__ + " " + str(error))
 print(json.dumps(answers))
 """
-NATIVE = [("native", cls) for cls in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel")]
+NATIVE_WAYS = [("native", cls) for cls in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel")]
 AGAIN = [("llama-again", "AutoModelForCausalLM"), ("llama-again", "LlamaForCausalLM"), ("llama-again", "AutoModel")]
 AGAIN += [("gpt2-again", "AutoModelForCausalLM"), ("gpt2-again", "GPT2LMHeadModel")]
 STOCK_READS = {
@@ -401,7 +402,12 @@ def without_ptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tu
     write(llama(), root / "ct-asym", blocks(llama(), ASYM), "forced")
     loaded = ptq.integration.loading.load(root / "sym")
     loaded.save_pretrained(root / "ct-again")
-    jobs = [*NATIVE, *AGAIN, ("ct-asym", "LlamaForCausalLM"), *((name, "LlamaForCausalLM") for name in STOCK_READS)]
+    jobs = [
+        *NATIVE_WAYS,
+        *AGAIN,
+        ("ct-asym", "LlamaForCausalLM"),
+        *((name, "LlamaForCausalLM") for name in STOCK_READS),
+    ]
     arguments = [json.dumps(TOKENS.tolist()), json.dumps([(str(root / name), cls) for name, cls in jobs])]
     command = [sys.executable, "-c", STOCK, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=root)
@@ -411,7 +417,7 @@ def without_ptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tu
 Stock = tuple[Path, dict[tuple[str, str], str]]
 
 
-@pytest.mark.parametrize("job", NATIVE)
+@pytest.mark.parametrize("job", NATIVE_WAYS)
 def test_without_ptq_native_raises_with_the_sentence(job: tuple[str, str], without_ptq: Stock) -> None:
     answer = without_ptq[1][job]
     assert answer.startswith("ValueError")
@@ -447,7 +453,7 @@ def test_asymmetric_compressed_tensors_of_others_stay_packed(tmp_path: Path) -> 
 
 
 def test_the_quantizer_itself_leaves_scales_alone() -> None:
-    quantizer = PtqQuantizer(PtqConfig(**native.quantization_config({}, {})))
+    quantizer = PtqQuantizer(PtqConfig(**NATIVE.quantization_config({}, {})))
     for name, wanted in (("a.weight_scale", None), ("a.weight", torch.bfloat16)):
         step = WeightRenaming(name, name)
         assert quantizer.get_new_dtype(step, torch.zeros(1), torch.bfloat16) == wanted

@@ -88,7 +88,7 @@ def test_stock_transformers_loads_it(tmp_path: Path, tiny_tokenizer: Any) -> Non
         folder = tmp_path / family
         plain, image = tiny_multimodal(family, folder / "model", tiny_tokenizer)
         report = ptq.quantize(folder / "model", out=folder / "out", **OPTIONS)
-        assert report.format == "compressed-tensors"
+        assert report.container == "compressed-tensors"
         put_dequantized(ptq.load(folder / "out"), plain)
         inputs = [{"input_ids": TEXT}, image]
         torch.save(inputs, folder / "inputs")

@@ -17,8 +17,8 @@ from ptq.learning import LearnedConfig
 from ptq.learning.linear import LinearLearner, round_together, soft_rounding
 from ptq.learning.rounding import Kind, Levels, group_range, levels_of, round_groups, stored
 from ptq.methods import METHODS, make_config
-from ptq.quantized import QuantizedWeight
 from ptq.scheme import SCALE_DTYPES, Scheme
+from tests.support.integer_weights import integer_weight, zero_of
 
 KINDS: tuple[Kind, ...] = ("nearest", "offset", "soft")
 
@@ -246,9 +246,9 @@ def test_without_clipping_the_start_is_nearest_rounding_on_minmax_scales(
     found = learner.fold()
     scale, zero = fit_scales(weight, scheme, "minmax")
     assert zero is not None
-    assert found.zero is not None
-    assert torch.equal(found.scale, scale)
-    assert torch.equal(found.zero, zero)
+    assert zero_of(found) is not None
+    assert torch.equal(found.params["scale"], scale)
+    assert torch.equal(zero_of(found), zero)
     index = torch.arange(32) // (group_size or 32)
     codes = ((weight / scale.float()[:, index]).round() + zero[:, index]).clamp(0, 2**bits - 1)
     assert torch.equal(found.codes, codes.to(torch.uint8))
@@ -257,7 +257,7 @@ def test_without_clipping_the_start_is_nearest_rounding_on_minmax_scales(
 def test_smooth_clipping_starts_a_little_inside_the_range() -> None:
     weight, scheme = normal(16, 32), Scheme(4, False, 8, "bfloat16")
     found, whole = (
-        LinearLearner(weight, scheme, LearnedConfig(clip=clip), generator(0)).fold().scale.float()  # type: ignore[arg-type]
+        LinearLearner(weight, scheme, LearnedConfig(clip=clip), generator(0)).fold().params["scale"].float()  # type: ignore[arg-type]
         for clip in ("sigmoid", "off")
     )
     torch.testing.assert_close(found / whole, torch.full_like(found, 1 / (1 + math.exp(-4))), rtol=2.0**-7, atol=0)
@@ -372,7 +372,7 @@ def test_what_is_folded_is_what_was_learned_bit_for_bit(
         variable.copy_(torch.where(soft_rounding(variable) >= 0.5, 50.0, -50.0))
     assert torch.equal(folded.dequantize(), learner.weight().detach())
     assert int(folded.codes.max()) < 2**bits
-    assert (folded.zero is None) == symmetric
+    assert (zero_of(folded) is None) == symmetric
 
 
 # -- starting points ---------------------------------------------------------------------------------------------------
@@ -393,12 +393,12 @@ def test_a_starting_point_is_kept_whatever_its_codes(scheme: Scheme, rounding: A
     if not scheme.symmetric:
         zero = torch.randint(0, 2**scheme.bits, (6, groups), generator=generator(seed + 1)).to(torch.uint8)
         scale = scale.abs()
-    anchor = QuantizedWeight(codes, scale, zero, scheme)
+    anchor = integer_weight(codes, scale, zero, scheme)
     config = LearnedConfig(rounding=rounding, clip=clip)
     learner = LinearLearner(normal(6, 32, seed=seed + 2), scheme, config, generator(0), anchor)
     found = learner.fold()
     assert torch.equal(found.codes, codes)
-    assert torch.equal(found.scale, scale)
+    assert torch.equal(found.params["scale"], scale)
     if rounding != "soft":
         assert torch.equal(learner.weight().detach(), anchor.dequantize())
 
@@ -406,7 +406,7 @@ def test_a_starting_point_is_kept_whatever_its_codes(scheme: Scheme, rounding: A
 def test_a_weight_starts_as_near_to_the_border_of_its_cell_as_it_was() -> None:
     scheme = Scheme(4, True, None, "float16")
     weight = torch.tensor([[0.1, -0.3, 0.72, 5.0]])
-    anchor = QuantizedWeight(
+    anchor = integer_weight(
         torch.tensor([[8, 8, 9, 10]], dtype=torch.uint8), torch.ones(1, 1, dtype=torch.float16), None, scheme
     )
     learner = LinearLearner(weight, scheme, LearnedConfig(), generator(0), anchor)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from calib.stats import LinearStatistics, Stat, StatisticsAccumulator
 from ptq.errors import UsageError
-from ptq.grids import BoundGrid, Grid, uniform_grid
+from ptq.grids import Grid, ScaledGrid, uniform_grid
 from ptq.methods import METHODS, LayerMethod, find_method, make_config, parse_options
-from ptq.methods.base import finish
 from ptq.methods.layerwise.coreq import COEFFICIENTS
 from ptq.methods.layerwise.gptaq import drift_matrix
 from ptq.pipeline.output_error import layer_losses
+from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 from ptq.solvers import factorize, successive_rounding
 
@@ -51,10 +51,10 @@ def test_alpha_is_the_share_of_the_mismatch_that_inputs_can_reach() -> None:
     reach = rows @ torch.linalg.lstsq(rows, mismatch).solution  # projection on the span of the inputs
     expected = float((reach**2).sum() / (mismatch**2).sum())
     result = run("coreq", weight, gather(weight, inputs, full), damping=0.0)
-    assert result.alpha == pytest.approx(expected, rel=1e-3)
-    assert result.r2 == result.alpha
+    assert result.figures["alpha"] == pytest.approx(expected, rel=1e-3)
+    assert result.figures["r2"] == result.figures["alpha"]
     damped = run("coreq", weight, gather(weight, inputs, full), damping=0.01)
-    assert 0 < damped.alpha < expected
+    assert 0 < damped.figures["alpha"] < expected
 
 
 def test_equal_streams_give_alpha_zero_and_the_codes_of_gptq() -> None:
@@ -64,7 +64,7 @@ def test_equal_streams_give_alpha_zero_and_the_codes_of_gptq() -> None:
     for coefficient in COEFFICIENTS:
         result = run("coreq", weight, stats, coefficient=coefficient)
         assert torch.equal(result.weight.codes, gptq.weight.codes)
-        assert result.alpha == 0 or coefficient == "fixed"
+        assert result.figures["alpha"] == 0 or coefficient == "fixed"
     assert torch.equal(run("gptaq", weight, stats).weight.codes, gptq.weight.codes)
 
 
@@ -96,9 +96,9 @@ def test_cross_validation_trusts_what_holds_and_not_what_is_noise() -> None:
     generator = torch.Generator().manual_seed(9)
     linear = inputs + inputs @ torch.randn(40, 40, generator=generator) / 20  # X is a linear map of X~: all reachable
     noise = inputs + torch.randn(inputs.shape, generator=generator)
-    assert run("coreq", weight, gather(weight, inputs, linear), coefficient="cv").alpha > 0.95
-    assert run("coreq", weight, gather(weight, inputs, noise), coefficient="cv").alpha < 0.3
-    shrunken = run("coreq", weight, gather(weight, inputs, linear), coefficient="js").alpha
+    assert run("coreq", weight, gather(weight, inputs, linear), coefficient="cv").figures["alpha"] > 0.95
+    assert run("coreq", weight, gather(weight, inputs, noise), coefficient="cv").figures["alpha"] < 0.3
+    shrunken = run("coreq", weight, gather(weight, inputs, linear), coefficient="js").figures["alpha"]
     assert 0.9 < shrunken <= 1.0
 
 
@@ -125,7 +125,7 @@ def test_gptaq_is_its_column_formula() -> None:
     factor = factorize(stats.hessian)
     drift = drift_matrix(factor, stats.mismatch, 0.7)
     result = run("gptaq", weight, stats, strength=0.7, scales="minmax")
-    grid: BoundGrid = result.weight.bound_grid()
+    grid: ScaledGrid = result.weight.scaled_grid()
     inverse = torch.linalg.inv(factor.hessian.double())
     v = torch.linalg.cholesky(inverse, upper=True)
     ordered = stats.mismatch.double()[factor.order][:, factor.order]
@@ -147,12 +147,14 @@ def test_dynamic_groups_fit_scales_to_compensated_columns() -> None:
     weight, inputs, full = data()
     stats = gather(weight, inputs, full)
     result = run("gptq", weight, stats, act_order=False, static_groups=False)
-    grid = result.weight.bound_grid()
+    grid = result.weight.scaled_grid()
     codes, _ = successive_rounding(weight, grid, factorize(stats.hessian, 0.01, "natural"))
     assert torch.equal(codes, result.weight.codes)  # the scales it ended with reproduce it
     static = run("gptq", weight, stats, act_order=False)
-    assert torch.equal(result.weight.scale[:, 0], static.weight.scale[:, 0])  # nothing precedes the first group
-    assert not torch.equal(result.weight.scale[:, 1:], static.weight.scale[:, 1:])
+    assert torch.equal(
+        result.weight.params["scale"][:, 0], static.weight.params["scale"][:, 0]
+    )  # nothing precedes the first group
+    assert not torch.equal(result.weight.params["scale"][:, 1:], static.weight.params["scale"][:, 1:])
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERWISE if name != "rtn"])
@@ -227,6 +229,8 @@ E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 
 @pytest.mark.parametrize("grid", [Grid(torch.tensor(E2M1)), uniform_grid(3)], ids=["E2M1", "3 bits"])
 def test_codes_of_another_grid_are_never_stored_as_integers_of_the_scheme(grid: Grid) -> None:
     scale, zero = torch.ones(2, 1), torch.full((2, 1), 4.0)
-    bound = BoundGrid(grid, scale, zero, torch.zeros(8, dtype=torch.int64))
+    bound = ScaledGrid(grid, scale, zero, torch.zeros(8, dtype=torch.int64), {"scale": scale.half()})
     with pytest.raises(ValueError, match="cannot be stored as int4 sym per channel"):
-        finish(bound.round(torch.randn(2, 8)), bound, Scheme(4, group_size=None, scale_dtype="float16"))
+        QuantizedWeight.from_grid(
+            bound.round(torch.randn(2, 8)), bound, Scheme(4, group_size=None, scale_dtype="float16")
+        )

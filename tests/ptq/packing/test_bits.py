@@ -108,7 +108,7 @@ def test_cuda_gives_the_same_words(bits: int) -> None:
 @pytest.mark.parametrize("out", range(1, 11))
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_zero_points_of_few_rows_come_back(out: int, bits: int) -> None:
-    from ptq.packing.integer import unpack_zeros
+    from ptq.number_formats.integer import unpack_zeros
 
     zeros = torch.randint(0, 2**bits, (out, 3), generator=torch.Generator().manual_seed(out)).to(torch.uint8)
     packed = pack_rows(zeros.T.contiguous(), bits).T.contiguous()

@@ -11,7 +11,7 @@ import torch
 import ptq
 from calib.data.tokens import Calibration
 from calib.precision import product_t
-from ptq.grids import BoundGrid, fit_scales, uniform_grid
+from ptq.grids import ScaledGrid, fit_scales, uniform_grid
 from ptq.scheme import Scheme
 from ptq.solvers import factorize, successive, successive_rounding
 from tests.support.tiny_models import FAMILIES, tiny_model
@@ -53,7 +53,7 @@ def test_replayed_columns_are_those_of_the_loop(shape: tuple[int, int], monkeypa
     factor = factorize(inputs.T @ inputs)
     scale, _ = fit_scales(weight, Scheme(bits=3, group_size=32))
     group = Scheme(bits=3, group_size=32).group_index(width, weight.device)
-    grid = BoundGrid(uniform_grid(3, weight.device), scale.float(), torch.full_like(scale, 4.0).float(), group)
+    grid = ScaledGrid(uniform_grid(3, weight.device), scale.float(), torch.full_like(scale, 4.0).float(), group)
     replayed, _ = successive_rounding(weight, grid, factor)
     monkeypatch.setattr(
         successive._Sweep,

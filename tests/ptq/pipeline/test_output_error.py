@@ -30,7 +30,7 @@ def test_losses_are_relative_output_errors(two_streams: bool) -> None:
     stats = gather(weight, inputs, full)
     scheme, method = Scheme(3, True, 50), find_method("gptq")
     result = method.quantize(weight, stats, scheme, method.config())
-    grid = result.weight.bound_grid()
+    grid = result.weight.scaled_grid()
     wanted = (inputs if full is None else full).double() @ weight.double().T
 
     def error(values: torch.Tensor) -> float:

@@ -74,7 +74,7 @@ def test_matrix(
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(before, after, rtol=tolerance, atol=tolerance * float(after.abs().max()))
     divides = group_size in (None, 16)  # 24 and 64 leave a shorter last group in some of the linears
-    assert report.format == ("compressed-tensors" if symmetric and divides else "native")
+    assert report.container == ("compressed-tensors" if symmetric and divides else "native")
     packed.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype)), before)
     assert isinstance(next(m for m in packed.modules() if isinstance(m, QuantLinear)), QuantLinear)  # still packed
@@ -120,7 +120,7 @@ def test_odd_families(family: str, method: str, symmetric: bool, tmp_path: Path)
         assert "reads its weight directly" in kept["backbone.layers.0.mixer.dt_proj.weight"]
     if family == "lfm2":
         assert not any("experts" in reason for reason in kept.values())
-        assert report.format == ("compressed-tensors" if symmetric else "native")
+        assert report.container == ("compressed-tensors" if symmetric else "native")
 
 
 def test_a_layer_that_is_always_zero_is_no_reason_to_stop(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ptq
 from calib.checkpoint.reader import ModelSource, open_model
+from ptq.containers.vllm import vllm_problem
 from ptq.errors import ModelError, UsageError
-from ptq.formats.vllm import vllm_problem
 from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.proof import FormatChoice, settle, settle_format, verdicts
 from ptq.proof.loader import try_to_load
@@ -88,8 +88,8 @@ def test_merges_of_dense_tensors_beside_packed_ones(tmp_path: Path) -> None:
     model = tiny_olmo_hybrid()
     model.save_pretrained(tmp_path / "olmo")
     report = ptq.quantize(tmp_path / "olmo", method="rtn", bits=4, group_size=16, out=tmp_path / "out")
-    assert report.format == "native"
-    assert "conversion of the weights" in report.format_reason
+    assert report.container == "native"
+    assert "conversion of the weights" in report.container_reason
     made = skeleton_of(open_model(str(tmp_path / "olmo")), tmp_path / "skeleton", Recipe(scheme=SYM))
     made.write("compressed-tensors", tmp_path / "packed", None)
     for folder, full in ((tmp_path / "out", tmp_path / "olmo"), (tmp_path / "packed", tmp_path / "skeleton")):

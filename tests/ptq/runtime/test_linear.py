@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from ptq.errors import OutputError
 from ptq.quantized import QuantizedWeight
-from ptq.runtime import linear
+from ptq.runtime import dispatch
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, Scheme
 from ptq.transforms.hadamard import InputRotation
+from tests.support.integer_weights import integer_weight, zero_of
 
 SCHEMES = [
     Scheme(bits=3, group_size=32, scale_dtype="float16"),
@@ -33,13 +34,13 @@ def random_weight(scheme: Scheme, out: int = 40, width: int = 96, seed: int = 0)
     codes = torch.randint(0, top, (out, width), generator=generator, dtype=torch.uint8)
     scale = torch.randn(out, groups, generator=generator).mul(0.02).to(SCALE_DTYPES[scheme.scale_dtype])
     zero = torch.randint(0, top, (out, groups), generator=generator, dtype=torch.uint8)
-    return QuantizedWeight(codes, scale, None if scheme.symmetric else zero, scheme)
+    return integer_weight(codes, scale, None if scheme.symmetric else zero, scheme)
 
 
 def slow_value(weight: QuantizedWeight, row: int, column: int) -> float:
     group = column // (weight.scheme.group_size or weight.shape[1])
-    zero = 2 ** (weight.scheme.bits - 1) if weight.zero is None else int(weight.zero[row, group])
-    return (int(weight.codes[row, column]) - zero) * float(weight.scale[row, group])
+    zero = 2 ** (weight.scheme.bits - 1) if zero_of(weight) is None else int(zero_of(weight)[row, group])
+    return (int(weight.codes[row, column]) - zero) * float(weight.params["scale"][row, group])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
@@ -67,7 +68,7 @@ def test_tiles_do_not_show(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> N
     weight, x = random_weight(scheme), torch.randn(3, 96)
     layer = QuantLinear.from_quantized(weight, torch.randn(40))
     whole = layer(x)
-    monkeypatch.setattr(linear, "TILE_WEIGHTS", 7 * 96)
+    monkeypatch.setattr(dispatch, "TILE_WEIGHTS", 7 * 96)
     assert torch.equal(layer.dequantize(), weight.dequantize())
     torch.testing.assert_close(layer(x), whole, rtol=1e-6, atol=1e-6)
 
@@ -78,9 +79,9 @@ def test_quantized_is_the_inverse(scheme: Scheme) -> None:
     back = QuantLinear.from_quantized(weight).quantized()
     assert back.scheme == scheme
     assert torch.equal(back.codes, weight.codes)
-    assert torch.equal(back.scale, weight.scale)
-    assert (back.zero is None) == (weight.zero is None)
-    assert weight.zero is None or torch.equal(back.zero, weight.zero)  # type: ignore[arg-type]
+    assert torch.equal(back.params["scale"], weight.params["scale"])
+    assert (zero_of(back) is None) == (zero_of(weight) is None)
+    assert zero_of(weight) is None or torch.equal(zero_of(back), zero_of(weight))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("guard", [False, True])
@@ -121,7 +122,7 @@ def test_foreign_scales_compute_but_have_no_scheme() -> None:
 
 def test_repr_names_the_storage() -> None:
     text = repr(QuantLinear.from_quantized(random_weight(SCHEMES[1])))
-    assert "in_features=96, out_features=40, bits=3, asymmetric, group_size=32, bias=False" in text
+    assert "in_features=96, out_features=40, int3 asym g32, bias=False" in text
 
 
 @pytest.mark.parametrize("guard", [True, False])
@@ -174,7 +175,7 @@ def test_a_rotated_weight_gives_the_product_of_the_plain_one() -> None:
     rotated = InputRotation(96, 11).on_weight(plain)
     scale = (rotated.abs().amax(1, keepdim=True) / 127).half()
     codes = (rotated / scale.float() + 128).round().clamp(0, 255).to(torch.uint8)
-    y = QuantLinear.from_quantized(QuantizedWeight(codes, scale, None, scheme))(x)
+    y = QuantLinear.from_quantized(integer_weight(codes, scale, None, scheme))(x)
     assert (y - x @ plain.T).norm() < 0.02 * y.norm()
 
 
@@ -200,7 +201,7 @@ def test_gradients_pass_straight_through_the_treatment() -> None:
 def test_repr_names_the_treatment() -> None:
     scheme = dataclasses.replace(SCHEMES[0], act_bits=4, act_symmetric=True, input_rotation=9)
     text = repr(QuantLinear.from_quantized(random_weight(scheme)))
-    assert text.endswith("act_bits=4, symmetric inputs, input_rotation=9)")
+    assert text.endswith("int3 sym g32 a4 sym rotated, bias=False)")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericalError
-from ptq.grids import BoundGrid, Grid, fit_scales, uniform_grid
+from ptq.grids import Grid, ScaledGrid, fit_scales, uniform_grid
 from ptq.scheme import Scheme
 from ptq.solvers import (
     ORDERS,
@@ -35,31 +35,31 @@ def problem(rows: int, width: int, seed: int = 0, tokens: int | None = None) -> 
     return weight, inputs.T @ inputs
 
 
-def uniform(weight: Tensor, bits: int = 3, group_size: int | None = 16) -> BoundGrid:
+def uniform(weight: Tensor, bits: int = 3, group_size: int | None = 16) -> ScaledGrid:
     scheme = Scheme(bits, False, group_size)
     scale, zero = fit_scales(weight, scheme)
     assert zero is not None
-    return BoundGrid(uniform_grid(bits), scale.float(), zero.float(), scheme.group_index(weight.shape[1]))
+    return ScaledGrid(uniform_grid(bits), scale.float(), zero.float(), scheme.group_index(weight.shape[1]))
 
 
-def codebook(weight: Tensor) -> BoundGrid:
+def codebook(weight: Tensor) -> ScaledGrid:
     """Unequal steps: no solver may assume a step."""
     levels = torch.tensor([-3.0, -1.7, -0.9, -0.3, 0.25, 0.8, 1.5, 2.6])
     scale = weight.abs().amax(1, keepdim=True) / 3
-    return BoundGrid(Grid(levels), scale, torch.zeros_like(scale), torch.zeros(weight.shape[1], dtype=torch.int64))
+    return ScaledGrid(Grid(levels), scale, torch.zeros_like(scale), torch.zeros(weight.shape[1], dtype=torch.int64))
 
 
 GRIDS = {"uniform": uniform, "codebook": codebook}
 
 
-def nearest(grid: BoundGrid, value: float, row: int, column: int) -> float:
+def nearest(grid: ScaledGrid, value: float, row: int, column: int) -> float:
     """Slow: all levels of one cell, the nearest wins."""
     group = int(grid.group[column])
     levels = (grid.grid.levels - grid.zero[row, group]) * grid.scale[row, group]
     return float(levels[(levels - value).abs().argmin()])
 
 
-def gptq_by_inverse(weight: Tensor, grid: BoundGrid, hessian: Tensor, order: Tensor) -> Tensor:
+def gptq_by_inverse(weight: Tensor, grid: ScaledGrid, hessian: Tensor, order: Tensor) -> Tensor:
     """Textbook GPTQ, one row and one column at a time, with the explicit inverse of what is left of the Hessian."""
     result = torch.empty_like(weight)
     for row in range(len(weight)):

@@ -38,7 +38,7 @@ def test_sizes_are_those_of_the_run(family: str, method: str, tmp_path: Path) ->
     assert before.kept_bytes == after.totals["kept_bytes"]
     assert before.bits_per_weight == pytest.approx(after.totals["bits_per_weight"])
     assert {(t.name, t.reason, t.bytes) for t in before.kept} == {(t.name, t.reason, t.bytes) for t in after.kept}
-    assert before.format == after.format
+    assert before.container == after.container
     headers = after.totals["file_bytes"] - before.file_bytes
     assert 0 < headers < 300 * (before.linears + 40) * 4  # a header names every tensor
     assert set(before.timing) >= {"read", "solve", "write"}
@@ -71,8 +71,8 @@ def test_fused_kernels_must_share_a_scheme_in_the_format_that_they_read(tmp_path
     overrides = (("*.1.self_attn.v_proj", Scheme(bits=4, group_size=16)),)
     base = Recipe(method="rtn", scheme=Scheme(bits=3, group_size=16), overrides=overrides)
     report = ptq.quantize(tiny_model("llama"), base, out=tmp_path / "auto")
-    assert report.format == "native"
-    assert "v_proj (int4 sym g16)" in report.format_reason
+    assert report.container == "native"
+    assert "v_proj (int4 sym g16)" in report.container_reason
     strict = Recipe(method="rtn", scheme=base.scheme, overrides=overrides, format="compressed-tensors")
     with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj .* one kernel"):
         ptq.quantize(tiny_model("llama"), strict, out=tmp_path / "strict")

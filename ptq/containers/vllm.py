@@ -37,7 +37,7 @@ def vllm_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any
 
 
 def vllm_phrase(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str:
-    """The half sentence on vLLM in a report's ``format_reason``."""
+    """The half sentence on vLLM in a report's ``container_reason``."""
     problem = vllm_problem(schemes, linears)
     return (
         "vLLM reads these fields (not run here)"

@@ -19,13 +19,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ptq.checkpoint import writer
 from ptq.checkpoint.writer import LOCK, CheckpointWriter, check_output_folder
+from ptq.containers import native
+from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
+from ptq.containers.native import NATIVE
+from ptq.containers.select import select_container
 from ptq.errors import OutputError, UsageError
-from ptq.formats import compressed_tensors, native
-from ptq.formats.select import select_format
-from ptq.packing import integer
 from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
+from tests.support.integer_weights import integer_weight
 from tests.support.tiny_models import tiny_model
 
 SYM, ASYM = (
@@ -42,7 +44,7 @@ def random_weight(scheme: Scheme, out: int = 40, width: int = 96) -> QuantizedWe
     codes = torch.randint(0, top, (out, width), generator=generator, dtype=torch.uint8)
     scale = torch.rand(out, groups, generator=generator).add(0.1).to(SCALE_DTYPES[scheme.scale_dtype])
     zero = torch.randint(0, top, (out, groups), generator=generator, dtype=torch.uint8)
-    return QuantizedWeight(codes, scale, None if scheme.symmetric else zero, scheme)
+    return integer_weight(codes, scale, None if scheme.symmetric else zero, scheme)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,9 @@ def random_weight(scheme: Scheme, out: int = 40, width: int = 96) -> QuantizedWe
 )
 def test_layout_round_trip(scheme: Scheme) -> None:
     weight = random_weight(scheme)
-    tensors = integer.layer_tensors("a.b", weight)
+    tensors = weight.tensors("a.b")
     assert len(tensors) == (3 if scheme.symmetric else 4)
-    back = integer.layer_weight("a.b", tensors, scheme)
+    back = NATIVE.read_layer("a.b", tensors, scheme, weight.shape)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.dequantize(), weight.dequantize())
 
@@ -60,10 +62,10 @@ def test_layout_round_trip(scheme: Scheme) -> None:
 def test_layout_golden() -> None:
     codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8) % 8
     zero = torch.tensor([[5], [2]], dtype=torch.uint8)
-    weight = QuantizedWeight(
+    weight = integer_weight(
         codes, torch.tensor([[0.5], [2.0]]).half(), zero, Scheme(3, False, 8, scale_dtype="float16")
     )
-    tensors = integer.layer_tensors("x", weight)
+    tensors = weight.tensors("x")
     # 0,1,...,7 in 3 bits each: 0o76543210; zero points 5 and 2 along the output channels: 0o25.
     assert tensors["x.weight_packed"].tolist() == [[0o76543210], [0o76543210]]
     assert tensors["x.weight_zero_point"].tolist() == [[0o25]]
@@ -77,9 +79,9 @@ def test_layout_golden() -> None:
 def test_compressed_tensors_reads_the_same_values(bits: int, symmetric: bool, group_size: int | None) -> None:
     scheme = Scheme(bits, symmetric, group_size, "float16")
     weight = random_weight(scheme)
-    config = compressed_tensors.quantization_config({"x": scheme}, {"x": nn.Linear(96, 40)})
+    config = COMPRESSED_TENSORS.quantization_config({"x": scheme}, {"x": nn.Linear(96, 40)})
     group = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    tensors = {key.removeprefix("x."): value for key, value in integer.layer_tensors("x", weight).items()}
+    tensors = {key.removeprefix("x."): value for key, value in weight.tensors("x").items()}
     theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, group)["weight"]
     assert torch.equal(theirs, weight.dequantize(torch.float16))
 
@@ -87,24 +89,24 @@ def test_compressed_tensors_reads_the_same_values(bits: int, symmetric: bool, gr
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"x.weight_shape": None}, "no usable x.weight_shape"),
+        ({"x.weight_shape": None}, "x.weight_shape is missing"),
         ({"x.weight_packed": torch.zeros(40, 8, dtype=torch.int32)}, r"needs torch.int32 \[40, 9\]"),
         ({"x.weight_scale": torch.zeros(40, 3)}, "x.weight_scale is torch.float32"),
         ({"x.weight_zero_point": None}, "x.weight_zero_point is missing"),
     ],
 )
 def test_damaged_tensors_are_named(change: dict[str, torch.Tensor | None], match: str) -> None:
-    tensors = integer.layer_tensors("x", random_weight(ASYM)) | change
+    tensors = random_weight(ASYM).tensors("x") | change
     with pytest.raises(OutputError, match=match):
-        integer.layer_weight("x", {k: v for k, v in tensors.items() if v is not None}, ASYM)
+        NATIVE.read_layer("x", {k: v for k, v in tensors.items() if v is not None}, ASYM, (40, 96))
 
 
 def test_weights_that_do_not_fit_their_scheme_are_not_written() -> None:
     weight = random_weight(SYM)
     with pytest.raises(ValueError, match="without zero points"):
-        integer.layer_tensors("x", dataclasses.replace(weight, scheme=ASYM))
+        dataclasses.replace(weight, scheme=ASYM).tensors("x")
     with pytest.raises(ValueError, match=r"x\.weight_scale is torch\.float32"):
-        integer.layer_tensors("x", dataclasses.replace(weight, scale=weight.scale.float()))
+        dataclasses.replace(weight, params={"scale": weight.params["scale"].float()}).tensors("x")
 
 
 LINEAR, HEAD = nn.Linear(96, 40), nn.Linear(40, 100)
@@ -124,23 +126,23 @@ REFUSED: dict[str, tuple[Scheme, nn.Module, str]] = {
 def test_what_compressed_tensors_cannot_carry(case: str) -> None:
     scheme, linear, reason = REFUSED[case]
     linears = {"a": linear, "head": HEAD}
-    name, why = select_format("auto", {"a": scheme, "head": None}, linears, nn.Module())
+    name, why = select_container("auto", {"a": scheme, "head": None}, linears, nn.Module())
     assert name == "native"
     with pytest.raises(UsageError, match=reason):
-        select_format("compressed-tensors", {"a": scheme}, linears, nn.Module())
-    assert why == compressed_tensors.why_not({"a": scheme}, linears)
+        select_container("compressed-tensors", {"a": scheme}, linears, nn.Module())
+    assert why == COMPRESSED_TENSORS.unsupported_reason({"a": scheme}, linears, nn.Module(), None)
 
 
 def test_what_compressed_tensors_can_carry() -> None:
     bf16 = dataclasses.replace(SYM, scale_dtype="bfloat16")
     linears = {"a": LINEAR, "b": nn.Linear(96, 40, dtype=torch.bfloat16, device="meta")}
-    assert compressed_tensors.why_not({"a": SYM, "b": bf16}, linears) is None
-    assert select_format("auto", {"a": SYM}, linears, nn.Module())[0] == "compressed-tensors"
-    assert select_format("native", {"a": SYM}, linears, nn.Module())[0] == "native"
+    assert COMPRESSED_TENSORS.unsupported_reason({"a": SYM, "b": bf16}, linears, nn.Module(), None) is None
+    assert select_container("auto", {"a": SYM}, linears, nn.Module())[0] == "compressed-tensors"
+    assert select_container("native", {"a": SYM}, linears, nn.Module())[0] == "native"
 
 
 def test_compressed_tensors_config_is_plain_json() -> None:
-    config = compressed_tensors.quantization_config(
+    config = COMPRESSED_TENSORS.quantization_config(
         {"a": SYM, "head": None}, {"a": LINEAR, "head": HEAD, "other": HEAD}
     )
     assert json.loads(json.dumps(config)) == config
@@ -161,7 +163,7 @@ def test_compressed_tensors_config_is_plain_json() -> None:
 
 def test_native_config_round_trip() -> None:
     schemes = {"a": SYM, "b": ASYM, "c": SYM, "head": None}
-    config = native.quantization_config(schemes, {})
+    config = NATIVE.quantization_config(schemes, {})
     assert len(config["schemes"]) == 2
     assert native.read_schemes(json.loads(json.dumps(config))) == {"a": SYM, "b": ASYM, "c": SYM}
 
@@ -172,69 +174,77 @@ def test_native_config_round_trip() -> None:
 )
 def test_what_happens_at_run_time_needs_the_native_format(change: dict[str, int], reason: str) -> None:
     schemes = {"a": dataclasses.replace(SYM, **change)}
-    assert select_format("native", schemes, {"a": LINEAR}, nn.Module())[0] == "native"
-    name, why = select_format("auto", schemes, {"a": LINEAR}, nn.Module())
+    assert select_container("native", schemes, {"a": LINEAR}, nn.Module())[0] == "native"
+    name, why = select_container("auto", schemes, {"a": LINEAR}, nn.Module())
     assert name == "native"
     assert reason in why
     with pytest.raises(UsageError, match=f"cannot carry this: {reason}"):
-        select_format("compressed-tensors", schemes, {"a": LINEAR}, nn.Module())
+        select_container("compressed-tensors", schemes, {"a": LINEAR}, nn.Module())
     with pytest.raises(UsageError, match="keys and values are rounded to 4 bits"):
-        select_format("compressed-tensors", {"a": SYM}, {"a": LINEAR}, nn.Module(), kv_bits=4)
-    assert select_format("auto", {"a": SYM}, {"a": LINEAR}, nn.Module(), kv_bits=4)[0] == "native"
+        select_container("compressed-tensors", {"a": SYM}, {"a": LINEAR}, nn.Module(), key_values=KeyValueScheme(4))
+    assert select_container("auto", {"a": SYM}, {"a": LINEAR}, nn.Module(), key_values=KeyValueScheme(4))[0] == "native"
 
 
-def test_a_weight_only_checkpoint_is_version_1_as_before() -> None:
-    assert native.quantization_config({"a": ASYM}, {}) == {
+def test_the_config_names_every_field_of_a_scheme() -> None:
+    assert NATIVE.quantization_config({"a": ASYM}, {}) == {
         "quant_method": "ptq",
         "version": 1,
         "schemes": {
-            "int3-asym-g32-float16": {"bits": 3, "symmetric": False, "group_size": 32, "scale_dtype": "float16"}
+            "int3-asym-g32-float16": {
+                "format": "int",
+                "bits": 3,
+                "symmetric": False,
+                "group_size": 32,
+                "scale_dtype": "float16",
+                "act_bits": None,
+                "act_symmetric": False,
+                "input_rotation": None,
+                "name": "int3 asym g32",
+            }
         },
         "layers": {"a": "int3-asym-g32-float16"},
     }
 
 
-def test_version_2_says_what_happens_at_run_time() -> None:
+def test_schemes_that_differ_in_what_happens_at_run_time_are_kept_apart() -> None:
     schemes: dict[str, Scheme | None] = {
         "a": dataclasses.replace(SYM, act_bits=4),
         "b": dataclasses.replace(SYM, act_bits=4, act_symmetric=True, input_rotation=7),
         "c": dataclasses.replace(SYM, act_bits=4, act_symmetric=True, input_rotation=8),
         "d": SYM,
+        "e": Scheme.of("fp4"),
     }
-    config = native.quantization_config(schemes, {})
-    assert config["version"] == 2
-    assert len(config["schemes"]) == 4, "seeds are part of a scheme's name"
-    assert config["layers"]["b"] == "int3-sym-g32-a4-sym-rotated7-float16"
-    assert config["schemes"]["int3-sym-g32-a4-float16"] == SYM.to_dict() | {"act_bits": 4}
+    config = NATIVE.quantization_config(schemes, {})
+    assert len(config["schemes"]) == 5
     assert "key_values" not in config
     assert native.read_schemes(json.loads(json.dumps(config))) == schemes
     assert native.read_key_values(config) is None
 
 
-def test_key_values_alone_are_version_2() -> None:
-    config = native.quantization_config({"a": SYM}, {}, KeyValueScheme(4))
-    assert (config["version"], config["key_values"]) == (2, {"bits": 4, "symmetric": False})
+def test_key_values_stand_beside_the_schemes() -> None:
+    config = NATIVE.quantization_config({"a": SYM}, {}, key_values=KeyValueScheme(4))
+    assert config["key_values"] == {"bits": 4, "symmetric": False}
     assert native.read_key_values(json.loads(json.dumps(config))) == KeyValueScheme(4)
     assert native.read_schemes(config) == {"a": SYM}
 
 
-@pytest.mark.parametrize("version", [None, 0, 3, True, "2"])
+@pytest.mark.parametrize("version", [None, 0, 2, True, "1"])
 def test_other_versions_are_refused(version: object) -> None:
-    config = native.quantization_config({"a": SYM}, {}) | {"version": version}
+    config = NATIVE.quantization_config({"a": SYM}, {}) | {"version": version}
     for read in (native.read_schemes, native.read_key_values):
-        with pytest.raises(OutputError, match=r"this ptq reads versions 1 and 2: upgrade"):
+        with pytest.raises(OutputError, match=r"this ptq reads version 1: upgrade"):
             read(config)
 
 
 def test_an_unsettled_scale_dtype_is_not_recorded() -> None:
     with pytest.raises(ValueError, match=r"a: .*Scheme\.resolved"):
-        native.quantization_config({"a": Scheme(bits=3)}, {})
+        NATIVE.quantization_config({"a": Scheme(bits=3)}, {})
     bf16 = nn.Linear(128, 8, dtype=torch.bfloat16)
-    assert compressed_tensors.why_not({"a": Scheme(bits=3)}, {"a": bf16}) is None
+    assert COMPRESSED_TENSORS.unsupported_reason({"a": Scheme(bits=3)}, {"a": bf16}, nn.Module(), None) is None
 
 
 def test_native_stores_a_weight_that_no_linear_takes() -> None:
-    tombstone = native.layer_tensors("a", random_weight(SYM))["a.weight"]
+    tombstone = NATIVE.layer_tensors("a", random_weight(SYM))["a.weight"]
     assert (tombstone.dtype, tuple(tombstone.shape)) == (torch.int8, (0,))
 
 
@@ -361,6 +371,6 @@ def test_tensors_outside_the_blocks_are_no_experts() -> None:
     schemes = dict.fromkeys((name for name in linears if "layers" in name), SYM)
     model.tower = nn.Module()
     model.tower.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, 64)))
-    assert select_format("auto", schemes, linears, model)[0] == "compressed-tensors"
+    assert select_container("auto", schemes, linears, model)[0] == "compressed-tensors"
     model.model.layers[0].register_parameter("experts", nn.Parameter(torch.zeros(2, 4, 4)))
-    assert select_format("auto", schemes, linears, model)[0] == "native"
+    assert select_container("auto", schemes, linears, model)[0] == "native"

@@ -1,0 +1,153 @@
+"""The native format: every scheme of the toolkit, one scheme per linear, read by `ptq.integration`.
+
+``config.json`` of a native checkpoint holds
+
+    "quantization_config": {
+      "quant_method": "ptq", "version": 1,
+      "schemes": {"int3-asym-g64-float16": {"format": "int", "bits": 3, "symmetric": false, ...}},
+      "layers": {"model.layers.0.mlp.down_proj": "int3-asym-g64-float16", ...}
+    },
+    "transformers_weights": "these weights are packed by ptq: run `pip install ptq-toolkit` and ..."
+
+A scheme has all fields of `ptq.scheme.Scheme`. Where keys and values are rounded at run time, beside the schemes stands
+
+      "key_values": {"bits": 4, "symmetric": false}
+
+transformers only warns about a quantization method that it does not know, and goes on with random weights. Two things
+turn that into an error: ``transformers_weights`` (transformers takes it for the name of the weight file and raises an
+error that quotes it; our quantizer removes it first), and for every packed linear an empty tensor ``X.weight`` (int8,
+shape [0]), which a plain linear refuses by its shape even where ``save_pretrained`` has dropped the sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.containers.base import Container
+from ptq.errors import OutputError, UsageError
+from ptq.quantized import QuantizedWeight
+from ptq.scheme import KeyValueScheme, Scheme
+
+__all__ = [
+    "GUARD_KEY",
+    "GUARD_SENTENCE",
+    "NATIVE",
+    "QUANT_METHOD",
+    "VERSION",
+    "NativeContainer",
+    "read_key_values",
+    "read_schemes",
+]
+
+QUANT_METHOD = "ptq"
+VERSION = 1
+GUARD_KEY = "transformers_weights"
+GUARD_SENTENCE = (
+    "these weights are packed by ptq: run `pip install ptq-toolkit` and `import ptq` before from_pretrained"
+)
+
+
+class NativeContainer(Container):
+    """Carries every scheme of the toolkit."""
+
+    name = "native"
+    quant_method = QUANT_METHOD
+
+    def unsupported_reason(
+        self,
+        schemes: Mapping[str, Scheme | None],
+        linears: Mapping[str, nn.Module],
+        model: nn.Module,
+        key_values: KeyValueScheme | None,
+    ) -> str | None:
+        return None
+
+    def layer_tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The weight's tensors and the empty ``X.weight`` that plain linears refuse."""
+        return weight.tensors(name) | {f"{name}.weight": torch.empty(0, dtype=torch.int8)}
+
+    def quantization_config(
+        self,
+        schemes: Mapping[str, Scheme | None],
+        linears: Mapping[str, nn.Module],
+        *,
+        key_values: KeyValueScheme | None = None,
+        others: Iterable[str] = (),
+    ) -> dict[str, Any]:
+        """See `Container.quantization_config`; ``linears`` and ``others`` are not needed.
+
+        Raises:
+            ValueError: a scheme's ``scale_dtype`` is still ``"auto"``.
+        """
+        packed = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+        for name, scheme in packed.items():
+            if scheme.scale_dtype == "auto":
+                raise ValueError(f"{name}: a checkpoint names the dtype of its scales; call Scheme.resolved first")
+        keys = _scheme_keys(packed.values())
+        config = {
+            "quant_method": QUANT_METHOD,
+            "version": VERSION,
+            "schemes": {key: scheme.to_dict() for scheme, key in keys.items()},
+            "layers": {name: keys[scheme] for name, scheme in packed.items()},
+        }
+        return config if key_values is None else config | {"key_values": key_values.to_dict()}
+
+    def config_entries(self) -> dict[str, Any]:
+        """The sentence that stops a transformers without us."""
+        return {GUARD_KEY: GUARD_SENTENCE}
+
+
+def read_schemes(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Scheme]:
+    """Scheme of every packed linear, from a ``quantization_config``.
+
+    Raises:
+        OutputError: another version, or a config that does not hold together.
+    """
+    _check_version(config, where)
+    try:
+        known = {key: Scheme.from_dict(fields) for key, fields in config["schemes"].items()}
+        return {name: known[key] for name, key in config["layers"].items()}
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
+        raise OutputError(f"{where}: quantization_config is damaged ({error!r}); quantize again.") from error
+
+
+def read_key_values(config: Mapping[str, Any], where: str = "config.json") -> KeyValueScheme | None:
+    """How keys and values are rounded, from a ``quantization_config``; ``None`` where they are not.
+
+    Raises:
+        OutputError: another version, or an entry ``key_values`` that is not one.
+    """
+    _check_version(config, where)
+    fields = config.get("key_values")
+    if fields is None:
+        return None
+    try:
+        return KeyValueScheme(fields["bits"], fields["symmetric"])
+    except (KeyError, TypeError, UsageError) as error:
+        raise OutputError(f"{where}: key_values is damaged ({error!r}); quantize again.") from error
+
+
+def _check_version(config: Mapping[str, Any], where: str) -> None:
+    version = config.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise OutputError(
+            f"{where}: quantization_config has version {version!r}, this ptq reads version {VERSION}: "
+            "upgrade ptq-toolkit, or quantize again."
+        )
+
+
+def _scheme_keys(schemes: Iterable[Scheme]) -> dict[Scheme, str]:
+    """A readable key for every scheme; schemes of one name (two seeds of a rotation) are numbered."""
+    keys: dict[Scheme, str] = {}
+    for scheme in dict.fromkeys(schemes):
+        key = f"{scheme.describe().replace(' ', '-')}-{scheme.scale_dtype}"
+        same = sum(other == key or other.startswith(f"{key}.") for other in keys.values())
+        keys[scheme] = f"{key}.{same + 1}" if same else key
+    return keys
+
+
+NATIVE = NativeContainer()

@@ -1,0 +1,43 @@
+"""Which container an output is written in, and why, as far as rules say; `ptq.proof` then tries it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ptq.containers.base import Container
+from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
+from ptq.containers.native import NATIVE
+from ptq.errors import UsageError
+from ptq.scheme import KeyValueScheme, Scheme
+
+__all__ = ["CONTAINERS", "select_container"]
+
+CONTAINERS: dict[str, Container] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE)}
+"""The table; ``auto`` takes the first row that can carry the result."""
+
+
+def select_container(
+    requested: str,
+    schemes: Mapping[str, Scheme | None],
+    linears: Mapping[str, nn.Module],
+    model: nn.Module,
+    key_values: KeyValueScheme | None = None,
+) -> tuple[str, str]:
+    """Name and reason of the container for a recipe's ``container`` (``auto`` or a name of `CONTAINERS`).
+
+    ``schemes``, ``linears``, ``model`` and ``key_values`` are those of `Container.unsupported_reason`.
+
+    Raises:
+        UsageError: a container was asked for that cannot carry the result.
+    """
+    if requested == NATIVE.name:
+        return NATIVE.name, "asked for"
+    first = ""
+    for container in CONTAINERS.values() if requested == "auto" else (CONTAINERS[requested],):
+        problem = container.unsupported_reason(schemes, linears, model, key_values)
+        if problem is None:
+            return container.name, first or "it carries every scheme here"
+        first = first or problem
+    raise UsageError(f"the container {requested} cannot carry this: {first}. Use --container native or auto.")

@@ -13,13 +13,13 @@ from torch import nn
 from ptq.packing.integer import layer_tensors
 from ptq.scheme import SCALE_DTYPES, Scheme
 
-__all__ = ["FORMAT", "QUANT_METHOD", "layer_tensors", "quantization_config", "why_not"]
+__all__ = ["FORMAT", "QUANT_METHOD", "layer_tensors", "quantization_config", "unsupported_reason"]
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 
 
-def why_not(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module]) -> str | None:
+def unsupported_reason(schemes: Mapping[str, Scheme | None], linears: Mapping[str, nn.Module]) -> str | None:
     """The reason why stock loaders could not carry the result in this format; ``None`` if they give the same weights.
 
     Stock loaders cast scales to the model's dtype: fp16 scales in a bfloat16 model come out rounded to 8 bits, which is

@@ -79,10 +79,10 @@ def quantization_config(
     for name, scheme in packed.items():
         if scheme.scale_dtype == "auto":
             raise ValueError(f"{name}: a checkpoint names the dtype of its scales; call Scheme.resolved first")
-    treated = key_values is not None or any(scheme.treats_input for scheme in packed.values())
+    transformed = key_values is not None or any(scheme.transforms_input for scheme in packed.values())
     config = {
         "quant_method": QUANT_METHOD,
-        "version": 2 if treated else 1,
+        "version": 2 if transformed else 1,
         "schemes": {_scheme_id(scheme): scheme.to_dict() for scheme in packed.values()},
         "layers": {name: _scheme_id(scheme) for name, scheme in packed.items()},
     }

@@ -25,8 +25,8 @@ def select_format(
 ) -> tuple[str, str]:
     """``("compressed-tensors" or "native", reason)`` for a recipe's ``format`` (``auto`` or one of the two).
 
-    ``schemes`` and ``linears`` are by full name, as in `compressed_tensors.why_not`; ``model`` is the skeleton;
-    ``kv_bits`` is the recipe's.
+    ``schemes`` and ``linears`` are by full name, as in `compressed_tensors.unsupported_reason`; ``model`` is the
+    skeleton; ``kv_bits`` is the recipe's.
 
     Raises:
         UsageError: compressed-tensors was asked for and cannot carry the result.
@@ -36,7 +36,7 @@ def select_format(
     problem = (
         _key_values(kv_bits)
         or _fused_experts(model)
-        or compressed_tensors.why_not(schemes, linears)
+        or compressed_tensors.unsupported_reason(schemes, linears)
         or _split_experts(schemes, model)
     )
     if problem is None:

@@ -125,7 +125,7 @@ class QuantLinear(nn.Linear):
 
     @property
     def scheme(self) -> Scheme:
-        """How the weight is stored and the input treated.
+        """How the weight is stored and the input transformed.
 
         Raises:
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
@@ -158,14 +158,14 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        x = self.treat_input(x)
+        x = self.transform_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         parts = [
             functional.linear(x, tile, None if bias is None else bias[rows]) for rows, tile in self._tiles(x.dtype)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def treat_input(self, x: Tensor) -> Tensor:
+    def transform_input(self, x: Tensor) -> Tensor:
         """The input ``[..., in_features]`` as the product sees it: rotated, then rounded, as the scheme says."""
         if self.input_rotation is not None:
             if self._rotation is None:

@@ -32,7 +32,7 @@ def test_plain_data_round_trips(scheme: Scheme) -> None:
         scheme.act_bits is not None,
         scheme.input_rotation is not None,
     )
-    assert scheme.treats_input == (len(data) > 4)
+    assert scheme.transforms_input == (len(data) > 4)
 
 
 def test_a_weight_only_scheme_and_recipe_read_as_they_always_did() -> None:

@@ -128,13 +128,13 @@ def test_what_compressed_tensors_cannot_carry(case: str) -> None:
     assert name == "native"
     with pytest.raises(UsageError, match=reason):
         select_format("compressed-tensors", {"a": scheme}, linears, nn.Module())
-    assert why == compressed_tensors.why_not({"a": scheme}, linears)
+    assert why == compressed_tensors.unsupported_reason({"a": scheme}, linears)
 
 
 def test_what_compressed_tensors_can_carry() -> None:
     bf16 = dataclasses.replace(SYM, scale_dtype="bfloat16")
     linears = {"a": LINEAR, "b": nn.Linear(96, 40, dtype=torch.bfloat16, device="meta")}
-    assert compressed_tensors.why_not({"a": SYM, "b": bf16}, linears) is None
+    assert compressed_tensors.unsupported_reason({"a": SYM, "b": bf16}, linears) is None
     assert select_format("auto", {"a": SYM}, linears, nn.Module())[0] == "compressed-tensors"
     assert select_format("native", {"a": SYM}, linears, nn.Module())[0] == "native"
 
@@ -230,7 +230,7 @@ def test_an_unsettled_scale_dtype_is_not_recorded() -> None:
     with pytest.raises(ValueError, match=r"a: .*Scheme\.resolved"):
         native.quantization_config({"a": Scheme(bits=3)}, {})
     bf16 = nn.Linear(128, 8, dtype=torch.bfloat16)
-    assert compressed_tensors.why_not({"a": Scheme(bits=3)}, {"a": bf16}) is None
+    assert compressed_tensors.unsupported_reason({"a": Scheme(bits=3)}, {"a": bf16}) is None
 
 
 def test_native_stores_a_weight_that_no_linear_takes() -> None:

@@ -1,4 +1,4 @@
-"""The calibration runner: text to tokens, the map of a model, the walk through its blocks, statistics.
+"""The calibration runner: text to tokens, the map of a model, the pass through its blocks, statistics.
 
 Knows no quantizers, formats or metrics.
 """

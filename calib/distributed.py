@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calib.errors import UsageError, WorkersError
 
-__all__ = ["ALONE", "Workers", "join_workers", "leave_workers"]
+__all__ = ["SINGLE_PROCESS", "Workers", "destroy_distributed", "init_distributed"]
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(hours=2)  # a solve of a large linear on another process may take this long
@@ -41,7 +41,7 @@ class Workers:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes the result and talks to the user."""
         return self.rank == 0
 
@@ -61,7 +61,7 @@ class Workers:
             with _partners():
                 dist.broadcast(tensor, source)
 
-    def share(self, value: T, source: int = 0) -> T:
+    def broadcast_object(self, value: T, source: int = 0) -> T:
         """Plain data of process ``source``, on every process."""
         if self.size == 1:
             return value
@@ -72,7 +72,7 @@ class Workers:
         return result
 
 
-ALONE = Workers()
+SINGLE_PROCESS = Workers()
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def _partners() -> Iterator[None]:
         ) from error
 
 
-def join_workers(device: torch.device) -> tuple[Workers, torch.device]:
+def init_distributed(device: torch.device) -> tuple[Workers, torch.device]:
     """This process among those that ``torchrun`` or ``accelerate launch`` started, or alone.
 
     A process group that the caller has made is used as it is.
@@ -105,7 +105,7 @@ def join_workers(device: torch.device) -> tuple[Workers, torch.device]:
     """
     started = dist.is_available() and dist.is_initialized()
     if not started and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return ALONE, device
+        return SINGLE_PROCESS, device
     if str(device) == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
@@ -130,7 +130,7 @@ def _meet(device: torch.device) -> None:
         ) from error
 
 
-def leave_workers() -> None:
+def destroy_distributed() -> None:
     """Close the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

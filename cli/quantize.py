@@ -130,7 +130,7 @@ def command(
     recipe or model is only replaced with --restart.
     """
     import ptq
-    from calib.distributed import leave_workers
+    from calib.distributed import destroy_distributed
     from cli.shared.forecast import show_forecast
     from cli.shared.idle import idle_sentences
     from cli.shared.recipe_flags import build_recipe
@@ -143,7 +143,7 @@ def command(
     base = Recipe.from_yaml(recipe_file) if recipe_file else Recipe()
     recipe = build_recipe(base, flags)
     target = Path(out) if out else default_output(model, recipe)
-    leads = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
+    is_main_process = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
     arguments: dict[str, Any] = {
         "out": target,
         "device": device,
@@ -151,18 +151,18 @@ def command(
         "trust_remote_code": trust_remote_code,
     }
     with ProgressListener(console(stderr=True)) as listener:
-        if leads:
+        if is_main_process:
             listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
-        if leads and base.options and recipe.method != base.method:
+        if is_main_process and base.options and recipe.method != base.method:
             listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
-        for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)) if leads else ():
+        for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)) if is_main_process else ():
             listener.say(sentence)
         if dry_run:
             forecast = ptq.forecast(model, recipe, on_event=listener, **arguments)
         else:
             report = ptq.quantize(model, recipe, restart=restart, on_event=listener, **arguments)
-    leave_workers()
-    if not leads:
+    destroy_distributed()
+    if not is_main_process:
         return
     if dry_run:
         if as_json:

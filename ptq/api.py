@@ -16,7 +16,7 @@ from calib.checkpoint.config import check_tokenizer_config
 from calib.checkpoint.reader import ModelSource, open_model
 from calib.data.bos import window_bos
 from calib.data.tokens import Calibration, load_calibration, sample_from_model
-from calib.distributed import join_workers
+from calib.distributed import init_distributed
 from calib.model.model_class import find_model_class, is_multimodal
 from calib.model.structure import find_blocks
 from calib.runner.activation_store import OFFLOADS, Offload
@@ -147,8 +147,8 @@ def forecast(
         keep_finished=False,
     )
     assert isinstance(run, Run)
-    run.tell(Event("message", "measuring on the first blocks; nothing is written"))
-    run.tell = ignore_events
+    run.emit(Event("message", "measuring on the first blocks; nothing is written"))
+    run.emit = ignore_events
     return make_forecast(run)
 
 
@@ -186,7 +186,7 @@ def _prepare(
     finished = find_finished(target) if keep_finished else None
     if finished is not None:
         finished.refuse_other_recipe(recipe)
-    workers, place = join_workers(resolve_device(device))
+    workers, torch_device = init_distributed(resolve_device(device))
     source = open_model(
         model if isinstance(model, nn.Module) else os.fspath(model),
         trust_remote_code=trust_remote_code,
@@ -196,7 +196,7 @@ def _prepare(
     if isinstance(config, LearnedConfig):
         config.windows(len(find_blocks(source.skeleton)))  # refused before anything is read
     make_plan(source.skeleton, recipe, source.dtype)  # likewise
-    listener = listener if workers.leads else ignore_events
+    listener = listener if workers.is_main_process else ignore_events
     finished = None if finished is None or not finished.is_whole(listener) else finished
     for name, reason in without_effect(fields, recipe).items():
         listener(Event("message", f"{name} has no effect: {reason}"))
@@ -204,38 +204,38 @@ def _prepare(
         listener(Event("message", source.quantization.describe()))
     if recipe.text_only and not source.companions.text_only:
         listener(Event("message", f"--text-only has no effect: {source.name} is a text model"))
-    dtype = pass_dtype(recipe.compute_dtype, source.dtype, place)
+    dtype = pass_dtype(recipe.compute_dtype, source.dtype, torch_device)
     source = _rotated(source, recipe, listener)
     plan = make_plan(source.skeleton, recipe, source.dtype)
     if "down" in recipe.rotate:
-        plan = rotate_last_inputs(plan, source, recipe.calibration.seed, place, dtype)
+        plan = rotate_last_inputs(plan, source, recipe.calibration.seed, torch_device, dtype)
     kv = None if recipe.kv_bits is None else KeyValueScheme(recipe.kv_bits, recipe.kv_symmetric)
     settled = (
         [settle_format(recipe.container, plan.schemes, source, kv, trust_remote_code=trust_remote_code)]
-        if workers.leads
+        if workers.is_main_process
         else []
     )
-    (choice,) = workers.share(settled)
+    (choice,) = workers.broadcast_object(settled)
     needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
     if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
         return finished.kept(source.fingerprint(), calibration if needs_data else None, listener), tokenizer
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
-    if needs_data and place.type == "cpu":
+    if needs_data and torch_device.type == "cpu":
         spec = recipe.calibration
         shape = (spec.samples, spec.seqlen) if calibration is None else tuple(calibration.tokens.shape)
         for notice in long_run_notices(source.skeleton, plan, method, config, *shape):
             listener(Event("message", notice))
     if not needs_data:
         calibration = None
-    elif calibration is None and workers.leads:
+    elif calibration is None and workers.is_main_process:
         calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
-    calibration = workers.share(calibration)  # all processes work on the first one's tokens
+    calibration = workers.broadcast_object(calibration)  # all processes work on the first one's tokens
     if finished is not None:
         return finished.kept(source.fingerprint(), calibration, listener), tokenizer
     if calibration is not None:
         check_vocabulary(source.skeleton, calibration.tokens)
     if isinstance(config, LearnedConfig) and calibration is not None:
-        check_learning(source, config, calibration.tokens, Surroundings(place, dtype, workers.size))
+        check_learning(source, config, calibration.tokens, Surroundings(torch_device, dtype, workers.size))
     run = Run(
         source,
         plan,
@@ -245,7 +245,7 @@ def _prepare(
         calibration,
         target,
         choice,
-        device=place,
+        device=torch_device,
         dtype=dtype,
         listener=listener,
         offload=offload,

@@ -19,7 +19,7 @@ __all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "KeyValueScheme", "Scheme", "
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """The storage of one linear's weight ``[out_features, in_features]``, and the treatment of its input.
+    """The storage of one linear's weight ``[out_features, in_features]``, and the transform of its input.
 
     Args:
         bits: width of one code, 2 to 8.
@@ -108,7 +108,7 @@ class Scheme:
         return text if self.input_rotation is None else f"{text} rotated"
 
     @property
-    def treats_input(self) -> bool:
+    def transforms_input(self) -> bool:
         """Whether the runtime must do anything to the linear's input: quantize it or rotate it."""
         return self.act_bits is not None or self.input_rotation is not None
 

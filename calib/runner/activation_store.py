@@ -1,7 +1,7 @@
 """Where the hidden states of a stream live between two blocks: on the device, in memory, or on disk.
 
-A `Stream` is a list of tensors, one a calibration batch. ``stream[i]`` gives the batch on the device; on a GPU the next
-one is fetched while this one is worked on. Values are the same bits wherever they are kept.
+An `ActivationStore` is a list of tensors, one per calibration batch. ``store[i]`` gives the batch on the device; on a
+GPU the next one is fetched while this one is worked on. Values are the same bits wherever they are kept.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from calib.errors import OutputError, UsageError, unknown_name
 
-__all__ = ["OFFLOADS", "Offload", "Place", "Stream", "free_memory", "settle_offload", "total_memory"]
+__all__ = ["OFFLOADS", "ActivationStore", "Offload", "OffloadTarget", "free_memory", "settle_offload", "total_memory"]
 
 Offload = Literal["auto", "none", "memory", "disk"]
-Place = Literal["none", "memory", "disk"]
+OffloadTarget = Literal["none", "memory", "disk"]
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "memory", "disk")
 _SHARE = 0.35  # of what is free: both streams, before the next cheaper place is taken
 
@@ -43,7 +43,7 @@ def total_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def settle_offload(asked: Offload, size: int, device: torch.device) -> Place:
+def settle_offload(asked: Offload, size: int, device: torch.device) -> OffloadTarget:
     """Where streams of ``size`` bytes together go.
 
     Args:
@@ -52,7 +52,7 @@ def settle_offload(asked: Offload, size: int, device: torch.device) -> Place:
         device: where blocks are run.
 
     Raises:
-        UsageError: an unknown place.
+        UsageError: an unknown target.
     """
     if asked not in OFFLOADS:
         raise unknown_name("offload", asked, OFFLOADS)
@@ -65,30 +65,30 @@ def settle_offload(asked: Offload, size: int, device: torch.device) -> Place:
     return "disk"
 
 
-class Stream:
+class ActivationStore:
     """Hidden states, ``[sequences, tokens, width]`` a batch (some models put a dimension before these).
 
     Args:
-        device: where they are used; place: where they are kept.
+        device: where they are used; target: where they are kept.
         folder: for ``disk``; its content is removed by `close`.
 
     Raises:
         UsageError: ``disk`` without a folder.
     """
 
-    def __init__(self, device: torch.device, place: Place = "none", folder: Path | None = None) -> None:
-        if place == "disk" and folder is None:
+    def __init__(self, device: torch.device, target: OffloadTarget = "none", folder: Path | None = None) -> None:
+        if target == "disk" and folder is None:
             raise UsageError("activations on disk need a folder.")
-        self._device, self._place, self._folder = device, place, folder
+        self._device, self._target, self._folder = device, target, folder
         self._items: list[Any] = []  # tensors, or (path, shape, dtype)
         self.shapes: list[tuple[int, int]] = []  # sequences and tokens of every batch
         self.width = 0  # numbers a token
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ptq-prefetch") if place != "none" else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ptq-prefetch") if target != "none" else None
         self._side: Any = None
-        if device.type == "cuda" and place != "none":
+        if device.type == "cuda" and target != "none":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._coming: tuple[int, Future[tuple[Tensor, Any]]] | None = None
-        if place == "disk" and folder is not None:
+        if target == "disk" and folder is not None:
             with _disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
@@ -135,7 +135,7 @@ class Stream:
             return
         self._reader.shutdown()
         self._items, self._coming = [], None
-        if self._place == "disk" and self._folder is not None:
+        if self._target == "disk" and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _take(self, index: int) -> tuple[Tensor, Any]:
@@ -146,10 +146,10 @@ class Stream:
         return self._reader.submit(self._fetch, index).result()
 
     def _put(self, index: int, hidden: Tensor) -> Any:
-        if self._place == "none":
+        if self._target == "none":
             return hidden
         host = hidden.detach().to("cpu").contiguous()
-        if self._place == "memory":
+        if self._target == "memory":
             return host.pin_memory() if self._side is not None else host
         assert self._folder is not None
         path = self._folder / f"{index:06d}.bin"

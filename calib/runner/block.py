@@ -1,7 +1,7 @@
-"""What a walk hands out: a block with its weights, and its input groups one after another; see `calib.runner.runner`.
+"""What a runner hands out: a block with its weights, and its input groups one after another; see `calib.runner.runner`.
 
-A `BlockVisit` runs its block for either stream: with the checkpoint's own tensors for the full-precision one, with what
-was put in their place for the quantized one, which may also quantize what its linears are given.
+A `BlockContext` runs its block for either stream: with the checkpoint's own tensors for the full-precision one, with
+what was put in their place for the quantized one, which may also quantize what its linears are given.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from calib.distributed import Workers
 from calib.model.block_inputs import BlockCall
 from calib.model.input_groups import BlockMap, InputGroup
 from calib.model.structure import find_linears, linear_weight, set_linear_weight
-from calib.runner.activation_store import Stream
+from calib.runner.activation_store import ActivationStore
 from calib.runner.expert_routing import RoutedRows
-from calib.runner.forward import check_finite, check_range, place, three_dims
+from calib.runner.forward import check_finite, check_range, move_to, three_dims
 from calib.runner.suspended_forward import BlockPasses
 from calib.stats import TWO_STREAMS, GroupStatistics, Stat, StatisticsAccumulator
 from calib.timing import Timing
 
-__all__ = ["BlockVisit", "GroupVisit", "Host", "Treatment"]
+__all__ = ["BlockContext", "Host", "InputTransform", "LinearGroup"]
 
 
-class Treatment(Protocol):
+class InputTransform(Protocol):
     """What happens to a linear's input in the quantized model: it is quantized, or rotated, or both."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Treatment(Protocol):
 
 
 class Host(Protocol):
-    """What a visit asks of its walk."""
+    """What a `BlockContext` needs from its runner."""
 
     device: torch.device
     dtype: torch.dtype
@@ -60,20 +60,20 @@ class Host(Protocol):
 
     def first_sequence(self, batch: int) -> int: ...
 
-    def stream(self, *, full: bool) -> Stream: ...
+    def activations(self, *, full: bool) -> ActivationStore: ...
 
     def hidden(self, batch: int, *, full: bool) -> Tensor: ...
 
     def call(self, batch: int, block: int, *, full: bool) -> BlockCall: ...
 
-    def map_of(self, visit: BlockVisit) -> BlockMap: ...
+    def map_of(self, context: BlockContext) -> BlockMap: ...
 
     def fits_lockstep(self, groups: Sequence[InputGroup], tokens: int) -> bool: ...
 
     def count_pass(self, flops: float, batch: int) -> None: ...
 
 
-class BlockVisit:
+class BlockContext:
     """One block, loaded; see the head of this file.
 
     Args:
@@ -83,53 +83,53 @@ class BlockVisit:
         stored_dtypes: dtypes of the block's parameters in the checkpoint, by name in the block.
     """
 
-    def __init__(self, walk: Host, index: int, name: str, block: nn.Module) -> None:
-        self.walk, self.index, self.name, self.block = walk, index, name, block
+    def __init__(self, runner: Host, index: int, name: str, block: nn.Module) -> None:
+        self.runner, self.index, self.name, self.block = runner, index, name, block
         self.linears: Mapping[str, nn.Module] = find_linears(block)
         self._originals = {name: linear_weight(module).detach() for name, module in self.linears.items()}
         self.stored_dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
-        place(block, walk.device, walk.dtype)
+        move_to(block, runner.device, runner.dtype)
         self._full = {name: linear_weight(module).detach() for name, module in self.linears.items()}
         self._replaced: dict[str, Tensor] = {}
         self._changed: dict[str, tuple[Tensor, Tensor]] = {}  # other parameters: the checkpoint's value, the new one
         self._full_in_use = False
         self._quantizes = False  # whether the linears' inputs are being quantized
         self._on_stream: Callable[[bool], object] | None = None
-        self._treatments: dict[str, Treatment] = {}
+        self._input_transforms: dict[str, InputTransform] = {}
         self._handles: list[Any] = []
         self._passes: dict[bool, BlockPasses] = {}  # by whether they are the full-precision stream's
         self._rows: RoutedRows | None = None
         self._closed = False
 
-    def groups(self, needs: frozenset[Stat], only: frozenset[str]) -> Iterator[GroupVisit]:
+    def groups(self, needs: frozenset[Stat], only: frozenset[str]) -> Iterator[LinearGroup]:
         """Input groups in the order of execution.
 
         Args:
             needs: the statistics that will be asked for.
             only: linears that will be quantized; groups without any are skipped.
         """
-        with self.walk.timing.part("passes", self.walk.device):
-            wanted = [group for group in self.walk.map_of(self).groups if only.intersection(group.linears)]
+        with self.runner.timing.part("passes", self.runner.device):
+            wanted = [group for group in self.runner.map_of(self).groups if only.intersection(group.linears)]
             self._start(wanted)
         for group in wanted:
             if self._rows is not None and self._rows.name != group.experts:
                 self._rows = None
-            yield GroupVisit(self, group, tuple(name for name in group.linears if name in only), needs)
+            yield LinearGroup(self, group, tuple(name for name in group.linears if name in only), needs)
         self._rows = None
 
     def _start(self, groups: list[InputGroup]) -> None:
         """Get the passes of both streams ready."""
-        if not self.walk.has_tokens:
+        if not self.runner.has_tokens:
             return
         points = list(dict.fromkeys(group.point for group in groups))
-        lockstep = self.walk.fits_lockstep(groups, self.walk.stream(full=False).tokens)
-        kinds = (False, True) if self.walk.two_streams else (False,)
+        lockstep = self.runner.fits_lockstep(groups, self.runner.activations(full=False).tokens)
+        kinds = (False, True) if self.runner.two_streams else (False,)
         for full in kinds:
             self._passes[full] = BlockPasses(
                 self.block,
-                lambda batch, full=full: self.walk.call(batch, self.index, full=full),  # type: ignore[misc]
-                lambda batch, full=full: self.walk.hidden(batch, full=full),  # type: ignore[misc]
-                len(self.walk.batches),
+                lambda batch, full=full: self.runner.call(batch, self.index, full=full),  # type: ignore[misc]
+                lambda batch, full=full: self.runner.hidden(batch, full=full),  # type: ignore[misc]
+                len(self.runner.batches),
                 points,
                 lockstep=lockstep,
                 use_weights=lambda full=full: self._use_weights(full=full),  # type: ignore[misc]
@@ -137,7 +137,7 @@ class BlockVisit:
 
     def _use_weights(self, *, full: bool) -> None:
         """Put the weights of one stream into the block."""
-        full = full and self.walk.two_streams  # one stream alone is the quantized one
+        full = full and self.runner.two_streams  # one stream alone is the quantized one
         if full == self._full_in_use:
             return
         weights = self._full if full else self._replaced
@@ -154,37 +154,37 @@ class BlockVisit:
 
     # -- what the quantized stream's linears are given ---------------------------------------------------------------
 
-    def treat_inputs(
-        self, treatments: Mapping[str, Treatment], on_stream: Callable[[bool], object] | None = None
+    def transform_inputs(
+        self, transforms: Mapping[str, InputTransform], on_stream: Callable[[bool], object] | None = None
     ) -> None:
-        """From now on these linears, by name in the block, get ``treatments[name](x)`` in the place of ``x`` whenever
+        """From now on these linears, by name in the block, get ``transforms[name](x)`` in the place of ``x`` whenever
         the block runs for the quantized stream. Statistics are of what they get, and weights those for it.
 
         Args:
-            treatments: linears that read the same tensor have equal ones.
+            transforms: linears that read the same tensor have equal ones.
             on_stream: called with ``True`` when the block begins to run for the quantized stream, and with ``False``
                 when it stops: for what else differs between the streams (keys and values).
         """
-        for name, treatment in treatments.items():
-            self._handles.append(self._change_input(self.linears[name], treatment))
-        self._treatments, self._on_stream = dict(treatments), on_stream
+        for name, transform in transforms.items():
+            self._handles.append(self._change_input(self.linears[name], transform))
+        self._input_transforms, self._on_stream = dict(transforms), on_stream
         self._switch(quantize=not self._full_in_use)
 
-    def forget_treatments(self) -> None:
-        """The opposite of `treat_inputs`."""
+    def remove_input_transforms(self) -> None:
+        """The opposite of `transform_inputs`."""
         self._switch(quantize=False)
         for handle in self._handles:
             handle.remove()
-        self._handles, self._treatments, self._on_stream = [], {}, None
+        self._handles, self._input_transforms, self._on_stream = [], {}, None
 
-    def _change_input(self, linear: nn.Module, change: Treatment) -> Any:
+    def _change_input(self, linear: nn.Module, transform: InputTransform) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not self._quantizes:
                 return None
             if args:
-                return (change(args[0]), *args[1:]), kwargs
+                return (transform(args[0]), *args[1:]), kwargs
             first = next(iter(kwargs))
-            return args, {**kwargs, first: change(kwargs[first])}
+            return args, {**kwargs, first: transform(kwargs[first])}
 
         return linear.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -203,7 +203,7 @@ class BlockVisit:
         finally:
             self._switch(quantize=before)
 
-    # -- used by GroupVisit ------------------------------------------------------------------------------------------
+    # -- used by LinearGroup ------------------------------------------------------------------------------------------
 
     def original(self, name: str) -> Tensor:
         """The checkpoint's weight of a linear ``[out, in]``, as stored."""
@@ -212,23 +212,23 @@ class BlockVisit:
     def full(self, name: str) -> Tensor:
         """The full-precision weight ``[out, in]`` for what the linear gets in the quantized stream, in the dtype and on
         the device of the passes."""
-        return self.for_treated(name, self._full[name])
+        return self.weight_for_transformed_input(name, self._full[name])
 
-    def treatment(self, name: str) -> Treatment | None:
-        """What the quantized stream does to a linear's input, and has had done to its weight (`treat_inputs`)."""
-        return self._treatments.get(name)
+    def input_transform(self, name: str) -> InputTransform | None:
+        """What the quantized stream does to a linear's input, and has had done to its weight (`transform_inputs`)."""
+        return self._input_transforms.get(name)
 
-    def for_treated(self, name: str, weight: Tensor) -> Tensor:
-        """A linear's weight for inputs that are treated (`treat_inputs`)."""
-        return self._treatments[name].on_weight(weight) if name in self._treatments else weight
+    def weight_for_transformed_input(self, name: str, weight: Tensor) -> Tensor:
+        """A linear's weight for inputs that are transformed (`transform_inputs`)."""
+        return self._input_transforms[name].on_weight(weight) if name in self._input_transforms else weight
 
-    def as_treated(self, name: str, inputs: Tensor) -> Tensor:
+    def transformed_full_input(self, name: str, inputs: Tensor) -> Tensor:
         """The full-precision stream's inputs of a linear, to be compared with what it gets in the quantized one."""
-        return self._treatments[name].full(inputs) if name in self._treatments else inputs
+        return self._input_transforms[name].full(inputs) if name in self._input_transforms else inputs
 
     def replace(self, name: str, weight: Tensor) -> None:
         """From now on the quantized stream runs with ``weight`` ``[out, in]`` in this linear."""
-        if not self.walk.has_tokens:
+        if not self.runner.has_tokens:
             return  # nothing will be run any more
         self._replaced[name] = weight.to(self._full[name])
         if not self._full_in_use:
@@ -248,8 +248,8 @@ class BlockVisit:
     def run(self, batch: int, hidden: Tensor, *, full: bool) -> Tensor:
         """The block's output for ``hidden`` with the weights of one stream; where the streams stand does not matter."""
         self.use(full=full)
-        output = self.walk.call(batch, self.index, full=full)(self.block, hidden)
-        self.walk.count_pass(self.walk.map_of(self).flops, batch)
+        output = self.runner.call(batch, self.index, full=full)(self.block, hidden)
+        self.runner.count_pass(self.runner.map_of(self).flops, batch)
         return output
 
     def use(self, *, full: bool) -> None:
@@ -258,10 +258,10 @@ class BlockVisit:
 
     def arguments(self, group: InputGroup, batch: int, *, full: bool) -> list[tuple[Any, ...]]:
         """What the module at the group's point is called with in one batch of a stream, a call an entry."""
-        passes = self._passes[full and self.walk.two_streams]
+        passes = self._passes[full and self.runner.two_streams]
         found = passes.at(group.point, batch, group.calls)
         if not passes.lockstep:
-            self.walk.count_pass(group.flops, batch)
+            self.runner.count_pass(group.flops, batch)
         return found
 
     def inputs(self, group: InputGroup, batch: int, *, full: bool) -> Tensor | None:
@@ -270,7 +270,7 @@ class BlockVisit:
         if not found:
             return None
         if len(found) == 1:
-            return three_dims(found[0], self.walk.stream(full=full).shapes[batch])
+            return three_dims(found[0], self.runner.activations(full=full).shapes[batch])
         return torch.cat([part.reshape(1, -1, part.shape[-1]) for part in found], dim=1)
 
     @property
@@ -282,10 +282,10 @@ class BlockVisit:
         """The rows that reach the experts of a mixture, gathered once for all of them."""
         if self._rows is None:
             full, own = (
-                [self.arguments(group, batch, full=kind)[0] for batch in self.walk.batches] for kind in (True, False)
+                [self.arguments(group, batch, full=kind)[0] for batch in self.runner.batches] for kind in (True, False)
             )
             count = sum(1 for _ in self.block.get_submodule(group.experts).children())
-            self._rows = RoutedRows(group.experts, count, own, full, self.walk.workers)
+            self._rows = RoutedRows(group.experts, count, own, full, self.runner.workers)
         return self._rows
 
     def run_expert(self, group: InputGroup, rows: Tensor, *, full: bool) -> Tensor:
@@ -310,18 +310,18 @@ class BlockVisit:
 
     def close(self) -> None:
         """Move the streams through the block; again, nothing."""
-        if not self.walk.has_tokens or self._closed:
+        if not self.runner.has_tokens or self._closed:
             return
         self._closed = True
         if not self._passes:
             self._start([])
-        with self.walk.timing.part("passes", self.walk.device):
-            flops = self.walk.map_of(self).flops
+        with self.runner.timing.part("passes", self.runner.device):
+            flops = self.runner.map_of(self).flops
             for full, passes in self._passes.items():
-                stream = self.walk.stream(full=full)
-                for batch in self.walk.batches:
+                stream = self.runner.activations(full=full)
+                for batch in self.runner.batches:
                     output = passes.finish(batch)
-                    self.walk.count_pass(flops, batch)
+                    self.runner.count_pass(flops, batch)
                     if not full:
                         check_finite(output, self.name)
                     stream[batch] = output
@@ -330,19 +330,19 @@ class BlockVisit:
         """Drop what is suspended, and every reference to weights."""
         for passes in self._passes.values():
             passes.close()
-        self.forget_treatments()
+        self.remove_input_transforms()
         self._passes, self._rows = {}, None
         self._originals, self._full, self._replaced, self._changed = {}, {}, {}, {}
 
 
-class GroupVisit:
+class LinearGroup:
     """One input group of a block.
 
     Args:
         names: the group's linears that will be quantized, by name in the block.
     """
 
-    def __init__(self, block: BlockVisit, group: InputGroup, names: tuple[str, ...], needs: frozenset[Stat]) -> None:
+    def __init__(self, block: BlockContext, group: InputGroup, names: tuple[str, ...], needs: frozenset[Stat]) -> None:
         self.block, self.group, self.names = block, group, names
         self._needs = needs
         self.notes: tuple[str, ...] = ()
@@ -352,53 +352,54 @@ class GroupVisit:
         return f"{self.block.name}.{name}"
 
     def weight(self, name: str) -> Tensor:
-        """A linear's original weight, float32 ``[out, in]`` on the walk's device, for what it gets (`treat_inputs`).
+        """A linear's original weight, float32 ``[out, in]`` on the runner's device, for what it gets
+        (`transform_inputs`).
 
         Raises:
             NumericalError: it holds NaN or Inf, or numbers whose squared errors would overflow.
         """
-        weight = self.block.original(name).to(self.block.walk.device, torch.float32)
+        weight = self.block.original(name).to(self.block.runner.device, torch.float32)
         check_range(weight, self.full_name(name))
-        return self.block.for_treated(name, weight)
+        return self.block.weight_for_transformed_input(name, weight)
 
     def statistics(self) -> GroupStatistics | None:
         """The statistics asked for, over all batches of all processes; ``None`` if none was asked for or there are no
         tokens. What a reader must know of them is in ``notes`` afterwards."""
-        walk = self.block.walk
-        if not self._needs or not walk.has_tokens:
+        runner = self.block.runner
+        if not self._needs or not runner.has_tokens:
             return None
         weights = {name: self.block.full(name) for name in self.names}
         for name, weight in weights.items():
             check_range(weight, self.full_name(name))
         accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
-        with walk.timing.part("passes", walk.device):
+        with runner.timing.part("passes", runner.device):
             self._prepare()
-        for batch in walk.batches:
-            with walk.timing.part("passes", walk.device):
+        for batch in runner.batches:
+            with runner.timing.part("passes", runner.device):
                 own, full = self._inputs(batch)
-                full = None if full is None else self.block.as_treated(self.names[0], full)
-            with walk.timing.part("statistics", walk.device):
+                full = None if full is None else self.block.transformed_full_input(self.names[0], full)
+            with runner.timing.part("statistics", runner.device):
                 if own is not None and own.numel():
-                    accumulator.add(own, full, walk.first_sequence(batch))
-        with walk.timing.part("statistics", walk.device):
-            if walk.workers.size > 1:
-                accumulator.reduce_(walk.workers.sum_)
-            walk.flops["statistics"] = walk.flops.get("statistics", 0.0) + accumulator.flops
+                    accumulator.add(own, full, runner.first_sequence(batch))
+        with runner.timing.part("statistics", runner.device):
+            if runner.workers.size > 1:
+                accumulator.reduce_(runner.workers.sum_)
+            runner.flops["statistics"] = runner.flops.get("statistics", 0.0) + accumulator.flops
             return accumulator.finish()
 
     def _prepare(self) -> None:
         """Bring all passes of one stream to this group before those of the other: weights change hands once."""
-        walk, group = self.block.walk, self.group
+        runner, group = self.block.runner, self.group
         if group.experts:
             self.notes = self.block.rows(group).notes(group.expert)
             if self._needs & {Stat.FOLDS, Stat.EFFECTIVE_TOKENS}:
                 self.notes += ("its tokens count as independent of each other, although they come in sequences",)
         elif group.routed:
-            stream = "full-precision" if walk.two_streams else "quantized"
+            stream = "full-precision" if runner.two_streams else "quantized"
             self.notes = (f"calibrated on the {stream} model's inputs: the block routes tokens by itself",)
-        elif self._needs & TWO_STREAMS and walk.two_streams and self.block.in_lockstep:
+        elif self._needs & TWO_STREAMS and runner.two_streams and self.block.in_lockstep:
             for full in (True, False):
-                for batch in walk.batches:
+                for batch in runner.batches:
                     self.block.arguments(group, batch, full=full)
 
     def _inputs(self, batch: int) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from calib.errors import NumericalError
 from calib.precision import has_fast_bfloat16, share_not_finite
 
-__all__ = ["MAX_WEIGHT", "check_finite", "check_range", "check_weight", "pass_dtype", "place", "three_dims"]
+__all__ = ["MAX_WEIGHT", "check_finite", "check_range", "check_weight", "move_to", "pass_dtype", "three_dims"]
 
 MAX_WEIGHT = 1e12
 """Largest weight that is quantized. Powers of errors up to the 2.4th, summed over a row, stay within float32 below it;
@@ -40,7 +40,7 @@ def three_dims(inputs: Tensor, shape: tuple[int, int]) -> Tensor:
     return inputs.reshape(1, -1, inputs.shape[-1])
 
 
-def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def move_to(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Parameters to ``dtype`` and ``device``; buffers keep their dtype (rotary frequencies must stay float32)."""
     for part in module.modules():
         for name, parameter in part._parameters.items():

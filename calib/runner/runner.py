@@ -1,22 +1,22 @@
-"""The walk: block after block through a model, with two streams of activations.
+"""The calibration runner: block after block through a model, with two streams of activations.
 
-For every calibration batch the walk keeps X, the hidden states of the full-precision model, and X~, those of the model
-quantized so far. At a block it loads the weights, finds the input groups by running the block once, and hands out one
-`GroupVisit` after another in the order of execution; between them the caller replaces weights, so that the X~
+For every calibration batch the runner keeps X, the hidden states of the full-precision model, and X~, those of the
+model quantized so far. At a block it loads the weights, finds the input groups by running the block once, and hands
+out one `LinearGroup` after another in the order of execution; between them the caller replaces weights, so that the X~
 statistics of a later group see the quantized linears before it. Then both streams move on and the block's memory is
 given back.
 
-    for visit in walk:                       # BlockVisit
-        for group in visit.groups(needs):    # GroupVisit: names, weights, statistics
+    for context in runner:                     # BlockContext
+        for group in context.groups(needs):    # LinearGroup: names, weights, statistics
             group.replace(name, weight)
 
-`Walk.windows` does the same for windows of several blocks (`calib.runner.window_schedule`): a block is loaded when a
-window's right edge reaches it, and the streams move through it when the left edge leaves it. One block after another is
-the schedule of windows of one block, and served by the same code.
+`CalibrationRunner.windows` does the same for windows of several blocks (`calib.runner.window_schedule`): a block is
+loaded when a window's right edge reaches it, and the streams move through it when the left edge leaves it. One block
+after another is the schedule of windows of one block, and served by the same code.
 
 How passes are made is told in `calib.runner.suspended_forward`, where hidden states lie in
 `calib.runner.activation_store`, what several processes do in `calib.distributed`. The experts of a mixture are visited
-one by one, on the rows that the full-precision model's router sends to each (`calib.runner.expert_routing`). The walk
+one by one, on the rows that the full-precision model's router sends to each (`calib.runner.expert_routing`). The runner
 knows no method and no format. Run it inside `calib.precision.strict_float32`.
 """
 
@@ -31,20 +31,20 @@ import torch
 from torch import Tensor
 
 from calib.checkpoint.reader import ModelSource
-from calib.distributed import ALONE, Workers
+from calib.distributed import SINGLE_PROCESS, Workers
 from calib.errors import UsageError
 from calib.model.block_inputs import BlockCall, capture_calls, own_state
 from calib.model.experts import expert_lists
 from calib.model.input_groups import BlockMap, InputGroup, merge_maps, trace_block
 from calib.model.model_class import other_modalities
 from calib.model.structure import find_blocks
-from calib.runner.activation_store import Place, Stream, free_memory, total_memory
-from calib.runner.block import BlockVisit, GroupVisit
-from calib.runner.forward import place
+from calib.runner.activation_store import ActivationStore, OffloadTarget, free_memory, total_memory
+from calib.runner.block import BlockContext, LinearGroup
+from calib.runner.forward import move_to
 from calib.runner.window_schedule import Window, single_blocks
 from calib.timing import Timing
 
-__all__ = ["BlockVisit", "GroupVisit", "Timing", "Walk", "WindowVisit", "batch_size"]
+__all__ = ["BlockContext", "BlockWindow", "CalibrationRunner", "LinearGroup", "Timing", "batch_size"]
 
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _MIN_BATCHES = 8  # of eight sequences or more, so that as many processes can share them
@@ -58,8 +58,8 @@ def batch_size(samples: int, seqlen: int, device: torch.device) -> int:
     return max(1, min(_BATCH_TOKENS.get(device.type, 4096) // seqlen, samples // _MIN_BATCHES))
 
 
-class Walk:
-    """Iterating yields a `BlockVisit` a block.
+class CalibrationRunner:
+    """Iterating yields a `BlockContext` a block.
 
     Args:
         source: the model.
@@ -85,9 +85,9 @@ class Walk:
         two_streams: bool = True,
         timing: Timing | None = None,
         flops: Timing | None = None,
-        offload: Place = "none",
+        offload: OffloadTarget = "none",
         folder: Path | None = None,
-        workers: Workers = ALONE,
+        workers: Workers = SINGLE_PROCESS,
         batch: int | None = None,
     ) -> None:
         self.source, self.device, self.dtype, self.workers = source, device, dtype, workers
@@ -100,23 +100,23 @@ class Walk:
         self._batch, self._batch_size = batch, 1
         self._calls_full: list[list[BlockCall]] = []
         self._calls_quantized: list[list[BlockCall]] = []
-        self._full: Stream | None = None
-        self._quantized = Stream(device)
+        self._full: ActivationStore | None = None
+        self._quantized = ActivationStore(device)
         self._maps: dict[object, BlockMap] = {}
 
-    def __iter__(self) -> Iterator[BlockVisit]:
+    def __iter__(self) -> Iterator[BlockContext]:
         for window in self.windows(single_blocks(len(self.block_names))):
             yield window.blocks[0]
 
-    def windows(self, schedule: Sequence[Window]) -> Iterator[WindowVisit]:
-        """One visit a window. After it the streams move through the blocks that are in no later window, with what was
-        put in the place of their weights.
+    def windows(self, schedule: Sequence[Window]) -> Iterator[BlockWindow]:
+        """One `BlockWindow` per window. After it the streams move through the blocks that are in no later window, with
+        what was put in the place of their weights.
 
         Args:
             schedule: windows whose starts do not go back and that leave no block out
                 (`calib.runner.window_schedule.make_windows`).
         """
-        alive: dict[int, BlockVisit] = {}
+        alive: dict[int, BlockContext] = {}
         try:
             self._capture(self._made_up_tokens() if self._tokens is None else self._tokens)
             for number, window in enumerate(schedule):
@@ -126,27 +126,27 @@ class Walk:
                 after = schedule[number + 1].start if number + 1 < len(schedule) else len(self.block_names)
                 leaving = min(after, window.stop) - window.start
                 blocks = [alive[index] for index in range(window.start, window.stop)]
-                yield WindowVisit(self, number, window, blocks, leaving)
+                yield BlockWindow(self, number, window, blocks, leaving)
                 del blocks
                 for index in range(window.start, window.start + leaving):
                     alive[index].close()
                     self._leave(alive.pop(index))
         finally:
-            for visit in alive.values():
-                self._leave(visit)
+            for context in alive.values():
+                self._leave(context)
             for stream in (self._full, self._quantized):
                 if stream is not None:
                     stream.close()
 
-    def _open(self, index: int) -> BlockVisit:
+    def _open(self, index: int) -> BlockContext:
         name = self.block_names[index]
         with self.timing.part("read", self.device):
             self.source.load(self.tensors_of_block(name))
-        return BlockVisit(self, index, name, self.source.skeleton.get_submodule(name))
+        return BlockContext(self, index, name, self.source.skeleton.get_submodule(name))
 
-    def _leave(self, visit: BlockVisit) -> None:
-        visit.abandon()
-        self.source.release(self.tensors_of_block(visit.name))
+    def _leave(self, context: BlockContext) -> None:
+        context.abandon()
+        self.source.release(self.tensors_of_block(context.name))
 
     @property
     def has_tokens(self) -> bool:
@@ -176,21 +176,24 @@ class Walk:
         needed = self._tensors_before_blocks() | self.tensors_of_block(self.block_names[0])
         with self.timing.part("read", self.device):
             self.source.load(needed)
-            place(model, self.device, self.dtype)
-        self._quantized, self._full = self._stream("quantized"), self._stream("full") if self._two_streams else None
+            move_to(model, self.device, self.dtype)
+        self._quantized, self._full = (
+            self._new_store("quantized"),
+            self._new_store("full") if self._two_streams else None,
+        )
         with self.timing.part("passes", self.device):
             calls = capture_calls(model, self.block_names, self._my_batches(tokens), self._enter)
             self._calls_full = [own_state(c) for c in calls] if self._two_streams else []
             self._calls_quantized = [own_state(c) for c in calls]
         self.source.release(needed)
 
-    def new_stream(self, name: str) -> Stream:
-        """An empty stream that is kept where this walk keeps its own; the caller closes it."""
-        return self._stream(name)
+    def new_store(self, name: str) -> ActivationStore:
+        """An empty store that is kept where this runner keeps its own; the caller closes it."""
+        return self._new_store(name)
 
-    def _stream(self, name: str) -> Stream:
+    def _new_store(self, name: str) -> ActivationStore:
         folder = None if self._folder is None else self._folder / f"{name}-{self.workers.rank}"
-        return Stream(self.device, self._offload, folder)
+        return ActivationStore(self.device, self._offload, folder)
 
     def _enter(self, hidden: Tensor, tokens: Tensor) -> None:
         shape = (tokens.shape[0], tokens.shape[1])
@@ -237,44 +240,44 @@ class Walk:
         """Number of a batch's first sequence among those of all processes."""
         return (batch * self.workers.size + self.workers.rank) * self._batch_size
 
-    def stream(self, *, full: bool) -> Stream:
+    def activations(self, *, full: bool) -> ActivationStore:
         """Hidden states that enter the current block. Without a full-precision stream both are the quantized one."""
         return self._full if full and self._full is not None else self._quantized
 
     def hidden(self, batch: int, *, full: bool) -> Tensor:
         """What enters the current block, ``[sequences, tokens, width]``."""
-        return self.stream(full=full)[batch]
+        return self.activations(full=full)[batch]
 
     def call(self, batch: int, block: int, *, full: bool) -> BlockCall:
         """How the model calls a block, with the state of that stream."""
         calls = self._calls_full if full and self._two_streams else self._calls_quantized
         return calls[batch][block]
 
-    def map_of(self, visit: BlockVisit) -> BlockMap:
+    def map_of(self, context: BlockContext) -> BlockMap:
         """The map of a block. Blocks of one class with the same linears are traced once, unless the first batch did not
         reach all linears: then every block of the class is traced on all batches of all processes."""
-        kind = (type(visit.block), tuple(visit.linears))
-        for key in (kind, visit.name):
+        kind = (type(context.block), tuple(context.linears))
+        for key in (kind, context.name):
             if key in self._maps:
                 return self._maps[key]
-        traced = self.workers.share(self._trace(visit, 0))
-        if traced.reaches(visit.linears):
+        traced = self.workers.broadcast_object(self._trace(context, 0))
+        if traced.reaches(context.linears):
             self._maps[kind] = traced
         else:
-            traced = self._maps[visit.name] = self._trace_all(visit)
+            traced = self._maps[context.name] = self._trace_all(context)
         return traced
 
-    def _trace(self, visit: BlockVisit, batch: int) -> BlockMap:
-        call, hidden = self.call(batch, visit.index, full=True), self.hidden(batch, full=True)
-        with visit.plain_inputs():  # what is quantized for every linear by itself is no longer the same tensor
-            return self._trace_plain(visit, batch, call, hidden)
+    def _trace(self, context: BlockContext, batch: int) -> BlockMap:
+        call, hidden = self.call(batch, context.index, full=True), self.hidden(batch, full=True)
+        with context.plain_inputs():  # what is quantized for every linear by itself is no longer the same tensor
+            return self._trace_plain(context, batch, call, hidden)
 
-    def _trace_plain(self, visit: BlockVisit, batch: int, call: BlockCall, hidden: Tensor) -> BlockMap:
-        return trace_block(visit.block, lambda: call(visit.block, hidden), math.prod(self._quantized.shapes[batch]))
+    def _trace_plain(self, context: BlockContext, batch: int, call: BlockCall, hidden: Tensor) -> BlockMap:
+        return trace_block(context.block, lambda: call(context.block, hidden), math.prod(self._quantized.shapes[batch]))
 
-    def _trace_all(self, visit: BlockVisit) -> BlockMap:
-        mine = merge_maps([self._trace(visit, batch) for batch in self.batches])
-        return merge_maps([self.workers.share(mine, rank) for rank in range(self.workers.size)])
+    def _trace_all(self, context: BlockContext) -> BlockMap:
+        mine = merge_maps([self._trace(context, batch) for batch in self.batches])
+        return merge_maps([self.workers.broadcast_object(mine, rank) for rank in range(self.workers.size)])
 
     def fits_lockstep(self, groups: Sequence[InputGroup], tokens: int) -> bool:
         """Whether passes of so many tokens can be suspended at these groups: what they would hold fits into a share of
@@ -291,20 +294,22 @@ class Walk:
         self.flops["passes"] = self.flops.get("passes", 0.0) + flops * math.prod(self._quantized.shapes[batch])
 
 
-class WindowVisit:
+class BlockWindow:
     """Consecutive blocks, loaded; the streams stand before the first of them.
 
     Args:
-        number: of the window in its schedule; window: which blocks.
-        blocks: their visits; leaving: how many of them, from the first on, are in no later window.
+        number: of the window in its schedule; span: which blocks.
+        blocks: their contexts; leaving: how many of them, from the first on, are in no later window.
     """
 
-    def __init__(self, walk: Walk, number: int, window: Window, blocks: list[BlockVisit], leaving: int) -> None:
-        self.walk, self.number, self.window, self.blocks, self.leaving = walk, number, window, blocks, leaving
+    def __init__(
+        self, runner: CalibrationRunner, number: int, span: Window, blocks: list[BlockContext], leaving: int
+    ) -> None:
+        self.runner, self.number, self.span, self.blocks, self.leaving = runner, number, span, blocks, leaving
 
     def run(self, batch: int, *, full: bool) -> Tensor:
         """The window's output in one batch of a stream, from what enters it in that stream."""
-        hidden = self.walk.hidden(batch, full=full)
-        for visit in self.blocks:
-            hidden = visit.run(batch, hidden, full=full)
+        hidden = self.runner.hidden(batch, full=full)
+        for context in self.blocks:
+            hidden = context.run(batch, hidden, full=full)
         return hidden

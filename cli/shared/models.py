@@ -24,7 +24,7 @@ from calib.checkpoint.reader import open_model
 from calib.errors import ModelError, unknown_name
 from calib.model.model_class import text_model
 from calib.precision import has_fast_bfloat16
-from calib.runner.forward import place
+from calib.runner.forward import move_to
 from evals.evaluate import model_info
 from evals.record import ModelInfo
 from ptq.api import resolve_device
@@ -131,7 +131,9 @@ def _load_dense(folder: Path, *, dtype: str, device_map: Any, trust_remote_code:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     device = torch.device("cpu" if device_map is None else device_map[""])
-    place(model, device, source.dtype if dtype == "auto" else getattr(torch, dtype))  # rotary frequencies stay float32
+    move_to(
+        model, device, source.dtype if dtype == "auto" else getattr(torch, dtype)
+    )  # rotary frequencies stay float32
     model.tie_weights()
     return model
 
@@ -166,14 +168,14 @@ def files_fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def resolved_dtype(dtype: str, place: torch.device, source: str) -> str:
+def resolved_dtype(dtype: str, device: torch.device, source: str) -> str:
     """What ``auto`` means for a model on a device: the checkpoint's type, or float32 where half precision is emulated.
 
     A ``.gguf`` file names no type for what it holds: bfloat16, as in the folder that ``ptq quantize`` makes of it.
     """
     if dtype != "auto":
         return dtype
-    if not has_fast_bfloat16(place):
+    if not has_fast_bfloat16(device):
         return "float32"
     return GGUF_DTYPE if Path(source).suffix == ".gguf" else "auto"
 

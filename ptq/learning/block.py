@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from calib.model.block_inputs import BlockCall, first_tensor
-from calib.runner.block import BlockVisit
+from calib.runner.block import BlockContext
 from calib.runner.forward import check_range
 from ptq.learning.config import LearnedConfig
 from ptq.learning.linear import KINDS, LinearLearner, round_together
@@ -33,7 +33,7 @@ class BlockLearner:
     """The learnables of one block.
 
     Args:
-        visit: the block.
+        context: the block.
         schemes: of the linears that are quantized, by name in the block.
         config: what is learned.
         scalings: channel scalings that leave the block's output as it is (`ptq.transforms.scaling.search`).
@@ -49,7 +49,7 @@ class BlockLearner:
 
     def __init__(
         self,
-        visit: BlockVisit,
+        context: BlockContext,
         schemes: Mapping[str, Scheme],
         config: LearnedConfig,
         *,
@@ -57,32 +57,32 @@ class BlockLearner:
         seed: int = 0,
         anchors: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
-        self.visit, self.config, self._share = visit, config, 1.0
+        self.context, self.config, self._share = context, config, 1.0
         anchors = anchors or {}
         for name in schemes:
-            check_range(visit.full(name), f"{visit.name}.{name}")
+            check_range(context.full(name), f"{context.name}.{name}")
         self.linears = {
             name: LinearLearner(
-                visit.full(name), scheme, config, _generator(seed, f"{visit.name}.{name}"), anchors.get(name)
+                context.full(name), scheme, config, _generator(seed, f"{context.name}.{name}"), anchors.get(name)
             )
             for name, scheme in schemes.items()
         }
-        self._dtypes = {name: visit.full(name).dtype for name in schemes}
-        device = visit.walk.device
+        self._dtypes = {name: context.full(name).dtype for name in schemes}
+        device = context.runner.device
         self.scalings = tuple(scaling.to(device) for scaling in scalings) if schemes else ()
         self.scales = {s.name: torch.ones(s.size, device=device).requires_grad_() for s in self.scalings}
         self._uses: dict[str, list[tuple[str, ScaleUse]]] = {}
         for scaling in self.scalings:
             for use in scaling.uses:
                 self._uses.setdefault(use.parameter, []).append((scaling.name, use))
-        weights = {f"{name}.weight": name for name in visit.linears}
+        weights = {f"{name}.weight": name for name in context.linears}
         self._dense = {name: self._logical(name, weights) for name in self._uses if weights.get(name) not in schemes}
 
     def _logical(self, parameter: str, weights: Mapping[str, str]) -> Tensor:
         """The full-precision value of a parameter; weights as ``[out, in]``."""
         if parameter in weights:
-            return self.visit.full(weights[parameter])
-        return self.visit.block.get_parameter(parameter).detach()
+            return self.context.full(weights[parameter])
+        return self.context.block.get_parameter(parameter).detach()
 
     @property
     def share(self) -> float:
@@ -91,8 +91,8 @@ class BlockLearner:
     @share.setter
     def share(self, share: float) -> None:
         self._share = share
-        self.visit.use(full=True)  # keys and values are told of their share when the quantized stream comes into use
-        self.visit.use(full=False)
+        self.context.use(full=True)  # keys and values are told of their share when the quantized stream comes into use
+        self.context.use(full=False)
 
     # -- what is learned ---------------------------------------------------------------------------------------------
 
@@ -155,14 +155,14 @@ class BlockLearner:
     def _changed(self, name: str, value: Tensor) -> Tensor:
         scaled = self._scaled(name)
         assert scaled is not None
-        changed = scaled(value.float()).to(self.visit.stored_dtypes[name]).to(value.dtype)  # as it will be stored
+        changed = scaled(value.float()).to(self.context.stored_dtypes[name]).to(value.dtype)  # as it will be stored
         linear = name.removesuffix(".weight")
         return (
-            self._as_stored(linear, changed) if linear in self.visit.linears and name.endswith(".weight") else changed
+            self._as_stored(linear, changed) if linear in self.context.linears and name.endswith(".weight") else changed
         )
 
     def _as_stored(self, linear: str, weight: Tensor) -> Tensor:
-        return weight.T if isinstance(self.visit.linears[linear], Conv1D) else weight
+        return weight.T if isinstance(self.context.linears[linear], Conv1D) else weight
 
     def _scaled(self, parameter: str) -> Callable[[Tensor], Tensor] | None:
         """How channel scales change a parameter; ``None`` if they do not."""
@@ -180,16 +180,16 @@ class BlockLearner:
     def run(self, call: BlockCall, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The block's output for ``hidden`` ``[sequences, tokens, width]`` with these `tensors`, with gradients."""
         args, kwargs = call.arguments(hidden)
-        return first_tensor(functional_call(self.visit.block, dict(tensors), args, kwargs))
+        return first_tensor(functional_call(self.context.block, dict(tensors), args, kwargs))
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put the rounded weights at the present share into the visit, for the quantized stream to pass through."""
+        """Put the rounded weights at the present share into the block, for the quantized stream to pass through."""
         rounded = round_together(list(self.linears.values()), self.targets(), self.share, hard=True)
         for name, weight in zip(self.linears, rounded, strict=True):
-            self.visit.replace(name, weight)
+            self.context.replace(name, weight)
         for name, value in self.changed().items():
-            self.visit.replace_parameter(name, value)
+            self.context.replace_parameter(name, value)
 
     @torch.no_grad()
     def fold(self) -> dict[str, QuantizedWeight]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from calib.model.experts import expert_lists
-from calib.runner.activation_store import Stream
-from calib.runner.runner import WindowVisit
+from calib.runner.activation_store import ActivationStore
+from calib.runner.runner import BlockWindow
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
 from ptq.learning.losses import output_loss
@@ -32,7 +32,7 @@ class Stepper:
     """Steps one after another, every kernel launched by itself.
 
     Args:
-        visit: the window; blocks: its learners; config: loss and accumulation.
+        window: the window; blocks: its learners; config: loss and accumulation.
         optimizer: moves ``parameters``.
     """
 
@@ -41,37 +41,37 @@ class Stepper:
 
     def __init__(
         self,
-        visit: WindowVisit,
+        window: BlockWindow,
         blocks: Sequence[BlockLearner],
         config: LearnedConfig,
         optimizer: Optimizer,
         parameters: Sequence[Tensor],
     ) -> None:
-        self.visit, self.blocks, self.config = visit, blocks, config
+        self.window, self.blocks, self.config = window, blocks, config
         self.optimizer, self.parameters = optimizer, list(parameters)
-        walk = visit.walk
-        tokens = math.prod(walk.stream(full=False).shapes[0])
-        self._flops = tokens * sum(walk.map_of(block).flops for block in visit.blocks)
+        runner = window.runner
+        tokens = math.prod(runner.activations(full=False).shapes[0])
+        self._flops = tokens * sum(runner.map_of(block).flops for block in window.blocks)
         self._best = _Best(self.parameters) if config.keep == "best" else None
-        self._batch_loss = torch.zeros((), device=walk.device)  # of the step that is being made
-        self.total = torch.zeros((), device=walk.device)  # of losses: not finite as soon as one is not
+        self._batch_loss = torch.zeros((), device=runner.device)  # of the step that is being made
+        self.total = torch.zeros((), device=runner.device)  # of losses: not finite as soon as one is not
 
-    def step(self, batches: Sequence[int], following: int, targets: Stream, progress: float) -> None:
+    def step(self, batches: Sequence[int], following: int, targets: ActivationStore, progress: float) -> None:
         """One step on some batches.
 
         Args:
             following: the first batch of the next step, to be fetched meanwhile; progress: 0 at the first step to 1.
         """
-        walk, sums = self.visit.walk, None
+        runner, sums = self.window.runner, None
         for number, batch in enumerate(batches):
             then = batches[number + 1] if number + 1 < len(batches) else following
-            hidden = walk.stream(full=False).fetch(batch, then)
+            hidden = runner.activations(full=False).fetch(batch, then)
             gradients = self.gradients(batch, hidden, targets.fetch(batch, then), progress)
             sums = gradients if sums is None else [_sum(a, b) for a, b in zip(sums, gradients, strict=True)]
         assert sums is not None
-        if self._best is not None and walk.workers.size > 1:  # all processes must keep the same step
-            loss = self._batch_loss.to(walk.workers.device)
-            walk.workers.sum_(loss)
+        if self._best is not None and runner.workers.size > 1:  # all processes must keep the same step
+            loss = self._batch_loss.to(runner.workers.device)
+            runner.workers.sum_(loss)
             self._batch_loss.copy_(loss)
         self._move(self._of_all_processes(sums, len(batches)))
         self._count(len(batches))
@@ -86,15 +86,15 @@ class Stepper:
 
     def _count(self, batches: int) -> None:
         """Note the work of a step: a forward pass, and a backward pass that costs twice as much."""
-        flops = self.visit.walk.flops
+        flops = self.window.runner.flops
         flops["learning"] = flops.get("learning", 0.0) + 3 * batches * self._flops
 
     def gradients(self, batch: int, hidden: Tensor, target: Tensor, progress: float) -> list[Tensor | None]:
         """Gradients of the loss of one batch; ``None`` for what it does not depend on (experts without tokens)."""
-        walk = self.visit.walk
+        runner = self.window.runner
         with torch.enable_grad():
             for one, tensors in zip(self.blocks, window_tensors(self.blocks), strict=True):
-                hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, tensors)
+                hidden = one.run(runner.call(batch, one.context.index, full=False), hidden, tensors)
             loss = output_loss(hidden, target, self.config.loss, self.corner)
             self.total += loss.detach()
             self._batch_loss += loss.detach()
@@ -113,7 +113,7 @@ class Stepper:
 
     def _of_all_processes(self, gradients: list[Tensor | None], batches: int) -> list[Tensor | None]:
         """The mean over batches and processes."""
-        workers = self.visit.walk.workers
+        workers = self.window.runner.workers
         if workers.size > 1:
             full = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
             flat = torch.cat([gradient.flatten() for gradient in full]).to(workers.device)
@@ -130,8 +130,8 @@ class Stepper:
 
     def finite(self) -> bool:
         """Whether all losses so far were finite, on every process."""
-        total = self.total.double().reshape(1).to(self.visit.walk.workers.device)
-        self.visit.walk.workers.sum_(total)
+        total = self.total.double().reshape(1).to(self.window.runner.workers.device)
+        self.window.runner.workers.sum_(total)
         return bool(torch.isfinite(total))
 
 
@@ -142,15 +142,15 @@ class GraphStepper(Stepper):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        walk = self.visit.walk
-        self._hidden = walk.hidden(0, full=False).clone()
+        runner = self.window.runner
+        self._hidden = runner.hidden(0, full=False).clone()
         self._target: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def step(self, batches: Sequence[int], following: int, targets: Stream, progress: float) -> None:
+    def step(self, batches: Sequence[int], following: int, targets: ActivationStore, progress: float) -> None:
         batch = batches[0]
         target = targets.fetch(batch, following)
-        self._hidden.copy_(self.visit.walk.stream(full=False).fetch(batch, following))
+        self._hidden.copy_(self.window.runner.activations(full=False).fetch(batch, following))
         if self._target is None:
             self._target = target.clone()
         self._target.copy_(target)
@@ -214,27 +214,27 @@ class _Best:
 
 
 def make_stepper(
-    visit: WindowVisit,
+    window: BlockWindow,
     blocks: Sequence[BlockLearner],
     config: LearnedConfig,
     optimizer: Optimizer,
     parameters: Sequence[Tensor],
 ) -> Stepper:
     """The fastest stepper that this window allows."""
-    kind = GraphStepper if _can_capture(visit, blocks, config) else Stepper
-    return kind(visit, blocks, config, optimizer, parameters)
+    kind = GraphStepper if _can_capture(window, blocks, config) else Stepper
+    return kind(window, blocks, config, optimizer, parameters)
 
 
-def _can_capture(visit: WindowVisit, blocks: Sequence[BlockLearner], config: LearnedConfig) -> bool:
-    walk = visit.walk
-    if walk.device.type != "cuda" or walk.workers.size > 1 or config.grad_accum > 1 or config.rounding == "soft":
+def _can_capture(window: BlockWindow, blocks: Sequence[BlockLearner], config: LearnedConfig) -> bool:
+    runner = window.runner
+    if runner.device.type != "cuda" or runner.workers.size > 1 or config.grad_accum > 1 or config.rounding == "soft":
         return False
-    if any(expert_lists(one.visit.block) for one in blocks):
+    if any(expert_lists(one.context.block) for one in blocks):
         return False
-    shapes = walk.stream(full=False).shapes
+    shapes = runner.activations(full=False).shapes
     return len(set(shapes)) == 1 and all(
-        _same(walk.call(batch, one.visit.index, full=False), walk.call(0, one.visit.index, full=False))
-        for batch in walk.batches
+        _same(runner.call(batch, one.context.index, full=False), runner.call(0, one.context.index, full=False))
+        for batch in runner.batches
         for one in blocks
     )
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.runner.activation_store import Stream
-from calib.runner.runner import WindowVisit
+from calib.runner.activation_store import ActivationStore
+from calib.runner.runner import BlockWindow
 from ptq.errors import NumericalError, UsageError
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
@@ -66,7 +66,7 @@ class WindowRecord:
 
 
 def train_window(
-    visit: WindowVisit,
+    window: BlockWindow,
     blocks: Sequence[BlockLearner],
     config: LearnedConfig,
     *,
@@ -74,15 +74,15 @@ def train_window(
     shares: Sequence[float],
     steps: int,
     seed: int,
-    tell: Callable[[int, int], object] = lambda done, steps: None,
+    on_progress: Callable[[int, int], object] = lambda done, steps: None,
 ) -> list[WindowRecord]:
     """Train what ``blocks`` hold, in place; a record a stage.
 
     Args:
-        visit: the window; blocks: a learner a block.
+        window: the window; blocks: a learner a block.
         sweep: its number; shares: of the input channels that are quantized, a stage each.
         steps: of the optimizer a stage; seed: of the order of batches.
-        tell: called now and then with the steps done and to do, over all stages.
+        on_progress: called now and then with the steps done and to do, over all stages.
 
     Raises:
         UsageError: nothing can be learned here.
@@ -92,20 +92,20 @@ def train_window(
         return []  # all of it stays in full precision
     if not any(one.parameters() for one in blocks):
         raise UsageError(
-            f"{visit.blocks[0].name}: nothing is left to learn: lora_rank is 0, clip off, rounding nearest, and no "
+            f"{window.blocks[0].name}: nothing is left to learn: lora_rank is 0, clip off, rounding nearest, and no "
             f"channels are scaled here. Turn one of them on."
         )
-    walk = visit.walk
-    targets = walk.new_stream(f"targets-{sweep}-{visit.number}")
+    runner = window.runner
+    targets = runner.new_store(f"targets-{sweep}-{window.number}")
     try:
-        with walk.timing.part("passes", walk.device):
-            for batch in walk.batches:
-                targets.append(visit.run(batch, full=True), walk.stream(full=True).shapes[batch])
+        with runner.timing.part("passes", runner.device):
+            for batch in runner.batches:
+                targets.append(window.run(batch, full=True), runner.activations(full=True).shapes[batch])
         for one in blocks:
-            one.visit.use(full=False)
-        stage = _Stage(visit, blocks, config, targets, sweep, seed)
+            one.context.use(full=False)
+        stage = _Stage(window, blocks, config, targets, sweep, seed)
         return [
-            stage.train(share, number, steps, lambda done, n=number: tell(n * steps + done, len(shares) * steps))  # type: ignore[misc]
+            stage.train(share, number, steps, lambda done, n=number: on_progress(n * steps + done, len(shares) * steps))  # type: ignore[misc]
             for number, share in enumerate(shares)
         ]
     finally:
@@ -117,33 +117,33 @@ class _Stage:
 
     def __init__(
         self,
-        visit: WindowVisit,
+        window: BlockWindow,
         blocks: Sequence[BlockLearner],
         config: LearnedConfig,
-        targets: Stream,
+        targets: ActivationStore,
         sweep: int,
         seed: int,
     ) -> None:
-        self.visit, self.blocks, self.config, self.targets = visit, blocks, config, targets
+        self.window, self.blocks, self.config, self.targets = window, blocks, config, targets
         self.sweep, self.seed = sweep, seed
         self.corner = 1.0
 
-    def train(self, share: float, number: int, steps: int, tell: Callable[[int], object]) -> WindowRecord:
-        start, walk = time.perf_counter(), self.visit.walk
+    def train(self, share: float, number: int, steps: int, on_progress: Callable[[int], object]) -> WindowRecord:
+        start, runner = time.perf_counter(), self.window.runner
         for one in self.blocks:
             one.share = share
-        with walk.timing.part("learning", walk.device):
+        with runner.timing.part("learning", runner.device):
             if self.config.loss == "huber":  # fixed, so that losses can be compared
                 self.corner = max(1e-30, 2 * self._mean(_absolute))
             before, saved = self._loss(), [one.state() for one in self.blocks]
             if not math.isfinite(before):
                 raise NumericalError(
-                    f"the loss of {self.visit.blocks[0].name} and what follows in its window is {before} before "
+                    f"the loss of {self.window.blocks[0].name} and what follows in its window is {before} before "
                     f"anything is learned. Try --dtype float32; if that does not help the checkpoint is damaged."
                 )
             notes: tuple[str, ...] = ()
             for slower in _RATES:
-                done, finite, captured = self._steps(number, steps, slower, tell)
+                done, finite, captured = self._steps(number, steps, slower, on_progress)
                 after = self._loss() if finite else math.inf
                 if after <= before:
                     break
@@ -153,13 +153,13 @@ class _Stage:
                 after = before  # to the bit: it is a function of the state
                 found = "was not lowered" if finite_end else f"was not finite after {done} steps"
                 notes += (f"the loss over all calibration data {found} with {_TOLD[slower]}: put back",)
-        window = self.visit.window
+        span = self.window.span
         seconds = time.perf_counter() - start
         return WindowRecord(
             self.sweep,
-            self.visit.number,
-            window.start,
-            window.stop,
+            self.window.number,
+            span.start,
+            span.stop,
             share,
             before,
             after,
@@ -176,32 +176,34 @@ class _Stage:
     @torch.no_grad()
     def _mean(self, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
         """The mean of a measure of the student's and the teacher's output, over all sequences of all processes."""
-        walk = self.visit.walk
-        total = torch.zeros(2, dtype=torch.float64, device=walk.device)
+        runner = self.window.runner
+        total = torch.zeros(2, dtype=torch.float64, device=runner.device)
         tensors = window_tensors(self.blocks, hard=True)
-        for batch in walk.batches:
-            hidden = walk.hidden(batch, full=False)
+        for batch in runner.batches:
+            hidden = runner.hidden(batch, full=False)
             for one, given in zip(self.blocks, tensors, strict=True):
-                hidden = one.run(walk.call(batch, one.visit.index, full=False), hidden, given)
-            sequences = walk.stream(full=False).shapes[batch][0]
+                hidden = one.run(runner.call(batch, one.context.index, full=False), hidden, given)
+            sequences = runner.activations(full=False).shapes[batch][0]
             total[0] += measure(hidden, self.targets[batch]).double() * sequences
             total[1] += sequences
-        total = total.to(walk.workers.device)
-        walk.workers.sum_(total)
+        total = total.to(runner.workers.device)
+        runner.workers.sum_(total)
         return float(total[0] / total[1])
 
-    def _steps(self, number: int, steps: int, slower: float, tell: Callable[[int], object]) -> tuple[int, bool, bool]:
+    def _steps(
+        self, number: int, steps: int, slower: float, on_progress: Callable[[int], object]
+    ) -> tuple[int, bool, bool]:
         """Steps done, whether losses stayed finite, whether they ran as a graph; rates are ``slower`` times theirs."""
-        walk = self.visit.walk
+        runner = self.window.runner
         rates = {
             f"{i}:{name}": (value, slower * one.rate_of(name, steps))
             for i, one in enumerate(self.blocks)
             for name, value in one.parameters().items()
         }
         optimizer = Optimizer(rates, self.config)
-        stepper = make_stepper(self.visit, self.blocks, self.config, optimizer, [t for t, _ in rates.values()])
+        stepper = make_stepper(self.window, self.blocks, self.config, optimizer, [t for t, _ in rates.values()])
         stepper.corner = self.corner
-        order = _order(len(walk.batches), steps * self.config.grad_accum, self._generator(number))
+        order = _order(len(runner.batches), steps * self.config.grad_accum, self._generator(number))
         for step in range(steps):
             optimizer.set_decay(decayed(self.config, step, steps))
             chosen = order[step * self.config.grad_accum : (step + 1) * self.config.grad_accum]
@@ -211,12 +213,12 @@ class _Stage:
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
                 if not stepper.finite():
                     return step + 1, False, stepper.captured
-                tell(step + 1)
+                on_progress(step + 1)
         stepper.keep()
         return steps, True, stepper.captured
 
     def _generator(self, number: int) -> torch.Generator:
-        mixed = (self.seed * 1009 + self.sweep) * 1009 + self.visit.number
+        mixed = (self.seed * 1009 + self.sweep) * 1009 + self.window.number
         return torch.Generator().manual_seed((mixed * 1009 + number) % 2**63)
 
 

@@ -1,6 +1,6 @@
 """What the quantized stream's linears are given while a model is quantized: the same as at run time.
 
-A scheme can have a linear's input rotated and rounded, a recipe keys and values. Both act in the walk's quantized
+A scheme can have a linear's input rotated and rounded, a recipe keys and values. Both act in the runner's quantized
 stream, so that methods see, and learn on, what the quantized model will compute.
 """
 
@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from calib.runner.block import BlockVisit
+from calib.runner.block import BlockContext
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["InputTreatment", "stored_scheme", "treat_block"]
+__all__ = ["SchemeInputTransform", "stored_scheme", "transform_block_inputs"]
 
 
-class InputTreatment:
-    """A linear's input as `ptq.runtime.linear.QuantLinear` treats it; a `calib.runner.block.Treatment`.
+class SchemeInputTransform:
+    """A linear's input as `ptq.runtime.linear.QuantLinear` transforms it; a `calib.runner.block.InputTransform`.
 
     Args:
         scheme: of the linear; width: of its input.
@@ -56,14 +56,14 @@ class InputTreatment:
         )
 
 
-def stored_scheme(visit: BlockVisit, name: str, scheme: Scheme) -> Scheme:
+def stored_scheme(context: BlockContext, name: str, scheme: Scheme) -> Scheme:
     """The scheme that a checkpoint states for a linear.
 
     What it says of the input is taken from the transform that the linear's weight went through, and not from the plan:
     a checkpoint that rotates inputs at run time holds a rotated weight.
 
     Args:
-        visit: the block, after its linears were quantized.
+        context: the block, after its linears were quantized.
         name: the linear's name in the block.
         scheme: what the weight was quantized for.
 
@@ -71,37 +71,37 @@ def stored_scheme(visit: BlockVisit, name: str, scheme: Scheme) -> Scheme:
         RuntimeError: the plan asks for a transform that was not applied, or the reverse.
     """
     plain = dataclasses.replace(scheme, act_bits=None, act_symmetric=False, input_rotation=None)
-    treatment = visit.treatment(name)
-    applied = plain if treatment is None else treatment.on_scheme(plain)  # type: ignore[attr-defined]
+    transform = context.input_transform(name)
+    applied = plain if transform is None else transform.on_scheme(plain)  # type: ignore[attr-defined]
     if applied != scheme:
         raise RuntimeError(
-            f"{visit.name}.{name} was quantized as {applied.describe()!r} and would be stored as "
+            f"{context.name}.{name} was quantized as {applied.describe()!r} and would be stored as "
             f"{scheme.describe()!r}: its input transform was not applied. Please report this."
         )
     return applied
 
 
-def treat_block(
-    visit: BlockVisit,
+def transform_block_inputs(
+    context: BlockContext,
     schemes: Mapping[str, Scheme],
     key_values: KeyValueScheme | None,
     share: Callable[[], float] = lambda: 1.0,
 ) -> None:
-    """From now on the quantized stream treats a block's inputs, keys and values as the quantized model will.
+    """From now on the quantized stream transforms a block's inputs, keys and values as the quantized model will.
 
     Args:
-        visit: the block, before its groups are visited; schemes: by linear in the block; key_values: of the recipe.
+        context: the block, before its groups are visited; schemes: by linear in the block; key_values: of the recipe.
         share: of the channels that are rounded, asked at every call.
     """
-    treated = {
-        name: InputTreatment(scheme, visit.full(name).shape[1], share)
+    transforms = {
+        name: SchemeInputTransform(scheme, context.full(name).shape[1], share)
         for name, scheme in schemes.items()
-        if scheme.treats_input
+        if scheme.transforms_input
     }
 
     def switch(quantized: bool) -> None:
         now = None if key_values is None or not quantized else dataclasses.replace(key_values, share=share())
-        set_key_values(visit.block, now)
+        set_key_values(context.block, now)
 
-    if treated or key_values is not None:
-        visit.treat_inputs(treated, switch if key_values is not None else None)
+    if transforms or key_values is not None:
+        context.transform_inputs(transforms, switch if key_values is not None else None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calib.distributed import Workers
-from calib.runner.runner import GroupVisit, Timing
+from calib.runner.runner import LinearGroup, Timing
 from calib.stats import GroupStatistics
 from ptq.errors import NumericalError, PtqError
 from ptq.methods import LayerMethod
@@ -38,7 +38,7 @@ class Solved:
 
 
 def solve_group(
-    group: GroupVisit,
+    group: LinearGroup,
     schemes: Mapping[str, Scheme],
     stats: GroupStatistics | None,
     method: LayerMethod,
@@ -50,7 +50,7 @@ def solve_group(
     """Quantize the linears of a group; every process gets all results.
 
     Args:
-        group: the visit; schemes: by name in the block; stats: what was gathered.
+        group: the linears; schemes: by name in the block; stats: what was gathered.
         method: the method; config: its options.
         workers: the processes of this run; timing: seconds are added here.
 
@@ -67,13 +67,13 @@ def solve_group(
     }
     if workers.size == 1:
         return mine
-    device = group.block.walk.device
+    device = group.block.runner.device
     return {
         name: _exchange(mine.get(name), owner, workers, device) for name, owner in zip(group.names, turn, strict=True)
     }
 
 
-def _shared(group: GroupVisit, schemes: Mapping[str, Scheme]) -> dict[str, Mapping[str, Tensor]]:
+def _shared(group: LinearGroup, schemes: Mapping[str, Scheme]) -> dict[str, Mapping[str, Tensor]]:
     """Of every linear, the parameters that it has in common with those of its group that have its scheme; every process
     computes them."""
     found: dict[str, Mapping[str, Tensor]] = {}
@@ -94,7 +94,7 @@ def owners(costs: Sequence[float], size: int) -> list[int]:
 
 
 def _solve(
-    group: GroupVisit,
+    group: LinearGroup,
     name: str,
     scheme: Scheme,
     stats: GroupStatistics | None,
@@ -104,7 +104,7 @@ def _solve(
     shared: Mapping[str, Tensor],
 ) -> Solved:
     start, full = time.perf_counter(), group.full_name(name)
-    device = group.block.walk.device
+    device = group.block.runner.device
     weight = group.weight(name)
     own = None if stats is None else stats.of(name)
     with timing.part("solve", device), _named(full):
@@ -153,7 +153,7 @@ def _exchange(mine: Solved | None, owner: int, workers: Workers, device: torch.d
         tensors = {"codes": mine.weight.codes, **mine.weight.params}
         shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
         plain = (mine.weight.scheme, shapes, mine.record, mine.flops)
-    scheme, shapes, record, flops = workers.share(plain, owner)
+    scheme, shapes, record, flops = workers.broadcast_object(plain, owner)
     found: dict[str, Tensor] = {}
     for name, (shape, dtype) in shapes.items():
         buffer = tensors[name].to(workers.device) if mine else torch.empty(shape, dtype=dtype, device=workers.device)

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint.reader import ModelSource
 from calib.data.tokens import Calibration
-from calib.distributed import ALONE, Workers
+from calib.distributed import SINGLE_PROCESS, Workers
 from calib.model.structure import all_linears, fused_experts, is_linear
 from calib.precision import strict_float32
-from calib.runner.activation_store import Offload, Place
+from calib.runner.activation_store import Offload, OffloadTarget
 from calib.runner.forward import check_weight
-from calib.runner.runner import BlockVisit, Timing, Walk
+from calib.runner.runner import BlockContext, CalibrationRunner, Timing
 from calib.stats import TWO_STREAMS
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.journal import FinishedPart, Journal, changed_conditions, flatten
@@ -42,18 +42,18 @@ from ptq.errors import ModelError, UsageError
 from ptq.learning import LearnedConfig
 from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
 from ptq.pipeline.events import Event, Listener
-from ptq.pipeline.input_transforms import treat_block
+from ptq.pipeline.input_transforms import transform_block_inputs
 from ptq.pipeline.layerwise import solve_group
 from ptq.pipeline.preparation.finished import finished_obstacles
 from ptq.pipeline.preparation.preflight import (
     check_disk,
+    choose_offload_target,
     clashing_schemes,
     cpu_name,
     peak_memory,
     stream_bytes,
-    stream_place,
 )
-from ptq.pipeline.preparation.scheme_assignment import Plan, chooses_experts
+from ptq.pipeline.preparation.scheme_assignment import Plan, is_router
 from ptq.pipeline.preparation.sizes import FUSED_EXPERTS, NOT_IN_MODEL, Sizes, dense_experts, plan_sizes
 from ptq.pipeline.unquantized import carried_parts, outside_parts, read_tensors
 from ptq.pipeline.windowed import WindowRun
@@ -80,7 +80,7 @@ class Run:
         out: the output folder.
         choice: its format.
         device: where to work; dtype: of the passes.
-        listener: told of every step.
+        listener: called with every event.
         offload: where activations are kept.
         restart: do not go on from an interrupted run.
         workers: the processes of this run.
@@ -102,10 +102,10 @@ class Run:
         listener: Listener,
         offload: Offload = "auto",
         restart: bool = False,
-        workers: Workers = ALONE,
+        workers: Workers = SINGLE_PROCESS,
     ) -> None:
         self.source, self.plan, self.recipe, self.method, self.config = source, plan, recipe, method, config
-        self.calibration, self.device, self.dtype, self.tell = calibration, device, dtype, listener
+        self.calibration, self.device, self.dtype, self.emit = calibration, device, dtype, listener
         self.out, self.restart, self.workers = out, restart, workers
         self.layer_method, self.layer_config = _layer_method(method, config)
         self.needs = self.layer_method.needs(self.layer_config) if self.layer_method else frozenset()
@@ -123,7 +123,9 @@ class Run:
         self.choice, self.container, self.container_reason = choice, choice.name, choice.reason
         tokens = None if calibration is None else calibration.tokens
         self._streams = 3 if isinstance(method, WindowMethod) else 2
-        self.offload: Place = stream_place(offload, source.skeleton, tokens, dtype, device, workers.size, self._streams)
+        self.offload: OffloadTarget = choose_offload_target(
+            offload, source.skeleton, tokens, dtype, device, workers.size, self._streams
+        )
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -157,8 +159,10 @@ class Run:
         """What the output will weigh."""
         return plan_sizes(self.source, self.plan, self.label)
 
-    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None) -> Walk:
-        """A walk through the model with this run's streams.
+    def make_runner(
+        self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None
+    ) -> CalibrationRunner:
+        """A calibration runner over the model with this run's streams.
 
         Args:
             tokens: a part of the calibration tokens, all of them by default; batch: sequences in a batch.
@@ -166,7 +170,7 @@ class Run:
         """
         if tokens is None and self.calibration is not None:
             tokens = self.calibration.tokens
-        return Walk(
+        return CalibrationRunner(
             self.source,
             tokens,
             device=self.device,
@@ -188,13 +192,13 @@ class Run:
         """
         self._started = time.perf_counter()
         with torch.no_grad(), strict_float32():
-            if not self.workers.leads:
+            if not self.workers.is_main_process:
                 self._blocks(None)
-                return Report.from_dict(self.workers.share({}))
+                return Report.from_dict(self.workers.broadcast_object({}))
             with CheckpointWriter(self.out, self.conditions(), self.restart) as writer:
                 parts = self._blocks(writer)
                 report = self._finish(writer, parts, tokenizer)
-            self.workers.share(json.loads(report.to_json()))
+            self.workers.broadcast_object(json.loads(report.to_json()))
             return report
 
     def conditions(self) -> dict[str, Any]:
@@ -214,33 +218,35 @@ class Run:
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def _blocks(self, writer: CheckpointWriter | None) -> list[PartRecord]:
-        """Walk through all blocks; the first process writes them and keeps their records."""
+        """CalibrationRunner through all blocks; the first process writes them and keeps their records."""
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)  # of a run that was killed
             check_disk(self.out, self.sizes().file_bytes - writer.weight_bytes + self._extra_bytes())
             for note in writer.notes:
-                self.tell(Event("message", note))
-        finished = self.workers.share({} if writer is None else {part.name: part for part in writer.finished})
-        walk = self.walk()
-        total = len(walk.block_names)
-        done = sum(name in finished for name in walk.block_names)
+                self.emit(Event("message", note))
+        finished = self.workers.broadcast_object(
+            {} if writer is None else {part.name: part for part in writer.finished}
+        )
+        runner = self.make_runner()
+        total = len(runner.block_names)
+        done = sum(name in finished for name in runner.block_names)
         if done:
-            how = "activations pass through them again" if walk.has_tokens and done < total else "they are kept"
-            self.tell(Event("message", f"going on after {done} of {total} blocks that are finished: {how}"))
+            how = "activations pass through them again" if runner.has_tokens and done < total else "they are kept"
+            self.emit(Event("message", f"going on after {done} of {total} blocks that are finished: {how}"))
         if not isinstance(self.method, WindowMethod):
-            self.tell(Event("blocks", "blocks", total=total, done=done))
+            self.emit(Event("blocks", "blocks", total=total, done=done))
         parts = {name: PartRecord.from_payload(part.payload) for name, part in finished.items()}
         self._earlier = merge(parts.values())
         for part in parts.values():
             self.container, self.container_reason = part.container, part.container_reason
             self._kernels_checked = frozenset({()})  # too late for another format
-        self.tell(Event("message", f"format {self.container}: {self.container_reason}"))
-        rest = walk.tensors_outside_blocks()
+        self.emit(Event("message", f"format {self.container}: {self.container_reason}"))
+        rest = runner.tensors_outside_blocks()
         if done < total and isinstance(self.config, LearnedConfig):
             WindowRun(self, self.config, finished, parts, writer).execute()
         elif done < total:
-            self._visit(walk, finished, parts, writer)
-        del walk  # the streams' memory
+            self._run_blocks(runner, finished, parts, writer)
+        del runner  # the streams' memory
         self._sum_flops()  # all processes are through: nobody reads activations any more
         if writer is not None:
             shutil.rmtree(self._activations, ignore_errors=True)
@@ -262,32 +268,34 @@ class Run:
         if self.flops:
             self.flops.update({name: count for name, count in zip(names, counts.tolist(), strict=True) if count})
 
-    def _visit(
+    def _run_blocks(
         self,
-        walk: Walk,
+        runner: CalibrationRunner,
         finished: dict[str, FinishedPart],
         parts: dict[str, PartRecord],
         writer: CheckpointWriter | None,
     ) -> None:
         """Quantize block after block, into ``parts``; finished ones are only passed through."""
-        for visit in walk:
-            if visit.name in finished:
-                self.replay(visit, finished[visit.name])
+        for context in runner:
+            if context.name in finished:
+                self.replay(context, finished[context.name])
                 continue
-            parts[visit.name] = self._do_block(visit, walk, writer)
-            self.tell(Event("block_done", name=visit.name, done=visit.index + 1, total=len(walk.block_names)))
+            parts[context.name] = self._do_block(context, runner, writer)
+            self.emit(Event("block_done", name=context.name, done=context.index + 1, total=len(runner.block_names)))
 
-    def _do_block(self, visit: BlockVisit, walk: Walk, writer: CheckpointWriter | None) -> PartRecord:
+    def _do_block(
+        self, context: BlockContext, runner: CalibrationRunner, writer: CheckpointWriter | None
+    ) -> PartRecord:
         part = PartRecord()
-        tensors = self.quantize_block(visit, part, packed=writer is not None)
-        visit.close()  # before the part is noted as finished: its outputs are checked here, and belong to its time
+        tensors = self.quantize_block(context, part, packed=writer is not None)
+        context.close()  # before the part is noted as finished: its outputs are checked here, and belong to its time
         if writer is not None:
-            self._write_block(visit, tensors, {}, part, writer)
+            self._write_block(context, tensors, {}, part, writer)
         return part
 
     def write_block(
         self,
-        visit: BlockVisit,
+        context: BlockContext,
         weights: Mapping[str, QuantizedWeight],
         changed: Mapping[str, Tensor],
         part: PartRecord,
@@ -304,12 +312,12 @@ class Run:
         tensors: dict[str, Tensor] = {}
         with self.timing.part("write", self.device):
             for name, weight in weights.items():
-                tensors.update(self._format.layer_tensors(f"{visit.name}.{name}", weight))
-        self._write_block(visit, tensors, changed, part, writer)
+                tensors.update(self._format.layer_tensors(f"{context.name}.{name}", weight))
+        self._write_block(context, tensors, changed, part, writer)
 
     def _write_block(
         self,
-        visit: BlockVisit,
+        context: BlockContext,
         tensors: dict[str, Tensor],
         changed: Mapping[str, Tensor],
         part: PartRecord,
@@ -317,11 +325,11 @@ class Run:
     ) -> None:
         with self.timing.part("write", self.device):
             done = {f"{record.name}.weight" for record in part.layers}
-            full = {f"{visit.name}.{name}": value for name, value in changed.items()}
-            names = frozenset(name for name in self.source.tensor_names() if name.startswith(f"{visit.name}."))
+            full = {f"{context.name}.{name}": value for name, value in changed.items()}
+            names = frozenset(name for name in self.source.tensor_names() if name.startswith(f"{context.name}."))
             tensors.update(self._passing(names - done, part, full))
             self._note_cost(part)
-            writer.write_part(visit.name, tensors, part.payload())
+            writer.write_part(context.name, tensors, part.payload())
 
     def _note_cost(self, part: PartRecord) -> None:
         """What was spent since the last part was noted: what lies between two parts belongs to the later one."""
@@ -332,30 +340,32 @@ class Run:
         part.container, part.container_reason = self.container, self.container_reason
         self._noted = now
 
-    def quantize_block(self, visit: BlockVisit, part: PartRecord, *, packed: bool) -> dict[str, Tensor]:
+    def quantize_block(self, context: BlockContext, part: PartRecord, *, packed: bool) -> dict[str, Tensor]:
         """Quantize the block's linears; returns their tensors as stored, if ``packed``."""
         tensors: dict[str, Tensor] = {}
 
         def take(name: str, weight: QuantizedWeight) -> None:
             if packed:
                 with self.timing.part("write", self.device):
-                    tensors.update(self._format.layer_tensors(f"{visit.name}.{name}", weight))
+                    tensors.update(self._format.layer_tensors(f"{context.name}.{name}", weight))
 
-        self.solve_block(visit, part, take)
+        self.solve_block(context, part, take)
         return tensors
 
-    def solve_block(self, visit: BlockVisit, part: PartRecord, take: Callable[[str, QuantizedWeight], object]) -> None:
+    def solve_block(
+        self, context: BlockContext, part: PartRecord, take: Callable[[str, QuantizedWeight], object]
+    ) -> None:
         """Let the layer-wise method quantize a block's linears, group after group.
 
         Args:
             part: gets their records; take: gets every linear's name in the block and its result.
         """
-        schemes = self.plan.in_block(visit.name)
-        self.check_kernels(visit)
-        self.treat(visit)
+        schemes = self.plan.in_block(context.name)
+        self.check_kernels(context)
+        self.transform_inputs(context)
         assert self.layer_method is not None
-        for group in visit.groups(self.needs, frozenset(schemes)):
-            self.tell(Event("layer", name=group.full_name(group.names[0])))
+        for group in context.groups(self.needs, frozenset(schemes)):
+            self.emit(Event("layer", name=group.full_name(group.names[0])))
             stats = group.statistics()
             solved = solve_group(
                 group, schemes, stats, self.layer_method, self.layer_config, workers=self.workers, timing=self.timing
@@ -365,53 +375,53 @@ class Run:
                 part.layers.append(result.record)
                 self.flops["solve"] = self.flops.get("solve", 0.0) + result.flops
                 self.warn(part, *(f"{result.record.name}: {note}" for note in result.record.notes))
-                self.tell(Event("layer_done", name=result.record.name, record=result.record))
+                self.emit(Event("layer_done", name=result.record.name, record=result.record))
                 take(name, result.weight)
             del stats, solved  # before the sums of the next group are there
-        self.reached(visit, part)
+        self.reached(context, part)
 
-    def reached(self, visit: BlockVisit, part: PartRecord) -> dict[str, Scheme]:
+    def reached(self, context: BlockContext, part: PartRecord) -> dict[str, Scheme]:
         """Schemes of those of the block's linears that are called, by name; the others are named in ``part``."""
-        schemes = self.plan.in_block(visit.name)
-        called = {name for group in visit.walk.map_of(visit).groups for name in group.linears}
+        schemes = self.plan.in_block(context.name)
+        called = {name for group in context.runner.map_of(context).groups for name in group.linears}
         for name in sorted(schemes.keys() - called):
-            full = f"{visit.name}.{name}"
+            full = f"{context.name}.{name}"
             self.plan.reasons[full] = "never called: no token reached it, or the model reads its weight directly"
             self.warn(part, f"{full} stays in full precision, {self.plan.reasons[full]}")
         return {name: scheme for name, scheme in schemes.items() if name in called}
 
-    def treat(self, visit: BlockVisit, share: Callable[[], float] = lambda: 1.0) -> None:
-        """From now on the block's inputs are treated in the quantized stream as at run time (`treat_block`).
+    def transform_inputs(self, context: BlockContext, share: Callable[[], float] = lambda: 1.0) -> None:
+        """From now on the block's inputs are transformed in the quantized stream as at run time.
 
         Raises:
             ModelError: keys and values are to be rounded, and the block's attention cannot be reached.
         """
         if self.key_values is not None:
-            self._check_key_values(visit)
-        treat_block(visit, self.plan.in_block(visit.name), self.key_values, share)
+            self._check_key_values(context)
+        transform_block_inputs(context, self.plan.in_block(context.name), self.key_values, share)
 
-    def _check_key_values(self, visit: BlockVisit) -> None:
+    def _check_key_values(self, context: BlockContext) -> None:
         """Once a kind of block: rounding keys and values has an effect. Blocks without attention are passed over, if
         there are others."""
-        kind = _kind(visit.block)
+        kind = _kind(context.block)
         if kind in self._kinds_checked:
             return
         self._kinds_checked.add(kind)
-        hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
-        visit.use(full=True)
-        with visit.plain_inputs():
-            self._key_values_reached |= supports_key_values(visit.block, lambda: call(visit.block, hidden))
+        hidden, call = context.runner.hidden(0, full=True), context.runner.call(0, context.index, full=True)
+        context.use(full=True)
+        with context.plain_inputs():
+            self._key_values_reached |= supports_key_values(context.block, lambda: call(context.block, hidden))
         kinds = {_kind(self.source.skeleton.get_submodule(name)) for name in self.plan.blocks}
         if not self._key_values_reached and kinds <= self._kinds_checked:
             raise ModelError(
-                f"{visit.name}: the attention of {type(visit.block).__name__} does not go through transformers' "
+                f"{context.name}: the attention of {type(context.block).__name__} does not go through transformers' "
                 f"attention interface, so its keys and values cannot be rounded. Leave out --kv-bits."
             )
 
-    def check_kernels(self, visit: BlockVisit) -> None:
+    def check_kernels(self, context: BlockContext) -> None:
         """Once a kind of block: linears that runtimes fuse into one kernel must share a scheme, in the format that they
         read. At the first block the format can still be another one."""
-        groups = visit.walk.map_of(visit).groups
+        groups = context.runner.map_of(context).groups
         names = tuple(name for group in groups for name in group.linears)
         if self.container == "native" or names in self._kernels_checked:
             return
@@ -420,24 +430,24 @@ class Run:
         if clashes and self.recipe.container == "auto" and first:
             self.choice = self.choice.native_instead(clashes[0])
             self.container, self.container_reason = self.choice.name, self.choice.reason
-            self.tell(Event("message", f"format native instead: {clashes[0]}"))
+            self.emit(Event("message", f"format native instead: {clashes[0]}"))
         elif clashes:
             raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --container native.")
 
-    def replay(self, visit: BlockVisit, part: FinishedPart) -> None:
+    def replay(self, context: BlockContext, part: FinishedPart) -> None:
         """Give a finished block its weights, for the streams to pass through."""
-        visit.walk.map_of(visit)  # later blocks may need what this one leaves for them when they are traced
-        if not visit.walk.has_tokens:
+        context.runner.map_of(context)  # later blocks may need what this one leaves for them when they are traced
+        if not context.runner.has_tokens:
             return
-        self.treat(visit)
+        self.transform_inputs(context)
         tensors = read_shard(self.out / STAGING / part.file)
         for row in part.payload["layers"]:
             rows, columns = row["shape"]
             scheme = Scheme.from_dict(row["scheme"])
             weight = self._format.read_layer(row["name"], tensors, scheme, (rows, columns)).to(self.device)
-            visit.replace(row["name"].removeprefix(f"{visit.name}."), weight.dequantize(self.dtype))
+            context.replace(row["name"].removeprefix(f"{context.name}."), weight.dequantize(self.dtype))
         for name, key in part.payload.get("changed", {}).items():
-            visit.replace_parameter(name.removeprefix(f"{visit.name}."), tensors[key])
+            context.replace_parameter(name.removeprefix(f"{context.name}."), tensors[key])
 
     @property
     def _format(self) -> Container:
@@ -446,7 +456,7 @@ class Run:
     def warn(self, part: PartRecord, *texts: str) -> None:
         for text in texts:
             part.warnings.append(text)
-            self.tell(Event("message", text))
+            self.emit(Event("message", text))
 
     # -- what passes through -----------------------------------------------------------------------------------------
 
@@ -483,7 +493,7 @@ class Run:
             return "the head"
         if module is model.get_input_embeddings():
             return "the embedding"
-        if chooses_experts(parameter.rpartition(".")[0]):
+        if is_router(parameter.rpartition(".")[0]):
             return "chooses experts"
         if parameter in self._experts:
             return FUSED_EXPERTS
@@ -535,7 +545,7 @@ class Run:
             found = find_companions(self.source.folder, self.out, code=rule.code, text_only=rule.text_only)
             copy_companions(found, writer.companions)
             for note in found.notes():
-                self.tell(Event("message", note))
+                self.emit(Event("message", note))
         else:
             generation = getattr(self.source.skeleton, "generation_config", None)
             for companion in (tokenizer, generation):

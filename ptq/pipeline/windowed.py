@@ -1,6 +1,6 @@
 """A run whose method learns over windows of blocks: sweeps through the model, resumed window by window.
 
-A sweep is one walk through the model. The first one, with ``init``, lets a layer-wise method make the starting point;
+A sweep is one pass through the model. The first one, with ``init``, lets a layer-wise method make the starting point;
 every other one learns. After a window what its blocks have learned is stored in the workspace; a block that leaves a
 window for the last time in the last sweep is folded, packed and written. A resumed run skips what is stored: the
 streams pass through the blocks again, with the same bits.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from calib.distributed import Workers
 from calib.model.experts import expert_lists
-from calib.runner.block import BlockVisit
-from calib.runner.runner import Walk, WindowVisit
+from calib.runner.block import BlockContext
+from calib.runner.runner import BlockWindow, CalibrationRunner
 from calib.runner.window_schedule import Window, describe_windows
 from ptq.checkpoint.journal import FinishedPart
 from ptq.checkpoint.workspace import WORK, Workspace
@@ -37,7 +37,7 @@ from ptq.quantized import QuantizedWeight
 from ptq.recipe import Recipe
 from ptq.report import LayerRecord, PartRecord
 from ptq.scheme import MAX_BITS, Scheme
-from ptq.transforms.scaling.search import Scaling, find_scalings, in_float32, why_not
+from ptq.transforms.scaling.search import Scaling, find_scalings, in_float32, unsupported_reason
 
 __all__ = ["Host", "WindowRun"]
 
@@ -54,27 +54,29 @@ class Host(Protocol):
     device: torch.device
     dtype: torch.dtype
     workers: Workers
-    tell: Listener
+    emit: Listener
 
-    def walk(self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None) -> Walk: ...
+    def make_runner(
+        self, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None
+    ) -> CalibrationRunner: ...
 
-    def treat(self, visit: BlockVisit, share: Callable[[], float] = ...) -> None: ...
+    def transform_inputs(self, context: BlockContext, share: Callable[[], float] = ...) -> None: ...
 
-    def check_kernels(self, visit: BlockVisit) -> None: ...
+    def check_kernels(self, context: BlockContext) -> None: ...
 
-    def reached(self, visit: BlockVisit, part: PartRecord) -> dict[str, Scheme]: ...
+    def reached(self, context: BlockContext, part: PartRecord) -> dict[str, Scheme]: ...
 
     def solve_block(
-        self, visit: BlockVisit, part: PartRecord, take: Callable[[str, QuantizedWeight], object]
+        self, context: BlockContext, part: PartRecord, take: Callable[[str, QuantizedWeight], object]
     ) -> None: ...
 
-    def replay(self, visit: BlockVisit, part: FinishedPart) -> None: ...
+    def replay(self, context: BlockContext, part: FinishedPart) -> None: ...
 
     def warn(self, part: PartRecord, *texts: str) -> None: ...
 
     def write_block(
         self,
-        visit: BlockVisit,
+        context: BlockContext,
         weights: Mapping[str, QuantizedWeight],
         changed: Mapping[str, Tensor],
         part: PartRecord,
@@ -111,7 +113,7 @@ class WindowRun:
     ) -> None:
         self.run, self.config, self.finished, self.parts, self.writer = run, config, finished, parts, writer
         self.windows = config.windows(len(run.plan.blocks))
-        self.work = Workspace(folder or run.out / STAGING / WORK, writes=run.workers.leads)
+        self.work = Workspace(folder or run.out / STAGING / WORK, writes=run.workers.is_main_process)
         self.records: list[WindowRecord] = []
         self._learners: dict[int, BlockLearner] = {}
         self._open_parts: dict[int, PartRecord] = {}  # of blocks that are being worked on
@@ -122,7 +124,7 @@ class WindowRun:
 
     def _take_stock(self) -> None:
         """What an interrupted run has left; all processes see the same."""
-        names = self.run.workers.share(self.work.names())
+        names = self.run.workers.broadcast_object(self.work.names())
         states = [_Stored(name, *map(int, found.groups())) for name in names if (found := _STATE.fullmatch(name))]
         self._states = sorted(states, key=lambda one: (one.sweep, one.window))
         self._anchored = {name for name in names if name.startswith("init-")}
@@ -140,8 +142,8 @@ class WindowRun:
         visits = sum(len(window) for window in self.windows)
         total = visits * sum(len(shares) for shares in self.config.sweeps)
         total += len(run.plan.blocks) if self.config.init != "none" else 0
-        run.tell(Event("message", describe_windows(self.windows)))
-        run.tell(Event("blocks", "block visits", total=total, done=0))
+        run.emit(Event("message", describe_windows(self.windows)))
+        run.emit(Event("blocks", "block visits", total=total, done=0))
         self._total = total
         if self.config.init != "none" and len(self._anchored) < len(run.plan.blocks) and not self._states:
             self._make_anchors()
@@ -153,54 +155,54 @@ class WindowRun:
 
     def _make_anchors(self) -> None:
         """The layer-wise method's result, block by block, into the workspace."""
-        run, walk = self.run, self.run.walk()
-        for visit in walk:
-            name = f"init-{visit.index:05d}"
+        run, runner = self.run, self.run.make_runner()
+        for context in runner:
+            name = f"init-{context.index:05d}"
             if name in self._anchored:
-                run.treat(visit)
-                for linear, weight in self._anchors(visit).items():
-                    visit.replace(linear, weight.to(run.device).dequantize(run.dtype))
+                run.transform_inputs(context)
+                for linear, weight in self._anchors(context).items():
+                    context.replace(linear, weight.to(run.device).dequantize(run.dtype))
             else:
                 weights: dict[str, QuantizedWeight] = {}
-                run.solve_block(visit, PartRecord(), weights.__setitem__)
-                visit.close()
-                self._save_anchors(name, visit, weights)
-            self._advance(1, visit.name)
-        run.workers.share(None)  # the files are there for all
-        self._anchored = set(run.workers.share(self.work.names()))
+                run.solve_block(context, PartRecord(), weights.__setitem__)
+                context.close()
+                self._save_anchors(name, context, weights)
+            self._advance(1, context.name)
+        run.workers.broadcast_object(None)  # the files are there for all
+        self._anchored = set(run.workers.broadcast_object(self.work.names()))
 
-    def _save_anchors(self, name: str, visit: BlockVisit, weights: dict[str, QuantizedWeight]) -> None:
+    def _save_anchors(self, name: str, context: BlockContext, weights: dict[str, QuantizedWeight]) -> None:
         tensors: dict[str, Tensor] = {}
         for linear, weight in weights.items():
             tensors.update(weight.tensors(linear))
-        self.work.save(name, tensors, {"block": visit.name, "linears": sorted(weights)})
+        self.work.save(name, tensors, {"block": context.name, "linears": sorted(weights)})
 
-    def _anchors(self, visit: BlockVisit) -> dict[str, QuantizedWeight]:
+    def _anchors(self, context: BlockContext) -> dict[str, QuantizedWeight]:
         """Starting points of a block's linears; none if no method makes them."""
-        name = f"init-{visit.index:05d}"
+        name = f"init-{context.index:05d}"
         if self.config.init == "none":
             return {}
-        tensors, schemes = self.work.load(name), self.run.plan.in_block(visit.name)
-        shapes = {linear: (visit.full(linear).shape[0], visit.full(linear).shape[1]) for linear in visit.linears}
+        tensors, schemes = self.work.load(name), self.run.plan.in_block(context.name)
+        shapes = {linear: (context.full(linear).shape[0], context.full(linear).shape[1]) for linear in context.linears}
         return {
             linear: NATIVE.read_layer(linear, tensors, schemes[linear], shapes[linear])
             for linear in self.work.payload(name)["linears"]
         }
 
     def _sweep(self, sweep: int, shares: Sequence[float]) -> None:
-        run, walk = self.run, self.run.walk(batch=self.config.batch)
+        run, runner = self.run, self.run.make_runner(batch=self.config.batch)
         last = sweep == len(self.config.sweeps) - 1
         if self._over(sweep, len(self.windows) - 1) and (not last or len(self.finished) >= len(run.plan.blocks)):
             self._advance(sum(len(window) for window in self.windows) * len(shares), "")
             return
-        for visit in walk.windows(self.windows):
-            self._open(visit, sweep)
-            if not self._over(sweep, visit.number):
-                self._train(visit, sweep, shares)
-            for block in visit.blocks[: visit.leaving]:
+        for window in runner.windows(self.windows):
+            self._open(window, sweep)
+            if not self._over(sweep, window.number):
+                self._train(window, sweep, shares)
+            for block in window.blocks[: window.leaving]:
                 self._leave(block, shares[-1], last=last)
-            self._tidy(sweep, visit, last=last)
-            self._advance(len(visit.window) * len(shares), _label(visit.window))
+            self._tidy(sweep, window, last=last)
+            self._advance(len(window.span) * len(shares), _label(window.span))
 
     def _over(self, sweep: int, window: int) -> bool:
         """Whether a window of a sweep was finished by the interrupted run."""
@@ -210,13 +212,13 @@ class WindowRun:
 
     def _advance(self, visits: int, name: str) -> None:
         self._done += visits
-        self.run.tell(Event("block_done", name=name, done=self._done, total=self._total))
+        self.run.emit(Event("block_done", name=name, done=self._done, total=self._total))
 
     # -- one block ---------------------------------------------------------------------------------------------------
 
-    def _open(self, visit: WindowVisit, sweep: int) -> None:
+    def _open(self, window: BlockWindow, sweep: int) -> None:
         """Learners for the blocks that this window reaches for the first time."""
-        for block in visit.blocks:
+        for block in window.blocks:
             if block.name in self.finished:
                 self._scalings_of(block)  # found where they were found the first time
                 continue
@@ -224,24 +226,24 @@ class WindowRun:
                 continue
             self._learners[block.index] = self._learner(block, sweep)
 
-    def _learner(self, visit: BlockVisit, sweep: int) -> BlockLearner:
+    def _learner(self, context: BlockContext, sweep: int) -> BlockLearner:
         run, held = self.run, list[BlockLearner]()
-        part = self._open_parts[visit.index] = PartRecord()
-        run.check_kernels(visit)
-        schemes = run.reached(visit, part)
-        run.treat(visit, lambda: held[0].share if held else 1.0)
+        part = self._open_parts[context.index] = PartRecord()
+        run.check_kernels(context)
+        schemes = run.reached(context, part)
+        run.transform_inputs(context, lambda: held[0].share if held else 1.0)
         learner = BlockLearner(
-            visit,
+            context,
             schemes,
             self.config,
-            scalings=self._scalings_of(visit),
+            scalings=self._scalings_of(context),
             seed=run.recipe.calibration.seed,
-            anchors=self._anchors(visit),
+            anchors=self._anchors(context),
         )
         held.append(learner)
-        stored = self._latest(visit.index, sweep)
+        stored = self._latest(context.index, sweep)
         if stored is not None:
-            prefix = f"{visit.index}|"
+            prefix = f"{context.index}|"
             state = self.work.load(stored.name)
             learner.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
         return learner
@@ -255,43 +257,43 @@ class WindowRun:
         window = self.windows[stored.window]
         return window.start <= block < window.stop
 
-    def _scalings_of(self, visit: BlockVisit) -> tuple[Scaling, ...]:
+    def _scalings_of(self, context: BlockContext) -> tuple[Scaling, ...]:
         """Channel scalings of a block, found once for every kind of block."""
-        schemes = self.run.plan.in_block(visit.name)
+        schemes = self.run.plan.in_block(context.name)
         wanted = self.config.scaling == "on" or any(scheme.act_bits is not None for scheme in schemes.values())
         if self.config.scaling == "off" or not wanted:
             return ()
-        kind = (type(visit.block), tuple(visit.linears))
+        kind = (type(context.block), tuple(context.linears))
         try:
-            return self._tried_scalings(visit, kind)
+            return self._tried_scalings(context, kind)
         except ModelError as error:
             if self.config.scaling == "on":
                 raise
-            self._note(visit, f"{visit.name}: channels are not scaled: {error}")
+            self._note(context, f"{context.name}: channels are not scaled: {error}")
             return ()
 
-    def _tried_scalings(self, visit: BlockVisit, kind: object) -> tuple[Scaling, ...]:
-        visit.use(full=True)
-        hidden, call = visit.walk.hidden(0, full=True), visit.walk.call(0, visit.index, full=True)
-        inside = tuple(f"{name}." for name in expert_lists(visit.block))  # tried on an expert by itself
-        with visit.plain_inputs(), in_float32(visit.block, call, hidden) as run:
+    def _tried_scalings(self, context: BlockContext, kind: object) -> tuple[Scaling, ...]:
+        context.use(full=True)
+        hidden, call = context.runner.hidden(0, full=True), context.runner.call(0, context.index, full=True)
+        inside = tuple(f"{name}." for name in expert_lists(context.block))  # tried on an expert by itself
+        with context.plain_inputs(), in_float32(context.block, call, hidden) as run:
             if kind not in self._scalings:
-                self._scalings[kind] = self._find_scalings(visit, run)
+                self._scalings[kind] = self._find_scalings(context, run)
                 return self._scalings[kind]
             reasons = {
                 scaling.name: None
                 if inside and all(use.parameter.startswith(inside) for use in scaling.uses)
-                else why_not(visit.block, run, scaling)
+                else unsupported_reason(context.block, run, scaling)
                 for scaling in self._scalings[kind]
             }
         for name, reason in reasons.items():
             if reason:
-                self._note(visit, f"{visit.name}: channels of {name} are not scaled: {reason}")
+                self._note(context, f"{context.name}: channels of {name} are not scaled: {reason}")
         return tuple(scaling for scaling in self._scalings[kind] if not reasons[scaling.name])
 
-    def _find_scalings(self, visit: BlockVisit, run: Callable[[], Tensor]) -> tuple[Scaling, ...]:
-        found = find_scalings(visit.block, run)
-        schemes = self.run.plan.in_block(visit.name)
+    def _find_scalings(self, context: BlockContext, run: Callable[[], Tensor]) -> tuple[Scaling, ...]:
+        found = find_scalings(context.block, run)
+        schemes = self.run.plan.in_block(context.name)
         rotated = {f"{name}.weight" for name, scheme in schemes.items() if scheme.input_rotation is not None}
         kept = tuple(
             scaling
@@ -300,98 +302,98 @@ class WindowRun:
         )
         if found.missing and self.config.scaling == "on":
             raise UsageError(
-                f"{visit.name}: not all channels can be scaled: {'; '.join(found.missing)}. Say -O scaling=auto, which "
-                f"goes on without these where activations are quantized."
+                f"{context.name}: not all channels can be scaled: {'; '.join(found.missing)}. Say -O scaling=auto, "
+                f"which goes on without these where activations are quantized."
             )
         for reason in found.missing:
-            self._note(visit, f"{visit.name}: channels are not scaled, {reason}")
+            self._note(context, f"{context.name}: channels are not scaled, {reason}")
         return kept
 
-    def _note(self, visit: BlockVisit, text: str) -> None:
+    def _note(self, context: BlockContext, text: str) -> None:
         """A warning about a block's scalings, for its record: scalings are found in the first sweep, records are begun
         in every one. What a later sweep finds again (not all blocks are tried at once) is said once."""
-        notes = self._notes.setdefault(visit.index, [])
+        notes = self._notes.setdefault(context.index, [])
         if text not in notes:
             notes.append(text)
-            self.run.tell(Event("message", text))
+            self.run.emit(Event("message", text))
 
-    def try_window(self, visit: WindowVisit) -> None:
+    def try_window(self, window: BlockWindow) -> None:
         """Learn in one window and drop the result, to see what it takes."""
-        self._open(visit, 0)
-        learners = [self._learners[block.index] for block in visit.blocks]
-        steps = self.config.steps(len(visit.walk.batches), [MAX_BITS])
-        train_window(visit, learners, self.config, sweep=0, shares=(1.0,), steps=steps, seed=0)
-        for block in visit.blocks:
-            block.forget_treatments()
+        self._open(window, 0)
+        learners = [self._learners[block.index] for block in window.blocks]
+        steps = self.config.steps(len(window.runner.batches), [MAX_BITS])
+        train_window(window, learners, self.config, sweep=0, shares=(1.0,), steps=steps, seed=0)
+        for block in window.blocks:
+            block.remove_input_transforms()
 
     # -- one window --------------------------------------------------------------------------------------------------
 
-    def _train(self, visit: WindowVisit, sweep: int, shares: Sequence[float]) -> None:
+    def _train(self, window: BlockWindow, sweep: int, shares: Sequence[float]) -> None:
         run = self.run
-        learners = [self._learners[block.index] for block in visit.blocks]
+        learners = [self._learners[block.index] for block in window.blocks]
         bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
-        steps = run.workers.share(self.config.steps(len(visit.walk.batches), bits))
-        label = _label(visit.window)
+        steps = run.workers.broadcast_object(self.config.steps(len(window.runner.batches), bits))
+        label = _label(window.span)
         records = train_window(
-            visit,
+            window,
             learners,
             self.config,
             sweep=sweep,
             shares=shares,
             steps=steps,
             seed=run.recipe.calibration.seed,
-            tell=lambda done, of: run.tell(Event("layer", name=f"{label}, step {done} of {of}")),
+            on_progress=lambda done, of: run.emit(Event("layer", name=f"{label}, step {done} of {of}")),
         )
         self.records += records
         for record in records:
             for note in record.notes:
-                run.tell(Event("message", f"{label}: {note}"))
-        if visit.leaving == len(visit.blocks) == 1 and sweep == len(self.config.sweeps) - 1:
+                run.emit(Event("message", f"{label}: {note}"))
+        if window.leaving == len(window.blocks) == 1 and sweep == len(self.config.sweeps) - 1:
             return  # its one block is written next: nothing else would ask for the state
-        name = f"state-{sweep:02d}-{visit.number:05d}"
+        name = f"state-{sweep:02d}-{window.number:05d}"
         tensors = {
-            f"{learner.visit.index}|{key}": value for learner in learners for key, value in learner.state().items()
+            f"{learner.context.index}|{key}": value for learner in learners for key, value in learner.state().items()
         }
         self.work.save(name, tensors, {"records": [record.to_dict() for record in self.records]})
-        run.workers.share(None)
-        self._states.append(_Stored(name, sweep, visit.number))
+        run.workers.broadcast_object(None)
+        self._states.append(_Stored(name, sweep, window.number))
 
-    def _leave(self, visit: BlockVisit, share: float, *, last: bool) -> None:
+    def _leave(self, context: BlockContext, share: float, *, last: bool) -> None:
         """A block's weights for the streams to pass through; in the last sweep the block is written."""
         run = self.run
-        if visit.name in self.finished:
-            run.replay(visit, self.finished[visit.name])
+        if context.name in self.finished:
+            run.replay(context, self.finished[context.name])
             return
-        learner = self._learners.pop(visit.index)
+        learner = self._learners.pop(context.index)
         learner.share = share
         learner.settle()
         if last:
-            self.parts[visit.name] = self._write(visit, learner)
+            self.parts[context.name] = self._write(context, learner)
 
-    def _write(self, visit: BlockVisit, learner: BlockLearner) -> PartRecord:
-        run, part = self.run, self._open_parts.pop(visit.index)
-        part.warnings += self._notes.get(visit.index, [])
-        part.windows = [record.to_dict() for record in self.records if record.start <= visit.index < record.stop]
+    def _write(self, context: BlockContext, learner: BlockLearner) -> PartRecord:
+        run, part = self.run, self._open_parts.pop(context.index)
+        part.warnings += self._notes.get(context.index, [])
+        part.windows = [record.to_dict() for record in self.records if record.start <= context.index < record.stop]
         weights = {
-            name: dataclasses.replace(weight, scheme=stored_scheme(visit, name, weight.scheme))
+            name: dataclasses.replace(weight, scheme=stored_scheme(context, name, weight.scheme))
             for name, weight in learner.fold().items()
         }
         for name, weight in weights.items():
-            part.layers.append(_record(f"{visit.name}.{name}", run.method.name, weight))
-        visit.close()
-        run.write_block(visit, weights, learner.changed(), part, self.writer)
+            part.layers.append(_record(f"{context.name}.{name}", run.method.name, weight))
+        context.close()
+        run.write_block(context, weights, learner.changed(), part, self.writer)
         return part
 
-    def _tidy(self, sweep: int, visit: WindowVisit, *, last: bool) -> None:
+    def _tidy(self, sweep: int, window: BlockWindow, *, last: bool) -> None:
         """Remove states that nobody will ask for again: of blocks that are written, or stored anew."""
-        written = set(range(visit.window.start + visit.leaving)) if last else set()
+        written = set(range(window.span.start + window.leaving)) if last else set()
         kept = []
         for number, one in enumerate(self._states):
-            window = self.windows[one.window]
+            span = self.windows[one.window]
             later = self._states[number + 1 :]
             needed = [
                 block
-                for block in range(window.start, window.stop)
+                for block in range(span.start, span.stop)
                 if block not in written and not any(self._holds(other, block) for other in later)
             ]
             if needed or number == len(self._states) - 1:

@@ -97,8 +97,8 @@ class Skeleton:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         for code in self.folder.glob("*.py"):
             shutil.copy(code, folder)
-        treated = key_values is not None or any(scheme.treats_input for _, scheme in self._packed)
-        if treated or not self.runs:
+        transformed = key_values is not None or any(scheme.transforms_input for _, scheme in self._packed)
+        if transformed or not self.runs:
             return None
         # The stock loader unpacks to the model's dtype, and ours computes with values in the dtype of the activations.
         dtype = self.source.dtype if form == "compressed-tensors" else torch.float32

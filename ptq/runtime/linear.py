@@ -112,7 +112,7 @@ class QuantLinear(nn.Linear):
 
     @property
     def scheme(self) -> Scheme:
-        """How the weight is stored and the input treated.
+        """How the weight is stored and the input transformed.
 
         Raises:
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
@@ -140,11 +140,11 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        x = self.treat_input(x)
+        x = self.transform_input(x)
         kernel = choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
         return kernel.product(x, self._packed(), self.bias)
 
-    def treat_input(self, x: Tensor) -> Tensor:
+    def transform_input(self, x: Tensor) -> Tensor:
         """The input ``[..., in_features]`` as the product sees it: rotated, then rounded, as the scheme says."""
         scheme = self._scheme
         if scheme.input_rotation is not None:

@@ -30,7 +30,7 @@ def test_plain_data_round_trips(scheme: Scheme) -> None:
     assert Scheme.from_dict(data) == scheme
     assert data["name"] == scheme.describe()
     assert data.keys() == {field.name for field in dataclasses.fields(Scheme)} | {"name"}
-    assert scheme.treats_input == (scheme.act_bits is not None or scheme.input_rotation is not None)
+    assert scheme.transforms_input == (scheme.act_bits is not None or scheme.input_rotation is not None)
 
 
 def test_a_recipe_writes_all_its_fields() -> None:

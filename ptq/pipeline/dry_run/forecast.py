@@ -20,7 +20,7 @@ from torch import Tensor
 from calib.model.input_groups import InputGroup
 from calib.precision import strict_float32
 from calib.runner.activation_store import free_memory
-from calib.runner.runner import Walk, batch_size
+from calib.runner.runner import CalibrationRunner, batch_size
 from ptq.learning import LearnedConfig
 from ptq.pipeline.dry_run.windows import forecast_windows
 from ptq.pipeline.preparation.preflight import check_disk, peak_memory, stream_bytes
@@ -129,23 +129,23 @@ def _stream(run: Run, tokens: Tensor) -> int:
 
 
 def _layerwise(run: Run, sizes: Sizes, tokens: Tensor | None) -> Forecast:
-    """The forecast of one walk from block to block."""
+    """The forecast of one pass from block to block."""
     size = 1 if tokens is None else batch_size(len(tokens), tokens.shape[1], run.device)
     batches = 1 if tokens is None else math.ceil(len(tokens) / size / run.workers.size)
     sample = None if tokens is None else tokens[: _MEASURED_BATCHES * size * run.workers.size]
     with tempfile.TemporaryDirectory(prefix="ptq-forecast-") as folder:
         measured = _measure(run, sample, size, Path(folder))
     scale = batches / max(1, min(batches, _MEASURED_BATCHES))
-    walk = run.walk()
-    lockstep = tokens is None or walk.fits_lockstep(measured.groups, tokens.numel() // run.workers.size)
+    runner = run.make_runner()
+    lockstep = tokens is None or runner.fits_lockstep(measured.groups, tokens.numel() // run.workers.size)
     timing = _extrapolate(run, measured, scale, sizes, lockstep=lockstep)
     extra = (
-        0 if tokens is None else _extra_memory(run, walk, measured, tokens.numel(), size * tokens.shape[1], lockstep)
+        0 if tokens is None else _extra_memory(run, runner, measured, tokens.numel(), size * tokens.shape[1], lockstep)
     )
     on_gpu = run.device.type == "cuda"
     base = peak_memory()
     host = base + (extra if not on_gpu else 0) + (0 if tokens is None or not on_gpu else _host_streams(run, tokens))
-    host = max(host, measured.resident + run.largest_part_outside(walk.tensors_outside_blocks()))
+    host = max(host, measured.resident + run.largest_part_outside(runner.tensors_outside_blocks()))
     device = torch.cuda.max_memory_allocated(run.device) + extra if on_gpu else None
     free = check_disk(run.out, 0)
     result = Forecast(
@@ -219,24 +219,24 @@ def _measure(run: Run, tokens: Tensor | None, size: int, folder: Path) -> _Measu
 
     Activations on disk go to ``folder``: the output's own may belong to a run that is under way.
     """
-    walk, done = run.walk(tokens=tokens, batch=size, folder=folder), 0
+    runner, done = run.make_runner(tokens=tokens, batch=size, folder=folder), 0
     start: dict[str, float] = {}
     with torch.no_grad(), strict_float32():
         earlier = 0.0
-        for visit in walk:
+        for context in runner:
             start = start or dict(run.timing)
             before, part = dict(run.timing), PartRecord()
             read, earlier = before.get("read", 0.0) - earlier, before.get("read", 0.0)
             if run.layer_method is not None:
-                run.quantize_block(visit, part, packed=True)
-            visit.close()
-            map_ = walk.map_of(visit)
+                run.quantize_block(context, part, packed=True)
+            context.close()
+            map_ = runner.map_of(context)
             if part.layers or not done:
                 block = {name: value - before.get(name, 0.0) for name, value in run.timing.items()}
                 block["read"] = read  # over when the block is handed out; for the first one with the embedding
-                parameters = _parameters(run, visit.name)
+                parameters = _parameters(run, context.name)
             done += bool(part.layers) or run.layer_method is None
-            if run.workers.share(done == 2 or (done == 1 and sum(block.values()) > _WARM_UP_SECONDS)):
+            if run.workers.broadcast_object(done == 2 or (done == 1 and sum(block.values()) > _WARM_UP_SECONDS)):
                 break  # the first process decides for all
     shared = tuple(g.linears for g in map_.groups if len(g.linears) > 1 and not g.experts)
     return _Measured(start, block, parameters, map_.groups, map_.flops, shared, _resident())
@@ -266,11 +266,13 @@ def _extrapolate(run: Run, measured: _Measured, scale: float, sizes: Sizes, *, l
     return timing
 
 
-def _extra_memory(run: Run, walk: Walk, measured: _Measured, tokens: int, batch: int, lockstep: bool) -> int:
+def _extra_memory(
+    run: Run, runner: CalibrationRunner, measured: _Measured, tokens: int, batch: int, lockstep: bool
+) -> int:
     """Bytes that the tokens beyond the measured ones add on the device: streams, and what suspended passes hold."""
     more = max(0, tokens // run.workers.size - _MEASURED_BATCHES * batch)
     width = int(run.source.skeleton.config.get_text_config().hidden_size)
-    streams = 2 if walk.two_streams else 1
+    streams = 2 if runner.two_streams else 1
     kept = width if run.offload == "none" else 0
     alive = max(_ALIVE * width, 2 * width + max(group.width for group in measured.groups)) if lockstep else 0
     return more * streams * (kept + alive) * run.dtype.itemsize

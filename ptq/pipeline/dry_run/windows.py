@@ -22,7 +22,7 @@ from calib.checkpoint.reader import ModelSource
 from calib.model.structure import find_blocks, find_linears, linear_weight
 from calib.precision import strict_float32
 from calib.runner.activation_store import free_memory
-from calib.runner.runner import Walk, WindowVisit
+from calib.runner.runner import BlockWindow, CalibrationRunner
 from calib.runner.window_schedule import Window, describe_windows
 from ptq.errors import UsageError
 from ptq.learning import LearnedConfig
@@ -100,28 +100,28 @@ class _Measured:
 
 
 def _measure(run: Host, few: LearnedConfig, tokens: Tensor, windows: tuple[Window, ...], folder: Path) -> _Measured:
-    walk: Walk = run.walk(tokens=tokens, batch=few.batch, folder=folder)
+    runner: CalibrationRunner = run.make_runner(tokens=tokens, batch=few.batch, folder=folder)
     start = _used(run)
-    for visit in walk.windows(windows):
-        _clock(run, lambda: visit.run(0, full=True))  # noqa: B023  # called at once; the first call warms up
-        forward = _clock(run, lambda: visit.run(0, full=True)) / len(visit.blocks)  # noqa: B023
-        first = _train(run, few, visit, folder)
-        longer = _train(run, dataclasses.replace(few, iters=3 * few.iters), visit, folder)
+    for window in runner.windows(windows):
+        _clock(run, lambda: window.run(0, full=True))  # noqa: B023  # called at once; the first call warms up
+        forward = _clock(run, lambda: window.run(0, full=True)) / len(window.blocks)  # noqa: B023
+        first = _train(run, few, window, folder)
+        longer = _train(run, dataclasses.replace(few, iters=3 * few.iters), window, folder)
         break
-    step = max(1e-6, (longer - first) / (2 * _STEPS) / len(visit.blocks))
-    passes = len(walk.batches) * forward * 3 * len(visit.blocks)
+    step = max(1e-6, (longer - first) / (2 * _STEPS) / len(window.blocks))
+    passes = len(runner.batches) * forward * 3 * len(window.blocks)
     return _Measured(
         forward,
         step,
-        max(0.0, first - passes - _STEPS * step * len(visit.blocks)),
-        max(0, _used(run) - start) // len(visit.blocks),
+        max(0.0, first - passes - _STEPS * step * len(window.blocks)),
+        max(0, _used(run) - start) // len(window.blocks),
     )
 
 
-def _train(run: Host, few: LearnedConfig, visit: WindowVisit, folder: Path) -> float:
+def _train(run: Host, few: LearnedConfig, window: BlockWindow, folder: Path) -> float:
     """Seconds of one window's training, whose result is dropped."""
     trial = WindowRun(run, few, {}, {}, None, folder=folder / "work")
-    return _clock(run, lambda: trial.try_window(visit))
+    return _clock(run, lambda: trial.try_window(window))
 
 
 def _clock(run: Host, work: object) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calib.model.input_groups import InputGroup
-from calib.runner.activation_store import Offload, Place, settle_offload
+from calib.runner.activation_store import Offload, OffloadTarget, settle_offload
 from ptq.errors import DataError, OutputError, UsageError
 from ptq.pipeline.preparation.scheme_assignment import Plan
 from ptq.scheme import Scheme
@@ -24,15 +24,15 @@ __all__ = [
     "check_disk",
     "check_path_names",
     "check_vocabulary",
+    "choose_offload_target",
     "clashing_schemes",
     "cpu_name",
     "peak_memory",
     "stream_bytes",
-    "stream_place",
 ]
 
 
-def stream_place(
+def choose_offload_target(
     asked: Offload,
     model: Any,
     tokens: Tensor | None,
@@ -40,7 +40,7 @@ def stream_place(
     device: torch.device,
     processes: int,
     streams: int = 2,
-) -> Place:
+) -> OffloadTarget:
     """Where the activations of a run go: ``none``, ``memory`` or ``disk``
     (`calib.runner.activation_store.settle_offload`)."""
     if tokens is None:

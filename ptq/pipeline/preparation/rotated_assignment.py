@@ -9,8 +9,8 @@ import torch
 from calib.checkpoint.reader import ModelSource
 from calib.model.structure import find_linears
 from calib.precision import strict_float32
-from calib.runner.block import BlockVisit
-from calib.runner.runner import Walk
+from calib.runner.block import BlockContext
+from calib.runner.runner import CalibrationRunner
 from ptq.pipeline.preparation.scheme_assignment import Plan
 
 __all__ = ["rotate_last_inputs"]
@@ -31,8 +31,8 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
         ModelError: a block cannot be run.
     """
     with torch.no_grad(), strict_float32():
-        walk = Walk(source, None, device=device, dtype=dtype)
-        ends = _ends(walk)
+        runner = CalibrationRunner(source, None, device=device, dtype=dtype)
+        ends = _ends(runner)
     schemes = {
         name: dataclasses.replace(scheme, input_rotation=seed) if scheme is not None and _inside(name, ends) else scheme
         for name, scheme in plan.schemes.items()
@@ -40,23 +40,23 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
     return dataclasses.replace(plan, schemes=schemes)
 
 
-def _ends(walk: Walk) -> set[str]:
+def _ends(runner: CalibrationRunner) -> set[str]:
     """Names, in their block, of the linears that end a block, from the first block of every kind."""
-    blocks = [walk.source.skeleton.get_submodule(name) for name in walk.block_names]
+    blocks = [runner.source.skeleton.get_submodule(name) for name in runner.block_names]
     left = {(type(block), tuple(find_linears(block))) for block in blocks}
     found: set[str] = set()
-    for visit in walk:
-        kind = (type(visit.block), tuple(visit.linears))
+    for context in runner:
+        kind = (type(context.block), tuple(context.linears))
         if kind in left:
-            found |= _last(visit)
+            found |= _last(context)
             left.discard(kind)
         if not left:
             break
     return found
 
 
-def _last(visit: BlockVisit) -> set[str]:
-    groups = visit.walk.map_of(visit).groups
+def _last(context: BlockContext) -> set[str]:
+    groups = context.runner.map_of(context).groups
     last = [group for group in groups if not group.experts][-1:] or list(groups[-1:])
     experts = {group.expert: group.linears for group in groups if group.expert}  # the last group of each stays
     return {name for group in last for name in group.linears} | {name for names in experts.values() for name in names}

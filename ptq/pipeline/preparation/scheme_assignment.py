@@ -15,7 +15,7 @@ from ptq.methods import METHODS, check_scheme, find_method
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
-__all__ = ["KEEP_BY_DEFAULT", "Plan", "chooses_experts", "make_plan"]
+__all__ = ["KEEP_BY_DEFAULT", "Plan", "is_router", "make_plan"]
 
 KEEP_BY_DEFAULT = ("*.gate", "*.gate.*", "*.router", "*.router.*", "*.shared_expert_gate")
 """Linears that choose experts: tiny, and an error there sends tokens to the wrong expert."""
@@ -90,7 +90,7 @@ def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:
         )
 
 
-def chooses_experts(name: str) -> bool:
+def is_router(name: str) -> bool:
     """Whether a module is a router, by its name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in KEEP_BY_DEFAULT)
 
@@ -98,7 +98,7 @@ def chooses_experts(name: str) -> bool:
 def _kept_router(name: str, recipe: Recipe) -> bool:
     """A router, unless an override names it."""
     asked = any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in recipe.overrides)
-    return not asked and chooses_experts(name)
+    return not asked and is_router(name)
 
 
 def _check_matches(pattern: str, linears: list[str], outside: list[str]) -> None:

@@ -28,7 +28,7 @@ from calib.errors import ModelError
 from calib.model.block_inputs import BlockCall, capture_calls, own_state
 from calib.model.structure import find_blocks, foreign_code
 from calib.precision import strict_float32
-from calib.runner.forward import place
+from calib.runner.forward import move_to
 from ptq.transforms.hadamard import ResidualRotation
 from ptq.transforms.rotation.rotated_source import RotatedSource, get_parameter, put_parameter
 from ptq.transforms.rotation.stream_roles import Part, block_parts, cannot_rotate, outside_parts
@@ -132,7 +132,7 @@ class _Search:
                 put_parameter(self.model, name, get_parameter(self.model, name)[:_PROBE_ROWS].clone())
             if padding is not None:
                 embedding.padding_idx = None  # it may lie beyond these rows
-            place(self.model, torch.device("cpu"), torch.float32)
+            move_to(self.model, torch.device("cpu"), torch.float32)
             yield
         finally:
             if padding is not None:
@@ -218,7 +218,7 @@ class _Search:
         block = self.model.get_submodule(name)
         self.source.load(names)
         try:
-            place(block, torch.device("cpu"), torch.float32)
+            move_to(block, torch.device("cpu"), torch.float32)
             yield block
         finally:
             self.source.release(names)

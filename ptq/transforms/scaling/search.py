@@ -41,7 +41,7 @@ __all__ = [
     "find_scalings",
     "fold_scaling",
     "in_float32",
-    "why_not",
+    "unsupported_reason",
 ]
 
 _ROWS = 32  # that an expert is tried on
@@ -49,7 +49,7 @@ _ROWS = 32  # that an expert is tried on
 
 @dataclasses.dataclass(frozen=True)
 class Scalings:
-    """What was found for a block; good for all blocks of its kind (`why_not` tries one on another block).
+    """What was found for a block; good for all blocks of its kind (`unsupported_reason` tries one on another block).
 
     Args:
         scalings: all of them together leave the output unchanged, too.
@@ -77,12 +77,12 @@ def find_scalings(block: nn.Module, run: Callable[[], Tensor], *, seed: int = 0)
         return _Finder(block, run, seed).all()
 
 
-def why_not(block: nn.Module, run: Callable[[], Tensor], scaling: Scaling, *, seed: int = 0) -> str | None:
+def unsupported_reason(block: nn.Module, run: Callable[[], Tensor], scaling: Scaling, *, seed: int = 0) -> str | None:
     """What is against a scaling that was found on another block, in words; ``None`` if nothing is.
 
     A scaling of one expert is tried on that expert, as far as it can be reached in this pass.
     """
-    return Trial(block, run, seed).why_not(scaling)
+    return Trial(block, run, seed).unsupported_reason(scaling)
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ class _Finder:
 
     def _add(self, scaling: Scaling, *, trial: Trial | None = None, signed: bool = False) -> bool:
         """Keep a scaling if it stands the trial, and note why not for the linears whose columns it scales."""
-        problem = (trial or self.trial).why_not(scaling, signed=signed)
+        problem = (trial or self.trial).unsupported_reason(scaling, signed=signed)
         if problem is None:
             self.scalings.append(scaling)
             return True
@@ -210,7 +210,7 @@ class _Finder:
             trial = Trial(expert, run, self.trial.seed)
             for path in find_paths(expert, run, trace(expert, run).calls, (1, _ROWS)):
                 scaling = _path_scaling(expert, path, "down")
-                problem = trial.why_not(scaling)
+                problem = trial.unsupported_reason(scaling)
                 for index in range(experts.num_experts):
                     name = f"{where}.{index}"
                     if problem is None:

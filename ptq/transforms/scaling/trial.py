@@ -34,9 +34,9 @@ class Trial:
 
     def passes(self, scaling: Scaling, *, signed: bool = False) -> bool:
         """Whether a scaling stands the trial; ``signed``: with random signs, too."""
-        return self.why_not(scaling, signed=signed) is None
+        return self.unsupported_reason(scaling, signed=signed) is None
 
-    def why_not(self, scaling: Scaling, *, signed: bool = False) -> str | None:
+    def unsupported_reason(self, scaling: Scaling, *, signed: bool = False) -> str | None:
         """What is against a scaling, in words; ``None`` if nothing is."""
         scale = self._scale(scaling.size, signed)
         half = self._change(scaling, scale, only=1)

@@ -9,17 +9,19 @@ import torch
 
 import calib.runner.activation_store as streams_module
 from calib.errors import OutputError, UsageError
-from calib.runner.activation_store import Place, Stream, settle_offload
+from calib.runner.activation_store import ActivationStore, OffloadTarget, settle_offload
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("place", ["none", "memory", "disk"])
+@pytest.mark.parametrize("target", ["none", "memory", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batches_come_back_in_any_order_and_after_writing(place: Place, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_batches_come_back_in_any_order_and_after_writing(
+    target: OffloadTarget, dtype: torch.dtype, tmp_path: Path
+) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(3, 5, 7, generator=generator).to(dtype) for _ in range(4)]
-    stream = Stream(CPU, place, tmp_path / "x")
+    stream = ActivationStore(CPU, target, tmp_path / "x")
     for batch in batches:
         stream.append(batch, (3, 5))
     assert len(stream) == 4
@@ -50,9 +52,9 @@ def test_auto_takes_the_first_place_with_room(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    stream = Stream(CPU, "disk", tmp_path / "x")
+    stream = ActivationStore(CPU, "disk", tmp_path / "x")
     (tmp_path / "x").rmdir()
     with pytest.raises(OutputError, match="cannot keep activations"):
         stream.append(torch.zeros(1, 2, 3), (1, 2))
     with pytest.raises(UsageError, match="folder"):
-        Stream(CPU, "disk")
+        ActivationStore(CPU, "disk")

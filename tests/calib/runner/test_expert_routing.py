@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import calib.runner.runner as walk_module
+import calib.runner.runner as runner_module
 from calib.checkpoint.reader import open_model
 from calib.runner.expert_routing import FEW
-from calib.runner.runner import Walk
+from calib.runner.runner import CalibrationRunner
 from calib.stats import Stat
 from tests.support.tiny_models import tiny_model
 
@@ -46,7 +46,7 @@ def test_statistics_are_those_of_the_routed_tokens(
 ) -> None:
     """H and D of every expert against whole fused models, one of them with its first block's weights changed."""
     if not lockstep:
-        monkeypatch.setattr(walk_module, "_LOCKSTEP_SHARE", 0.0)
+        monkeypatch.setattr(runner_module, "_LOCKSTEP_SHARE", 0.0)
     full, changed = tiny_model(family), tiny_model(family)
     o_proj = changed.model.layers[0].self_attn.o_proj.weight
     o_proj.data = (o_proj.data * 8).round() / 8
@@ -54,11 +54,11 @@ def test_statistics_are_those_of_the_routed_tokens(
     own, _ = experts_called_with(changed, LAYER)
     starved = 0
     with torch.no_grad():
-        for visit in Walk(open_model(full), TOKENS, device=CPU, dtype=torch.float32):
-            for group in visit.groups(TWO, frozenset(visit.linears)):
-                if visit.index == 0 and group.names == ("self_attn.o_proj",):
+        for context in CalibrationRunner(open_model(full), TOKENS, device=CPU, dtype=torch.float32):
+            for group in context.groups(TWO, frozenset(context.linears)):
+                if context.index == 0 and group.names == ("self_attn.o_proj",):
                     group.replace(group.names[0], o_proj.data)
-                if visit.index != LAYER or not group.group.experts:
+                if context.index != LAYER or not group.group.experts:
                     continue
                 stats = group.statistics()
                 assert stats is not None
@@ -93,10 +93,10 @@ def test_a_starved_expert_sees_every_token() -> None:
     notes: dict[str, tuple[str, ...]] = {}
     tokens: dict[str, int] = {}
     with torch.no_grad():
-        for visit in Walk(open_model(model), TOKENS, device=CPU, dtype=torch.float32, two_streams=False):
-            for group in visit.groups(frozenset({Stat.HESSIAN}), frozenset(visit.linears)):
+        for context in CalibrationRunner(open_model(model), TOKENS, device=CPU, dtype=torch.float32, two_streams=False):
+            for group in context.groups(frozenset({Stat.HESSIAN}), frozenset(context.linears)):
                 stats = group.statistics()
-                if visit.index == 0 and group.group.experts:
+                if context.index == 0 and group.group.experts:
                     assert stats is not None
                     notes[group.group.expert], tokens[group.group.expert] = group.notes, stats.tokens
     for number, count in enumerate(counts.tolist()):
@@ -109,7 +109,7 @@ def test_every_expert_is_a_group_without_data() -> None:
     model = tiny_model("qwen3_moe")
     seen: list[str] = []
     with torch.no_grad():
-        for visit in Walk(open_model(model), None, device=CPU, dtype=torch.float32):
-            for group in visit.groups(frozenset(), frozenset(visit.linears)):
+        for context in CalibrationRunner(open_model(model), None, device=CPU, dtype=torch.float32):
+            for group in context.groups(frozenset(), frozenset(context.linears)):
                 seen += [group.full_name(name) for name in group.names]
     assert sum(".experts." in name for name in seen) == 2 * 4 * 3

@@ -1,4 +1,4 @@
-"""Walks through blocks that break an assumption: experts in a module list, one sequence a batch, memory given back."""
+"""Runs through blocks that break an assumption: experts in a module list, one sequence a batch, memory given back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ptq
 from calib.checkpoint.reader import open_model
 from calib.data.tokens import Calibration
 from calib.model.input_groups import BlockMap, InputGroup, merge_maps
-from calib.runner.runner import Walk, batch_size
+from calib.runner.runner import CalibrationRunner, batch_size
 from calib.stats import Stat
 from tests.support.tiny_models import tiny_model
 
@@ -85,12 +85,12 @@ def test_the_weights_of_a_block_are_gone_before_the_next_is_loaded() -> None:
 
     source.load = watched  # type: ignore[method-assign]
     with torch.no_grad():
-        for visit in Walk(source, TOKENS, device=CPU, dtype=torch.bfloat16):
-            for group in visit.groups(frozenset({Stat.HESSIAN}), frozenset(visit.linears)):
+        for context in CalibrationRunner(source, TOKENS, device=CPU, dtype=torch.bfloat16):
+            for group in context.groups(frozenset({Stat.HESSIAN}), frozenset(context.linears)):
                 group.statistics()
                 for name in group.names:
-                    group.replace(name, visit.full(name) * 1)
-            kept = (visit._originals, visit._full, visit._replaced)
+                    group.replace(name, context.full(name) * 1)
+            kept = (context._originals, context._full, context._replaced)
             references = [weakref.ref(tensor) for weights in kept for tensor in weights.values()]
             assert len(references) == 21
             del group, kept
@@ -113,8 +113,8 @@ def test_cross_validation_has_two_halves_whatever_the_batches(samples: int, tmp_
     for size in (1, samples):
         source = open_model(model)
         with torch.no_grad():
-            for visit in Walk(source, TOKENS[:samples], device=CPU, dtype=torch.float32, batch=size):
-                for group in visit.groups(frozenset({Stat.FOLDS}), frozenset(visit.linears)):
+            for context in CalibrationRunner(source, TOKENS[:samples], device=CPU, dtype=torch.float32, batch=size):
+                for group in context.groups(frozenset({Stat.FOLDS}), frozenset(context.linears)):
                     stats = group.statistics()
                     assert stats is not None
                     found.append([fold.hessian for fold in stats.folds])

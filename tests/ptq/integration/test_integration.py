@@ -287,7 +287,7 @@ def test_what_happens_at_run_time_comes_back_with_the_checkpoint(
     dense = write(model, tmp_path / "out", schemes, "native", key_values)
     for name, scheme in schemes.items():
         if scheme is not None:
-            dense.get_submodule(name).register_forward_pre_hook(treatment(scheme))
+            dense.get_submodule(name).register_forward_pre_hook(input_transform(scheme))
     set_key_values(dense, key_values)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["version"] == 2
@@ -305,16 +305,16 @@ def test_what_happens_at_run_time_comes_back_with_the_checkpoint(
     assert torch.equal(logits(again), logits(loaded))
 
 
-def treatment(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+def input_transform(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
     """A hook that rotates and rounds the input of a dense linear."""
 
-    def treat(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
+    def transform(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
         assert scheme.act_bits is not None
         assert scheme.input_rotation is not None
         rotated = InputRotation(args[0].shape[-1], scheme.input_rotation)(args[0])
         return quantize_tokens(rotated, scheme.act_bits, scheme.act_symmetric)
 
-    return treat
+    return transform
 
 
 def test_packed_models_say_what_can_be_done_with_them(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_without_ptq_compressed_tensors_gives_our_logits(name: str, without_ptq:
 
 
 def test_without_ptq_asymmetric_compressed_tensors_fails(without_ptq: Stock) -> None:
-    """The reason why `why_not` refuses it; once transformers loads these files, this test says so."""
+    """The reason why `unsupported_reason` refuses it; once transformers loads these files, this test says so."""
     assert "mismatch" in without_ptq[1]["ct-asym", "LlamaForCausalLM"]
 
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 import ptq.learning.stepper
 from calib.checkpoint.reader import open_model
 from calib.precision import strict_float32
-from calib.runner.runner import Walk, WindowVisit
+from calib.runner.runner import BlockWindow, CalibrationRunner
 from calib.runner.window_schedule import Window
 from ptq.errors import NumericalError, UsageError
 from ptq.learning import LearnedConfig
@@ -27,7 +27,7 @@ from ptq.learning.losses import output_loss
 from ptq.learning.optimizer import Optimizer, decayed
 from ptq.learning.training import WindowRecord, _order, train_window
 from ptq.methods import METHODS, find_method, make_config
-from ptq.pipeline.input_transforms import treat_block
+from ptq.pipeline.input_transforms import transform_block_inputs
 from ptq.scheme import KeyValueScheme, Scheme
 from tests.support.tiny_models import tiny_model
 
@@ -41,33 +41,33 @@ def options(method: str, **changes: Any) -> LearnedConfig:
 
 
 @contextlib.contextmanager
-def window(
+def tiny_window(
     config: LearnedConfig,
     blocks: int = 1,
     family: str = "llama",
     scheme: Scheme | None = SCHEME,
     batch: int = 8,
     tokens: Tensor = TOKENS,
-) -> Iterator[tuple[WindowVisit, list[BlockLearner]]]:
+) -> Iterator[tuple[BlockWindow, list[BlockLearner]]]:
     """The first blocks of a tiny model as one window, with learners; all linears have the scheme."""
     source = open_model(tiny_model(family, num_hidden_layers=max(2, blocks)))
     with torch.no_grad(), strict_float32():
-        walk = Walk(source, tokens, device=torch.device("cpu"), dtype=torch.float32, batch=batch)
-        visits = walk.windows([Window(0, blocks), Window(blocks - 1, max(2, blocks))])
-        visit = next(visits)
+        runner = CalibrationRunner(source, tokens, device=torch.device("cpu"), dtype=torch.float32, batch=batch)
+        windows = runner.windows([Window(0, blocks), Window(blocks - 1, max(2, blocks))])
+        window = next(windows)
         learners = []
-        for block in visit.blocks:
+        for block in window.blocks:
             schemes = {} if scheme is None else dict.fromkeys(block.linears, scheme)
-            treat_block(block, schemes, None)
+            transform_block_inputs(block, schemes, None)
             learners.append(BlockLearner(block, schemes, config))
-        yield visit, learners
-        visits.close()  # type: ignore[attr-defined]
+        yield window, learners
+        windows.close()  # type: ignore[attr-defined]
 
 
 def train(
-    visit: WindowVisit, learners: Sequence[BlockLearner], config: LearnedConfig, steps: int = 6, **changes: Any
+    window: BlockWindow, learners: Sequence[BlockLearner], config: LearnedConfig, steps: int = 6, **changes: Any
 ) -> list[WindowRecord]:
-    return train_window(visit, learners, config, **{"sweep": 0, "shares": (1.0,), "steps": steps, "seed": 0} | changes)
+    return train_window(window, learners, config, **{"sweep": 0, "shares": (1.0,), "steps": steps, "seed": 0} | changes)
 
 
 def states(learners: Sequence[BlockLearner]) -> dict[str, Tensor]:
@@ -215,9 +215,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int, str, Scheme]] = {
 def test_learning_is_the_plain_loop(case: str) -> None:
     method, changes, blocks, family, scheme = CASES[case]
     config, steps = options(method, **changes), 7 if method == "omniquant" else 12
-    with window(config, blocks, family, scheme) as (visit, learners):
+    with tiny_window(config, blocks, family, scheme) as (window, learners):
         start = states(learners)
-        (record,) = train(visit, learners, config, steps)
+        (record,) = train(window, learners, config, steps)
         found = states(learners)
     losses, wanted = plain_loop(config, start, blocks, family, scheme, steps)
     assert record.loss_before == pytest.approx(losses[0], rel=1e-4)
@@ -238,8 +238,8 @@ def test_gradients_of_several_batches_are_those_of_one_large_batch() -> None:
     found = []
     for batch, accumulated in ((8, 1), (4, 2), (2, 4)):
         config = options("omniquant", grad_accum=accumulated)
-        with window(config, batch=batch) as (visit, learners):
-            records = train(visit, learners, config)
+        with tiny_window(config, batch=batch) as (window, learners):
+            records = train(window, learners, config)
             found.append((records[0], states(learners)))
     for record, state in found[1:]:
         assert record.loss_after == pytest.approx(found[0][0].loss_after, rel=1e-4)
@@ -251,10 +251,10 @@ def test_gradients_of_several_batches_are_those_of_one_large_batch() -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "offset", "soft"])
 def test_every_kind_of_learning_lowers_its_loss(rounding: Any, loss: Any) -> None:
     config = LearnedConfig(rounding=rounding, loss=loss, lr_offset=0.05, lora_rank=2)
-    with window(config) as (visit, learners):
-        (record,) = train(visit, learners, config, 20)
+    with tiny_window(config) as (window, learners):
+        (record,) = train(window, learners, config, 20)
         assert record.loss_after < record.loss_before
-        (again,) = train(visit, learners, config, 1)
+        (again,) = train(window, learners, config, 1)
     if loss != "huber":  # whose corner is a stage's own
         assert again.loss_before == record.loss_after, "the loss that is told is that of what was kept"
 
@@ -262,15 +262,15 @@ def test_every_kind_of_learning_lowers_its_loss(rounding: Any, loss: Any) -> Non
 def test_the_corner_of_the_huber_loss_follows_the_error_at_the_start() -> None:
     """Losses before and after have the same corner, twice the mean error before: only then can they be compared."""
     config = LearnedConfig(loss="huber", clip="off")
-    with window(config, batch=4) as (visit, (learner,)):
+    with tiny_window(config, batch=4) as (window, (learner,)):
         errors = []
-        for batch in visit.walk.batches:
-            target = visit.run(batch, full=True)
-            visit.blocks[0].use(full=False)
-            call, hidden = visit.walk.call(batch, 0, full=False), visit.walk.hidden(batch, full=False)
+        for batch in window.runner.batches:
+            target = window.run(batch, full=True)
+            window.blocks[0].use(full=False)
+            call, hidden = window.runner.call(batch, 0, full=False), window.runner.hidden(batch, full=False)
             errors.append(learner.run(call, hidden, learner.tensors()) - target)
         error = torch.cat(errors)
-        (record,) = train(visit, [learner], config)
+        (record,) = train(window, [learner], config)
     corner = 2 * error.abs().mean()
     bends = torch.where(error.abs() < corner, error.square() / 2, corner * (error.abs() - corner / 2))
     assert (error.abs() > corner).any()
@@ -279,47 +279,49 @@ def test_the_corner_of_the_huber_loss_follows_the_error_at_the_start() -> None:
 
 def test_stages_go_on_from_each_other_and_are_told() -> None:
     config = options("sliderquant-lora", intra="window")
-    told: list[tuple[int, int]] = []
-    with window(config) as (visit, learners):
+    reported: list[tuple[int, int]] = []
+    with tiny_window(config) as (window, learners):
         first, second = train(
-            visit, learners, config, 5, shares=(0.5, 1.0), tell=lambda done, of: told.append((done, of))
+            window, learners, config, 5, shares=(0.5, 1.0), on_progress=lambda done, of: reported.append((done, of))
         )
         assert learners[0].share == 1.0
     assert (first.share, second.share) == (0.5, 1.0)
     assert first.loss_before < second.loss_before, "half of the channels are still exact"
-    assert {of for _, of in told} == {10}
-    assert told[0] == (5, 10)
-    assert told[-1] == (10, 10)
+    assert {of for _, of in reported} == {10}
+    assert reported[0] == (5, 10)
+    assert reported[-1] == (10, 10)
 
 
 def test_keys_values_and_inputs_follow_the_share_of_a_stage() -> None:
     """Those of the first stage are rounded in part, whatever the share was when the block was opened."""
     config, scheme = LearnedConfig(), dataclasses.replace(SCHEME, act_bits=4)
-    with window(config, scheme=scheme) as (visit, (learner,)):
-        learner.visit.forget_treatments()
-        treat_block(learner.visit, dict.fromkeys(learner.linears, scheme), KeyValueScheme(4), lambda: learner.share)
+    with tiny_window(config, scheme=scheme) as (window, (learner,)):
+        learner.context.remove_input_transforms()
+        transform_block_inputs(
+            learner.context, dict.fromkeys(learner.linears, scheme), KeyValueScheme(4), lambda: learner.share
+        )
         seen: list[tuple[float, float]] = []
 
         def note(*_: int) -> None:
-            hidden = learner.visit.block.self_attn._ptq_kv.share  # type: ignore[union-attr]
+            hidden = learner.context.block.self_attn._ptq_kv.share  # type: ignore[union-attr]
             x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-            for hook in learner.visit.linears["mlp.up_proj"]._forward_pre_hooks.values():
+            for hook in learner.context.linears["mlp.up_proj"]._forward_pre_hooks.values():
                 (rounded,), _ = hook(None, (x,), {})
                 seen.append((hidden, float((rounded != x).any(0).float().mean())))
 
-        train(visit, [learner], config, 2, shares=(0.5, 1.0), tell=note)
+        train(window, [learner], config, 2, shares=(0.5, 1.0), on_progress=note)
         assert list(dict.fromkeys(seen)) == [(0.5, 0.5), (1.0, 1.0)]
-        visit.run(0, full=True)
-        assert not hasattr(learner.visit.block.self_attn, "_ptq_kv"), "the full-precision stream is left alone"
+        window.run(0, full=True)
+        assert not hasattr(learner.context.block.self_attn, "_ptq_kv"), "the full-precision stream is left alone"
 
 
 def test_the_order_of_batches_follows_seed_sweep_and_window() -> None:
     config = options("omniquant", batch=2)
 
     def learned(**changes: Any) -> Tensor:
-        with window(config, batch=2) as (visit, learners):
-            visit.number = changes.pop("number", 0)
-            train(visit, learners, config, 3, **changes)
+        with tiny_window(config, batch=2) as (window, learners):
+            window.number = changes.pop("number", 0)
+            train(window, learners, config, 3, **changes)
             return torch.cat([value.flatten() for value in states(learners).values()])
 
     same = learned()
@@ -355,9 +357,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> No
 def test_a_loss_that_is_not_finite_puts_everything_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned(monkeypatch, lambda number: number % 6 == 3)
     config = options(method)
-    with window(config, 2) as (visit, learners):
+    with tiny_window(config, 2) as (window, learners):
         start = states(learners)
-        (record,) = train(visit, learners, config)
+        (record,) = train(window, learners, config)
         found = states(learners)
     assert all(torch.equal(found[name], value) for name, value in start.items())
     assert len(record.notes) == 2
@@ -370,9 +372,9 @@ def test_a_loss_that_is_not_finite_puts_everything_back(method: str, monkeypatch
 def test_a_second_try_is_kept_if_it_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned(monkeypatch, lambda number: number == 2)
     config = options("omniquant")
-    with window(config) as (visit, learners):
+    with tiny_window(config) as (window, learners):
         start = states(learners)
-        (record,) = train(visit, learners, config)
+        (record,) = train(window, learners, config)
         moved = max(float((value - start[name]).abs().max()) for name, value in states(learners).items())
     assert len(record.notes) == 1
     assert record.loss_after < record.loss_before
@@ -384,11 +386,11 @@ def test_a_second_try_is_kept_if_it_lowers_the_loss(monkeypatch: pytest.MonkeyPa
 )
 def test_what_does_not_lower_the_loss_is_put_back(method: str, changes: dict[str, float]) -> None:
     config = options(method, grad_clip=0.0, **changes)
-    with window(config) as (visit, learners):
+    with tiny_window(config) as (window, learners):
         start = states(learners)
-        (record,) = train(visit, learners, config)
+        (record,) = train(window, learners, config)
         found = states(learners)
-        (again,) = train(visit, learners, config, 1)
+        (again,) = train(window, learners, config, 1)
     assert all(torch.equal(found[name], value) for name, value in start.items())
     assert record.notes
     assert all("put back" in note for note in record.notes)
@@ -400,34 +402,37 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj"
     model.get_submodule(name).weight.data[3, 4] = math.nan
     with torch.no_grad():
-        walk = Walk(open_model(model), TOKENS, device=torch.device("cpu"), dtype=torch.float32, batch=8)
-        visits = walk.windows([Window(0, 1), Window(1, 2)])
-        block = next(visits).blocks[0]
+        runner = CalibrationRunner(open_model(model), TOKENS, device=torch.device("cpu"), dtype=torch.float32, batch=8)
+        windows = runner.windows([Window(0, 1), Window(1, 2)])
+        block = next(windows).blocks[0]
         with pytest.raises(NumericalError, match=rf"{name}: .* of the weights are NaN"):
             BlockLearner(block, dict.fromkeys(block.linears, SCHEME), LearnedConfig())
 
 
 def test_activations_that_are_not_finite_end_it() -> None:
     config = LearnedConfig()
-    with window(config) as (visit, learners):
-        visit.walk.stream(full=False)[0] = visit.walk.hidden(0, full=False) * math.inf
+    with tiny_window(config) as (window, learners):
+        window.runner.activations(full=False)[0] = window.runner.hidden(0, full=False) * math.inf
         with pytest.raises(NumericalError, match=r"the loss of model\.layers\.0 .* before anything is learned"):
-            train(visit, learners, config)
+            train(window, learners, config)
 
 
 def test_nothing_to_learn_is_an_error_and_no_rounding_in_silence() -> None:
     config = LearnedConfig(lora_rank=0, clip="off")
-    with window(config) as (visit, learners), pytest.raises(UsageError, match=r"layers\.0: nothing is left to learn"):
-        train(visit, learners, config)
+    with (
+        tiny_window(config) as (window, learners),
+        pytest.raises(UsageError, match=r"layers\.0: nothing is left to learn"),
+    ):
+        train(window, learners, config)
 
 
 def test_blocks_in_full_precision_are_passed_over() -> None:
     config = LearnedConfig()
-    with window(config, scheme=None) as (visit, learners):
-        assert train(visit, learners, config) == []
+    with tiny_window(config, scheme=None) as (window, learners):
+        assert train(window, learners, config) == []
         learners[0].settle()
         assert learners[0].fold() == {}
-        full, own = (visit.run(0, full=kind) for kind in (True, False))
+        full, own = (window.run(0, full=kind) for kind in (True, False))
         assert torch.equal(full, own)
 
 
@@ -439,7 +444,7 @@ def test_blocks_in_full_precision_are_passed_over() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "mixtral"])
 def test_settled_weights_are_those_of_training_and_of_the_checkpoint(family: str, rounding: Any, share: float) -> None:
     config = LearnedConfig(rounding=rounding)
-    with window(config, family=family) as (visit, (learner,)):
+    with tiny_window(config, family=family) as (window, (learner,)):
         for number, value in enumerate(learner.parameters().values()):
             noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
             value.data += 0.1 * noise
@@ -448,22 +453,24 @@ def test_settled_weights_are_those_of_training_and_of_the_checkpoint(family: str
             for one in learner.linears.values():
                 variable = one.parameters["soft"].data
                 variable.copy_(torch.where(variable > 0, 50.0, -50.0))
-        trained = learner.run(visit.walk.call(0, 0, full=False), visit.walk.hidden(0, full=False), learner.tensors())
+        trained = learner.run(
+            window.runner.call(0, 0, full=False), window.runner.hidden(0, full=False), learner.tensors()
+        )
         learner.settle()
-        settled = visit.run(0, full=False)
+        settled = window.run(0, full=False)
         torch.testing.assert_close(settled, trained, rtol=0, atol=0)
-        assert not torch.equal(settled, visit.run(0, full=True))
+        assert not torch.equal(settled, window.run(0, full=True))
         if share == 1:
             for name, weight in learner.fold().items():
-                learner.visit.replace(name, weight.dequantize())
-            assert torch.equal(visit.run(0, full=False), settled)
+                learner.context.replace(name, weight.dequantize())
+            assert torch.equal(window.run(0, full=False), settled)
 
 
 def test_a_state_comes_back_and_lacks_nothing() -> None:
     config = LearnedConfig(rounding="offset")
-    with window(config) as (visit, (learner,)):
+    with tiny_window(config) as (window, (learner,)):
         start = learner.state()
-        train(visit, [learner], config)
+        train(window, [learner], config)
         end = learner.state()
         assert any(not torch.equal(end[name], value) for name, value in start.items())
         learner.load(start)
@@ -474,9 +481,9 @@ def test_a_state_comes_back_and_lacks_nothing() -> None:
 
 def test_linears_draw_for_themselves() -> None:
     config = LearnedConfig()
-    with window(config) as (_, (learner,)):
-        other = BlockLearner(learner.visit, dict.fromkeys(["mlp.up_proj"], SCHEME), config)
-        another = BlockLearner(learner.visit, dict.fromkeys(["mlp.up_proj"], SCHEME), config, seed=1)
+    with tiny_window(config) as (_, (learner,)):
+        other = BlockLearner(learner.context, dict.fromkeys(["mlp.up_proj"], SCHEME), config)
+        another = BlockLearner(learner.context, dict.fromkeys(["mlp.up_proj"], SCHEME), config, seed=1)
     name = "mlp.up_proj:lora_a"
     assert torch.equal(learner.parameters()[name], other.parameters()[name])
     assert not torch.equal(learner.parameters()[name], another.parameters()[name])

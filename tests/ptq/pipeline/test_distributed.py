@@ -38,14 +38,14 @@ def program(rank: int, count: int, port: int, arguments: list[str], logs: str, d
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()})
     if dies:
-        close = calib.runner.runner.BlockVisit.close
+        close = calib.runner.runner.BlockContext.close
 
-        def die(visit: Any) -> None:
-            if visit.index == 1:
+        def die(context: Any) -> None:
+            if context.index == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            close(visit)
+            close(context)
 
-        calib.runner.runner.BlockVisit.close = die  # type: ignore[method-assign]
+        calib.runner.runner.BlockContext.close = die  # type: ignore[method-assign]
     with (
         open(f"{logs}.out", "w", buffering=1) as out,
         open(f"{logs}.err", "w", buffering=1) as error,

@@ -15,7 +15,7 @@ import ptq
 import ptq.learning.stepper
 from calib.data.tokens import Calibration
 from calib.model.structure import find_blocks
-from calib.runner.block import BlockVisit
+from calib.runner.block import BlockContext
 from ptq.errors import ModelError, NumericalError, OutputError, UsageError
 from ptq.learning.losses import output_loss
 from ptq.learning.training import WindowRecord, train_window
@@ -38,10 +38,10 @@ class Cut(Exception):
 def run(model: Any, out: Path, **options: Any) -> Report:
     """A few steps a window; ``cut``: raise at the event of that number."""
     cut, seen = options.pop("cut", -1), itertools.count()
-    told = options.pop("told", [])
+    events = options.pop("events", [])
 
     def listen(event: Event) -> None:
-        told.append(event)
+        events.append(event)
         if next(seen) == cut:
             raise Cut
 
@@ -86,15 +86,15 @@ def error_of(model: Any, out: Path) -> float:
 def streamed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What the quantized stream holds after every block that it passes, batches joined; the last run's in the end."""
     found: list[Tensor] = []
-    close = BlockVisit.close
+    close = BlockContext.close
 
-    def closed(visit: BlockVisit) -> None:
-        before = visit._closed
-        close(visit)
-        if not before and visit.walk.has_tokens:
-            found.append(torch.cat([visit.walk.hidden(batch, full=False) for batch in visit.walk.batches]))
+    def closed(context: BlockContext) -> None:
+        before = context._closed
+        close(context)
+        if not before and context.runner.has_tokens:
+            found.append(torch.cat([context.runner.hidden(batch, full=False) for batch in context.runner.batches]))
 
-    monkeypatch.setattr(BlockVisit, "close", closed)
+    monkeypatch.setattr(BlockContext, "close", closed)
     return found
 
 
@@ -164,11 +164,11 @@ def test_without_steps_that_lower_the_loss_the_starting_point_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ptq.learning.stepper, "output_loss", lambda *args: output_loss(*args) * float("nan"))
-    model, told = tiny_model("llama"), list[Event]()
+    model, events = tiny_model("llama"), list[Event]()
     ptq.quantize(model, out=tmp_path / "start", method="gptq", bits=3, group_size=16, calibration=CALIBRATION)
-    report = run(model, tmp_path / "out", init="gptq", told=told)
+    report = run(model, tmp_path / "out", init="gptq", events=events)
     assert all(len(row["notes"]) == 2 and "was not finite" in row["notes"][0] for row in report.windows)
-    assert any(event.kind == "message" and "was not finite" in event.text for event in told)
+    assert any(event.kind == "message" and "was not finite" in event.text for event in events)
     assert all(row["loss_after"] == row["loss_before"] for row in report.windows)
     for (name, ours), (_, wanted) in zip(
         _codes(ptq.load(tmp_path / "out")), _codes(ptq.load(tmp_path / "start")), strict=True
@@ -195,34 +195,34 @@ def _codes(model: Any) -> list[tuple[str, Tensor]]:
 def test_windows_follow_the_schedule_in_every_sweep(
     options: dict[str, Any], shares: list[tuple[int, float]], tmp_path: Path
 ) -> None:
-    told = list[Event]()
-    report = run(tiny_model("llama", num_hidden_layers=3), tmp_path / "out", told=told, **options)
+    events = list[Event]()
+    report = run(tiny_model("llama", num_hidden_layers=3), tmp_path / "out", events=events, **options)
     windows = [(0, 1), (0, 2), (1, 3), (2, 3)]
     wanted = {(sweep, number, share) for sweep, share in shares for number in range(4)}
     assert len(report.windows) == len(wanted)
     assert set(stages(report)) == wanted
     for row in report.windows:
         assert (row["start"], row["stop"]) == windows[row["window"]]
-    done = [event.done for event in told if event.kind == "block_done"]
-    total = next(event.total for event in told if event.kind == "blocks")
+    done = [event.done for event in events if event.kind == "block_done"]
+    total = next(event.total for event in events if event.kind == "blocks")
     assert done == sorted(done)
     assert done[-1] == total == len(shares) * 6
-    assert any(event.text.startswith("4 windows, 6 block visits") for event in told)
-    assert any("step" in event.name and "blocks 0 to 1" in event.name for event in told)
+    assert any(event.text.startswith("4 windows, 6 block visits") for event in events)
+    assert any("step" in event.name and "blocks 0 to 1" in event.name for event in events)
 
 
 def test_a_sweep_goes_on_where_the_last_one_left_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest: dict[int, dict[str, Tensor]] = {}
     met: set[int] = set()
 
-    def watched(visit: Any, learners: Any, *args: Any, sweep: int, **options: Any) -> list[WindowRecord]:
+    def watched(window: Any, learners: Any, *args: Any, sweep: int, **options: Any) -> list[WindowRecord]:
         for learner in learners:
-            index, state = learner.visit.index, learner.state()
+            index, state = learner.context.index, learner.state()
             if index in newest:
                 assert all(torch.equal(value, newest[index][name]) for name, value in state.items()), (sweep, index)
                 met.update({index} if sweep else ())
-        records = train_window(visit, learners, *args, sweep=sweep, **options)
-        newest.update({learner.visit.index: learner.state() for learner in learners})
+        records = train_window(window, learners, *args, sweep=sweep, **options)
+        newest.update({learner.context.index: learner.state() for learner in learners})
         return records
 
     monkeypatch.setattr("ptq.pipeline.windowed.train_window", watched)
@@ -308,15 +308,15 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, list[Event]]]:
-    """For every setting the model's folder, an uninterrupted run's output, and what it told."""
+    """For every setting the model's folder, an uninterrupted run's output, and its events."""
     found = {}
     for name, options in RESUMED.items():
         folder = tmp_path_factory.mktemp("resumed")
-        told = list[Event]()
+        events = list[Event]()
         model = tiny_model(options.get("family", "llama"), num_hidden_layers=options.get("blocks", 2))
         model.save_pretrained(folder / "model")
-        resume(folder / "model", folder / "whole", name, told=told)
-        found[name] = folder / "model", folder / "whole", told
+        resume(folder / "model", folder / "whole", name, events=events)
+        found[name] = folder / "model", folder / "whole", events
     return found
 
 
@@ -325,11 +325,11 @@ def resume(model: Path, out: Path, name: str, **more: Any) -> Report:
     return run(model, out, **options | more)
 
 
-def boundaries(told: list[Event]) -> list[int]:
+def boundaries(events: list[Event]) -> list[int]:
     """Numbers of the events that end something: a block, a window, a linear of the starting point, a window's steps."""
     ends = ("block_done", "layer_done")
-    steps = [n for n, event in enumerate(told) if event.kind == "layer" and "step" in event.name]
-    return sorted([n for n, event in enumerate(told) if event.kind in ends] + steps)
+    steps = [n for n, event in enumerate(events) if event.kind == "layer" and "step" in event.name]
+    return sorted([n for n, event in enumerate(events) if event.kind in ends] + steps)
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -338,15 +338,15 @@ def test_cut_anywhere_and_resumed_gives_the_same_bytes(
     name: str, part: int, wholes: dict[str, tuple[Path, Path, list[Event]]], tmp_path: Path
 ) -> None:
     """Every sixth boundary, each cut in a run of its own."""
-    model, whole, told = wholes[name]
-    cuts = [cut for cut in boundaries(told) if told[cut].kind != "layer_done" or cut % 5 == 0]
+    model, whole, events = wholes[name]
+    cuts = [cut for cut in boundaries(events) if events[cut].kind != "layer_done" or cut % 5 == 0]
     for cut in cuts[part::6]:
         out = tmp_path / str(cut)
         with pytest.raises(Cut):
             resume(model, out, name, cut=cut)
         assert not (out / "config.json").exists()
         report = resume(model, out, name)
-        assert contents(out) == contents(whole), told[cut]
+        assert contents(out) == contents(whole), events[cut]
         first = Report.load(whole)
         assert set(stages(report)) == set(stages(first))
         assert len(report.windows) == len(first.windows)
@@ -366,13 +366,13 @@ def test_cut_again_and_again(wholes: dict[str, tuple[Path, Path, list[Event]]], 
 def test_what_is_finished_is_not_learned_again(
     wholes: dict[str, tuple[Path, Path, list[Event]]], tmp_path: Path
 ) -> None:
-    model, _, told = wholes["window"]
-    windows = [event.name for event in told if event.kind == "layer"]
-    last = max(n for n, event in enumerate(told) if event.kind == "layer")
+    model, _, events = wholes["window"]
+    windows = [event.name for event in events if event.kind == "layer"]
+    last = max(n for n, event in enumerate(events) if event.kind == "layer")
     with pytest.raises(Cut):
         resume(model, tmp_path / "out", "window", cut=last)
     again = list[Event]()
-    resume(model, tmp_path / "out", "window", told=again)
+    resume(model, tmp_path / "out", "window", events=again)
     names = [event.name for event in again if event.kind == "layer"]
     assert 0 < len(names) < len(windows)
     assert {name.split(",")[0] for name in names} == {windows[-1].split(",")[0]}
@@ -380,22 +380,22 @@ def test_what_is_finished_is_not_learned_again(
 
 
 def test_a_starting_point_is_not_made_again(wholes: dict[str, tuple[Path, Path, list[Event]]], tmp_path: Path) -> None:
-    model, _, told = wholes["sweeps"]
-    first = next(n for n, event in enumerate(told) if event.kind == "block_done")
-    for cut, linears in ((first, 7), (boundaries(told)[-3], 0)):
+    model, _, events = wholes["sweeps"]
+    first = next(n for n, event in enumerate(events) if event.kind == "block_done")
+    for cut, linears in ((first, 7), (boundaries(events)[-3], 0)):
         with pytest.raises(Cut):
             resume(model, tmp_path / str(cut), "sweeps", cut=cut)
         again = list[Event]()
-        resume(model, tmp_path / str(cut), "sweeps", told=again)
+        resume(model, tmp_path / str(cut), "sweeps", events=again)
         assert sum(event.kind == "layer_done" for event in again) == linears
 
 
 def test_other_settings_are_refused_and_restart_helps(
     wholes: dict[str, tuple[Path, Path, list[Event]]], tmp_path: Path
 ) -> None:
-    model, whole, told = wholes["window"]
+    model, whole, events = wholes["window"]
     with pytest.raises(Cut):
-        resume(model, tmp_path / "out", "window", cut=boundaries(told)[2], iters=8)
+        resume(model, tmp_path / "out", "window", cut=boundaries(events)[2], iters=8)
     with pytest.raises(OutputError, match=r"recipe\.options\.iters was 8 and is now 4.*--restart"):
         resume(model, tmp_path / "out", "window")
     resume(model, tmp_path / "out", "window", restart=True)
@@ -405,9 +405,9 @@ def test_other_settings_are_refused_and_restart_helps(
 def test_a_damaged_state_is_named_and_restart_helps(
     wholes: dict[str, tuple[Path, Path, list[Event]]], tmp_path: Path
 ) -> None:
-    model, whole, told = wholes["window"]
+    model, whole, events = wholes["window"]
     with pytest.raises(Cut):
-        resume(model, tmp_path / "out", "window", cut=boundaries(told)[4])
+        resume(model, tmp_path / "out", "window", cut=boundaries(events)[4])
     (state,) = (tmp_path / "out" / ".ptq_partial" / "work").glob("state-*")
     state.write_bytes(state.read_bytes()[:-7])
     with pytest.raises(OutputError, match=state.name):
@@ -419,10 +419,10 @@ def test_a_damaged_state_is_named_and_restart_helps(
 def test_warnings_of_a_resumed_run_are_those_of_a_whole_one(
     wholes: dict[str, tuple[Path, Path, list[Event]]], tmp_path: Path
 ) -> None:
-    model, whole, told = wholes["scaled"]
+    model, whole, events = wholes["scaled"]
     warnings = Report.load(whole).warnings
     assert any("channels are not scaled" in text for text in warnings), "gpt2's c_proj has an activation before it"
-    for number, cut in enumerate(boundaries(told)[5::4]):
+    for number, cut in enumerate(boundaries(events)[5::4]):
         with pytest.raises(Cut):
             resume(model, tmp_path / str(number), "scaled", cut=cut)
         assert resume(model, tmp_path / str(number), "scaled").warnings == warnings

@@ -137,7 +137,7 @@ def test_models_that_ask_a_linear_for_its_dtype_get_that_of_activations(guard: b
         assert layer.state_dict()["weight"].dtype == torch.int8
 
 
-TREATMENTS = [
+TRANSFORMS = [
     {"act_bits": 4},
     {"act_bits": 8, "act_symmetric": True},
     {"input_rotation": 3},
@@ -145,20 +145,20 @@ TREATMENTS = [
 ]
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_are_rotated_then_rounded(treatment: dict[str, int], dtype: torch.dtype) -> None:
-    scheme = dataclasses.replace(SCHEMES[1], **treatment)
+def test_inputs_are_rotated_then_rounded(transform: dict[str, int], dtype: torch.dtype) -> None:
+    scheme = dataclasses.replace(SCHEMES[1], **transform)
     weight, x = random_weight(scheme), torch.randn(2, 5, 96).to(dtype)
     layer = QuantLinear.from_quantized(weight, torch.randn(40))
-    treated = x
+    transformed = x
     if scheme.input_rotation is not None:
-        treated = InputRotation(96, scheme.input_rotation)(treated)
+        transformed = InputRotation(96, scheme.input_rotation)(transformed)
     if scheme.act_bits is not None:
-        treated = quantize_tokens(treated, scheme.act_bits, scheme.act_symmetric)
+        transformed = quantize_tokens(transformed, scheme.act_bits, scheme.act_symmetric)
     assert layer.bias is not None
-    assert torch.equal(layer(x), functional.linear(treated, weight.dequantize(dtype), layer.bias.to(dtype)))
-    assert not torch.equal(treated, x)
+    assert torch.equal(layer(x), functional.linear(transformed, weight.dequantize(dtype), layer.bias.to(dtype)))
+    assert not torch.equal(transformed, x)
     assert layer.scheme == layer.quantized().scheme == scheme
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert torch.equal(layer.dequantize(), weight.dequantize()), "the stored weight is not turned back"
@@ -189,7 +189,7 @@ def test_a_skeleton_on_meta_rotates_once_it_has_a_device() -> None:
     assert torch.equal(layer(x), twin(x))
 
 
-def test_gradients_pass_straight_through_the_treatment() -> None:
+def test_gradients_pass_straight_through_the_transform() -> None:
     weight = random_weight(dataclasses.replace(SCHEMES[0], act_bits=4, input_rotation=2))
     x = torch.randn(3, 96, requires_grad=True)
     QuantLinear.from_quantized(weight)(x).sum().backward()
@@ -198,7 +198,7 @@ def test_gradients_pass_straight_through_the_treatment() -> None:
     torch.testing.assert_close(x.grad, expected.expand(3, -1), rtol=1e-4, atol=1e-5)
 
 
-def test_repr_names_the_treatment() -> None:
+def test_repr_names_the_transform() -> None:
     scheme = dataclasses.replace(SCHEMES[0], act_bits=4, act_symmetric=True, input_rotation=9)
     text = repr(QuantLinear.from_quantized(random_weight(scheme)))
     assert text.endswith("int3 sym g32 a4 sym rotated, bias=False)")

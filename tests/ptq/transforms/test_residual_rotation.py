@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from calib.checkpoint.reader import ModelSource, open_model
 from calib.precision import strict_float32
-from calib.runner.runner import Walk
+from calib.runner.runner import CalibrationRunner
 from ptq.errors import ModelError
 from ptq.transforms.rotation.residual import RotatedSource, rotate_residual
 from tests.support.tiny_models import EXPERT_FAMILIES, FAMILIES, ODD_FAMILIES, tiny_model
@@ -146,8 +146,8 @@ def test_a_walk_meets_the_rotated_stream() -> None:
     streams = []
     with torch.no_grad(), strict_float32():
         for source in (plain, rotated):
-            walk = Walk(source, tokens(), device=torch.device("cpu"), dtype=torch.float32)
-            streams.append([walk.hidden(0, full=True).clone() for _ in walk])
+            runner = CalibrationRunner(source, tokens(), device=torch.device("cpu"), dtype=torch.float32)
+            streams.append([runner.hidden(0, full=True).clone() for _ in runner])
     for before, after in zip(*streams, strict=True):
         assert change(after, rotated.rotation(before)) < 1e-5
 

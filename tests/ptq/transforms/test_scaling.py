@@ -25,7 +25,7 @@ from ptq.transforms.scaling.search import (
     find_scalings,
     fold_scaling,
     in_float32,
-    why_not,
+    unsupported_reason,
 )
 from tests.support.tiny_models import FAMILIES, tiny_model
 
@@ -156,9 +156,11 @@ def test_untied_rotary_pairs_are_rejected() -> None:
 
     with first_block("llama") as (block, run):
         tied = Scaling("qk", 16, uses(torch.arange(8).repeat(2)))
-        assert why_not(block, run, tied) is None
+        assert unsupported_reason(block, run, tied) is None
         for size, index in ((32, torch.arange(16)), (16, torch.arange(8).repeat_interleave(2))):
-            assert "the block's output changes by" in str(why_not(block, run, Scaling("qk", size, uses(index))))
+            assert "the block's output changes by" in str(
+                unsupported_reason(block, run, Scaling("qk", size, uses(index)))
+            )
 
 
 def test_grouped_queries_share_the_scales_of_their_keys() -> None:
@@ -216,7 +218,7 @@ def test_other_blocks_of_the_kind_pass_with_what_was_found() -> None:
     with first_block("qwen3") as (block, run):
         for parameter in block.parameters():
             parameter.data.mul_(1.0 + torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3)))
-        assert [why_not(block, run, scaling) for scaling in found.scalings] == [None] * 5
+        assert [unsupported_reason(block, run, scaling) for scaling in found.scalings] == [None] * 5
 
 
 def test_half_precision_is_refused_and_widened() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-__all__ = ["command", "describe_methods"]
+__all__ = ["command", "describe_formats", "describe_methods"]
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON (docs/json.md).")
 def command(as_json: bool) -> None:
-    """List the methods. Their options are set with -O KEY=VALUE in ptq quantize.
+    """List the methods and the number formats. Options of a method are set with -O KEY=VALUE in ptq quantize.
 
     \b
     Examples:
@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
 
     rows = describe_methods()
     if as_json:
-        echo(json.dumps({"methods": rows}, indent=1))
+        echo(json.dumps({"methods": rows, "number_formats": describe_formats()}, indent=1))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -37,7 +37,30 @@ def command(as_json: bool) -> None:
     for row in rows:
         options = ", ".join(f"{option['name']}={_plain(option['default'])}" for option in row["options"])
         table.add_row(row["name"], row["summary"], options)
-    console().print(table)
+    formats = Table(box=None, pad_edge=False)
+    formats.add_column("format", no_wrap=True)
+    formats.add_column("what it stores")
+    formats.add_column("methods")
+    for row in describe_formats():
+        formats.add_row(row["name"], row["summary"], ", ".join(row["methods"]))
+    console().print(table, "", formats)
+
+
+def describe_formats() -> list[dict[str, Any]]:
+    """The table of number formats as plain data, with the methods that can produce each."""
+    from ptq.methods import METHODS
+    from ptq.number_formats import FORMATS
+    from ptq.scheme import Scheme
+
+    return [
+        {
+            "name": name,
+            "summary": record.summary,
+            "defaults": dict(record.defaults),
+            "methods": [m.name for m in METHODS.values() if m.unsupported_reason(Scheme.of(name)) is None],
+        }
+        for name, record in FORMATS.items()
+    ]
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ class Recipe:
         return self.scheme
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as written to YAML and to the report."""
+        """Plain data, as written to YAML."""
         return {
             "method": self.method,
             "options": dict(self.options),
@@ -142,6 +142,11 @@ class Recipe:
             "rotate": list(self.rotate),
             "text_only": self.text_only,
         }
+
+    def record(self) -> dict[str, Any]:
+        """What reports state: plain data, with the schemes' names for people."""
+        overrides = [{"pattern": pattern, **scheme.record()} for pattern, scheme in self.overrides]
+        return self.to_dict() | {"scheme": self.scheme.record(), "overrides": overrides}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -178,10 +183,7 @@ class Recipe:
         return read_recipe(Path(path), cls)
 
     def to_yaml(self) -> str:
-        data = self.to_dict()
-        for scheme in (data["scheme"], *data["overrides"]):
-            del scheme["name"]  # follows from the rest
-        return yaml.safe_dump(data, sort_keys=False)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def _rotations(names: object) -> tuple[str, ...]:

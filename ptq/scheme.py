@@ -113,12 +113,16 @@ class Scheme:
         return self.act_bits is not None or self.input_rotation is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: all fields, and ``name``, the short name for people."""
-        return dataclasses.asdict(self) | {"name": self.describe()}
+        """Plain data: all fields."""
+        return dataclasses.asdict(self)
+
+    def record(self) -> dict[str, Any]:
+        """What reports state: all fields, and ``name``, the short name for people."""
+        return self.to_dict() | {"name": self.describe()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scheme:
-        """The inverse of `to_dict`; fields that are missing have the number format's defaults.
+        """The inverse of `to_dict` and `record`; fields that are missing have the number format's defaults.
 
         Raises:
             UsageError: a value that a field refuses.

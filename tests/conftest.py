@@ -89,9 +89,13 @@ def small_report() -> Report:
     """A report of two layers: one with every figure, one without calibration figures."""
     scheme = Scheme(bits=3)
     layers = (
-        _record("model.layers.0.self_attn.q_proj", scheme, loss_rtn=0.25, loss=0.125, alpha=0.5, r2=0.5),
+        _record(
+            "model.layers.0.self_attn.q_proj", scheme, loss_rtn=0.25, loss=0.125, figures={"alpha": 0.5, "r2": 0.5}
+        ),
         _record("model.layers.0.mlp.down_proj", scheme, notes=("fp64 Cholesky",)),
-        _record("model.layers.1.self_attn.q_proj", scheme, loss_rtn=0.5, loss=0.375, alpha=0.25, r2=0.25),
+        _record(
+            "model.layers.1.self_attn.q_proj", scheme, loss_rtn=0.5, loss=0.375, figures={"alpha": 0.25, "r2": 0.25}
+        ),
     )
     return Report(
         model={
@@ -101,9 +105,9 @@ def small_report() -> Report:
             "parameters": 20_000,
             "dtype": "bfloat16",
         },
-        recipe={"method": "coreq", "scheme": scheme.to_dict()},
+        recipe={"method": "coreq", "scheme": scheme.record()},
         calibration={"source": "pydoc"},
-        format="compressed-tensors",
+        container="compressed-tensors",
         container_reason="symmetric integers",
         layers=layers,
         kept=(KeptTensor("model.embed_tokens", "embedding", 10_000), KeptTensor("lm_head", "tied", 0)),
@@ -124,4 +128,4 @@ def small_report() -> Report:
 
 
 def _record(name: str, scheme: Scheme, **figures: object) -> LayerRecord:
-    return LayerRecord(name, "coreq", scheme.to_dict(), (64, 64), 3.25, 1664, seconds=0.5, **figures)  # type: ignore[arg-type]
+    return LayerRecord(name, "coreq", scheme.record(), (64, 64), 3.25, 1664, seconds=0.5, **figures)  # type: ignore[arg-type]

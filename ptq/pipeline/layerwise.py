@@ -120,7 +120,7 @@ def _solve(
     record = LayerRecord(
         full,
         method.name,
-        quantized.scheme.to_dict(),
+        quantized.scheme.record(),
         quantized.shape,
         quantized.bits_per_weight,
         quantized.payload_bytes,

@@ -610,7 +610,7 @@ class Run:
             description["quantization"] = self.source.quantization.to_dict()
         return Report(
             description,
-            self.recipe.to_dict(),
+            self.recipe.record(),
             None if self.calibration is None else self.calibration.describe(),
             self.container,
             self.container_reason,

@@ -408,6 +408,4 @@ def _label(window: Window) -> str:
 
 
 def _record(name: str, method: str, weight: QuantizedWeight) -> LayerRecord:
-    return LayerRecord(
-        name, method, weight.scheme.to_dict(), weight.shape, weight.bits_per_weight, weight.payload_bytes
-    )
+    return LayerRecord(name, method, weight.scheme.record(), weight.shape, weight.bits_per_weight, weight.payload_bytes)

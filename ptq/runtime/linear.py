@@ -84,7 +84,6 @@ class QuantLinear(nn.Linear):
         self._rotation: InputRotation | None = None  # made at the first forward: here may be a skeleton on meta
         specs = scheme.number_format.tensor_specs(out_features, in_features, scheme)
         self._stored = tuple(specs)
-        self._scale_dtype = specs["weight_scale"][1] if "weight_scale" in specs else None
         for key, (shape, stored) in specs.items():
             self.register_buffer(key, torch.empty(shape, dtype=stored, device=device))
         # Stored in the native format under the name of the weight, which a plain linear would look for and refuse.
@@ -118,7 +117,7 @@ class QuantLinear(nn.Linear):
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
         """
         scale = self._buffers.get("weight_scale")
-        if scale is None or scale.dtype == self._scale_dtype:
+        if scale is None or self._scheme.format != "int":
             return self._scheme
         for name, dtype in SCALE_DTYPES.items():
             if name != "auto" and dtype == scale.dtype:

@@ -66,7 +66,9 @@ REQUESTS = {
     "option": ("--method coreq -O bem=4", "Did you mean 'beam'"),
     "option's value": ("--method coreq -O beam=many", "'many'"),
     "bits": ("--bits 9", "9"),
-    "format": ("--format natve", "native"),
+    "format": ("--format fp5", "Did you mean 'fp4'"),
+    "container": ("--container natve", "native"),
+    "method and format": ("--method autoround --format fp4", "Methods that can: coreq, gptaq, gptq, rtn"),
     "dtype": ("--dtype float31", "float32"),
     "ignore": ("--ignore *.q_prj", "q_proj"),
     "override": ("--override *.dwn_proj=4", "down_proj"),
@@ -404,7 +406,7 @@ def test_outputs_of_a_newer_format(tiny_folder: Path, tmp_path: Path, capsys: py
     edit_json(quantization_config=config["quantization_config"] | {"version": 99})(out)
     capsys.readouterr()
     assert main(["generate", str(out), "Once"]) == 6
-    assert "version 99, this ptq reads versions 1 and 2: upgrade ptq-toolkit" in sentence(capsys)
+    assert "version 99, this ptq reads version 1: upgrade ptq-toolkit" in sentence(capsys)
     edit_json(REPORT_NAME, version=99)(out)
     assert main(["inspect", str(out)]) == 6
     assert "upgrade ptq-toolkit" in sentence(capsys)

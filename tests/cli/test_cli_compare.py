@@ -62,10 +62,10 @@ def test_tables_and_sentences(paths: list[str], capsys: pytest.CaptureFixture[st
         "riddles: acc, 100 items",
         "average of tasks: accuracy, 400 items",
     ]
-    row = next(line for line in tables if line.startswith("gptq 3 bits g64 "))
+    row = next(line for line in tables if line.startswith("gptq int3 sym g64 "))
     assert row.rstrip().endswith("worse")
-    assert "gptq 3 bits g64 - coreq 3 bits" in shown
-    assert "gptq 3 bits g64 is worse than tiny-model on words: ln ppl +" in shown
+    assert "gptq int3 sym g64 - coreq 3 bits" in shown
+    assert "gptq int3 sym g64 is worse than tiny-model on words: ln ppl +" in shown
     assert "2 calibration seeds (0, 1) pooled" in shown
     assert "lost/won" in shown
     assert "p_gold" not in shown
@@ -91,9 +91,9 @@ def test_json_is_the_comparison(paths: list[str], capsys: pytest.CaptureFixture[
     assert main(["compare", *paths, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["compare"], data["version"], data["confidence"]) == ("ptq-compare", 1, 0.95)
-    assert [c["label"] for c in data["contenders"]] == ["tiny-model", "coreq 3 bits g64", "gptq 3 bits g64"]
+    assert [c["label"] for c in data["contenders"]] == ["tiny-model", "coreq int3 sym g64", "gptq int3 sym g64"]
     kl = [d for d in data["differences"] if d["measure"] == "kl"]
-    assert [(d["reference"], d["contender"]) for d in kl] == [("coreq 3 bits g64", "gptq 3 bits g64")]
+    assert [(d["reference"], d["contender"]) for d in kl] == [("coreq int3 sym g64", "gptq int3 sym g64")]
 
 
 def test_shared(paths: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

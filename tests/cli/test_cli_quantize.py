@@ -19,7 +19,7 @@ from cli.shared.recipe_flags import build_recipe, parse_override
 from ptq.errors import UsageError
 from ptq.methods import METHODS
 from ptq.pipeline.events import Event
-from ptq.recipe import COMPUTE_DTYPES, FORMATS, CalibrationSpec, Recipe
+from ptq.recipe import COMPUTE_DTYPES, CONTAINER_NAMES, CalibrationSpec, Recipe
 from ptq.report import Report
 from ptq.scheme import SCALE_DTYPES, Scheme
 
@@ -47,7 +47,7 @@ def test_no_flags_change_nothing() -> None:
 def test_every_flag_reaches_its_field(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     flags = "--method coreq --bits 2 --group-size 32 --asym --scale-dtype bfloat16 --calib pydoc --calib-samples 7"
     flags += " --calib-seqlen 99 --seed 5 --beam 4 -O cd_passes=2 -O coefficient=fixed --ignore *.a --ignore *.b"
-    flags += " --override *.c=4,g0,sym --dtype float32 --format native --device cpu --trust-remote-code"
+    flags += " --override *.c=4,g0,sym --dtype float32 --container native --device cpu --trust-remote-code"
     assert main(["quantize", "MODEL", "-o", str(tmp_path / "OUT"), *flags.split()]) == 0
     (call,) = calls
     scheme = Scheme(2, symmetric=False, group_size=32, scale_dtype="bfloat16")
@@ -59,7 +59,7 @@ def test_every_flag_reaches_its_field(calls: list[dict[str, Any]], tmp_path: Pat
         ignore=("*.a", "*.b"),
         calibration=CalibrationSpec("pydoc", samples=7, seqlen=99, seed=5),
         compute_dtype="float32",
-        format="native",
+        container="native",
     )
     assert (call["model"], call["out"], call["device"]) == ("MODEL", tmp_path / "OUT", "cpu")
     assert call["trust_remote_code"] is True
@@ -171,7 +171,7 @@ def test_another_method_drops_the_files_options_aloud(
         ({"bits": 9}, "from 2 to 8, got 9"),
         ({"group_size": -1}, "got -1"),
         ({"scale_dtype": "float64"}, "float64"),
-        ({"format": "natve"}, "Did you mean 'native'"),
+        ({"container": "natve"}, "Did you mean 'native'"),
         ({"dtype": "float31"}, "Did you mean 'float32'"),
         ({"calib_samples": 0}, "got 0"),
         ({"calib_bos": "yes"}, "unknown choice for calibration bos 'yes'"),
@@ -210,7 +210,7 @@ def test_an_override_of_another_form_is_shown_the_form(text: str) -> None:
 
 def test_default_output_names_method_and_width(calls: list[dict[str, Any]]) -> None:
     assert main(["quantize", "models/x.Q4_1.gguf", "--bits", "4", "--asym", "--group-size", "32"]) == 0
-    assert calls[0]["out"] == Path("x.Q4_1-coreq-w4ag32")
+    assert calls[0]["out"] == Path("x.Q4_1-coreq-int4-asym-g32")
 
 
 def test_json_is_the_report_and_nothing_else_on_stdout(
@@ -242,7 +242,7 @@ def test_summary_shows_bits_worst_layer_kept_tensors_and_warnings(
 def test_summary_shows_what_happens_at_run_time(
     monkeypatch: pytest.MonkeyPatch, small_report: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scheme = Scheme(4, act_bits=4, input_rotation=0).to_dict()
+    scheme = Scheme(4, act_bits=4, input_rotation=0).record()
     recipe = {"method": "rtn", "scheme": scheme, "kv_bits": 8, "kv_symmetric": False, "rotate": ["residual", "down"]}
     layers = tuple(dataclasses.replace(layer, scheme=scheme) for layer in small_report.layers)
     report = dataclasses.replace(small_report, recipe=recipe, layers=layers)
@@ -270,11 +270,12 @@ def test_help_states_the_defaults_and_choices_of_the_recipe() -> None:
         "calib_bos": recipe.calibration.bos,
         "calib_template": recipe.calibration.template,
         "seed": recipe.calibration.seed,
-        "format": recipe.format,
+        "container": recipe.container,
+        "format": recipe.scheme.format,
     }
     for name, value in defaults.items():
         assert f"[default: {value}]" in texts[name]
-    assert all(name in texts["format"] for name in FORMATS)
+    assert all(name in texts["container"] for name in CONTAINER_NAMES)
     assert all(name in texts["dtype"] for name in COMPUTE_DTYPES)
     assert all(name in texts["scale_dtype"] for name in SCALE_DTYPES)
 

@@ -28,8 +28,9 @@ SCHEMES = st.builds(
 def test_plain_data_round_trips(scheme: Scheme) -> None:
     data = scheme.to_dict()
     assert Scheme.from_dict(data) == scheme
-    assert data["name"] == scheme.describe()
-    assert data.keys() == {field.name for field in dataclasses.fields(Scheme)} | {"name"}
+    assert data.keys() == {field.name for field in dataclasses.fields(Scheme)}
+    assert scheme.record() == data | {"name": scheme.describe()}
+    assert Scheme.from_dict(scheme.record()) == scheme
     assert scheme.transforms_input == (scheme.act_bits is not None or scheme.input_rotation is not None)
 
 

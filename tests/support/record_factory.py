@@ -20,7 +20,7 @@ def recipe(method: str = "coreq", bits: int = 3, seed: int = 0) -> dict[str, Any
         "recipe": {
             "method": method,
             "options": {},
-            "scheme": {"bits": bits, "symmetric": True, "group_size": 64},
+            "scheme": {"name": f"int{bits} sym g64", "bits": bits, "symmetric": True, "group_size": 64},
             "calibration": {"source": "c4", "samples": 8, "seqlen": 32, "seed": seed},
         },
         "calibration": {"source": "c4", "seed": seed, "sequences": 8, "fingerprint": f"of the draw {seed}"},

@@ -155,7 +155,7 @@ def _without_part(source: str) -> str:
 
 
 def _as_today(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of an earlier release with the fields and defaults of this one."""
+    """A report's recipe as plain data to compare with."""
     try:
         return Recipe.from_dict(recipe).to_dict()
     except UsageError:

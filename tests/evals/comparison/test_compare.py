@@ -43,13 +43,13 @@ def full(*results: Any) -> Record:
 def test_seeds_of_one_recipe_are_one_contender() -> None:
     seeds = [made_record(f"s{i}", [made_text(moved(1 + i / 10))], bytes=100 + i, **recipe(seed=i)) for i in (4, 7, 9)]
     found = compare([full(), *seeds])
-    assert [c.label for c in found.contenders] == ["full", "coreq 3 bits g64"]
+    assert [c.label for c in found.contenders] == ["full", "coreq int3 sym g64"]
     pooled = found.contenders[1]
     assert (pooled.sources, pooled.seeds) == (("s4", "s7", "s9"), (4, 7, 9))
     assert pooled.bytes == pytest.approx((104 + 107 + 109) / 3)
     assert pooled.bits_per_weight == 3.25
     assert found.contenders[0].bits_per_weight is None
-    assert "coreq 3 bits g64: 3 calibration seeds (4, 7, 9) pooled" in found.notes
+    assert "coreq int3 sym g64: 3 calibration seeds (4, 7, 9) pooled" in found.notes
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_labels_decide() -> None:
     [
         (["a", "b"], "labels: 2, records: 3"),
         (["a", "b", "b"], "a copy is no other seed"),
-        (["b", "b", "a"], "different recipes: coreq 3 bits g64, gptq 3 bits g64"),
+        (["b", "b", "a"], "different recipes: coreq int3 sym g64, gptq int3 sym g64"),
     ],
 )
 def test_labels_that_do_not_fit(labels: list[str], message: str) -> None:
@@ -457,17 +457,17 @@ def test_sentences() -> None:
     c = made_record("c", [made_text(BASE[:]), made_task([0] * 400)], **recipe("gptq"))
     found = compare([base, b, c])
     assert list(found.sentences) == [
-        "coreq 3 bits g64 is worse than full on words: ln ppl +0.150 +- 0.023 (p = 0.001).",
-        "On quiz no difference between coreq 3 bits g64 and full is established: acc +0.2 points [-1.3, +1.8]; "
+        "coreq int3 sym g64 is worse than full on words: ln ppl +0.150 +- 0.023 (p = 0.001).",
+        "On quiz no difference between coreq int3 sym g64 and full is established: acc +0.2 points [-1.3, +1.8]; "
         "this sample finds differences of 2.1 points or more.",
-        "On words gptq 3 bits g64 and full have the same ln ppl on every item.",
-        "gptq 3 bits g64 is worse than full on quiz: acc -50.2 +- 2.5 points (p < 0.001).",
-        "gptq 3 bits g64 is better than coreq 3 bits g64 on words: ln ppl -0.150 +- 0.023 (p = 0.001).",
-        "gptq 3 bits g64 is worse than coreq 3 bits g64 on quiz: acc -50.5 +- 2.5 points (p < 0.001).",
+        "On words gptq int3 sym g64 and full have the same ln ppl on every item.",
+        "gptq int3 sym g64 is worse than full on quiz: acc -50.2 +- 2.5 points (p < 0.001).",
+        "gptq int3 sym g64 is better than coreq int3 sym g64 on words: ln ppl -0.150 +- 0.023 (p = 0.001).",
+        "gptq int3 sym g64 is worse than coreq int3 sym g64 on quiz: acc -50.5 +- 2.5 points (p < 0.001).",
     ]
     assert any(note.startswith("p values are Holm's over 6 headline differences") for note in found.notes)
     assert (
-        "one calibration seed only: coreq 3 bits g64, gptq 3 bits g64. "
+        "one calibration seed only: coreq int3 sym g64, gptq int3 sym g64. "
         "This says something about these models, not about the methods"
     ) in found.notes
 

@@ -184,7 +184,7 @@ def test_quality_from_records_marks_the_base() -> None:
     (panel,) = record_panels([other])
     assert [(p.label, p.bytes, p.value, p.reference) for p in panel.points] == [
         ("full", 9000, None, True),
-        ("gptq 3 bits g64", 3000, 0.125, False),
+        ("gptq int3 sym g64", 3000, 0.125, False),
     ]
     alone = made_record("OUT", [made_text([22.0, 33.0])], bytes=3000)
     (panel,) = record_panels([base, alone])
@@ -202,7 +202,7 @@ def test_labels_are_unique_and_name_seeds() -> None:
     records = [made_record(f"out{seed}", text, **recipe(seed=seed)) for seed in (0, 1)]
     records += [made_record("dir/full", text), made_record("other/full", text)]
     labels = label_records(records)
-    assert labels[:2] == ["coreq 3 bits g64, seed 0", "coreq 3 bits g64, seed 1"]
+    assert labels[:2] == ["coreq int3 sym g64, seed 0", "coreq int3 sym g64, seed 1"]
     assert len(set(labels)) == 4
 
 

@@ -112,7 +112,7 @@ def test_everything_is_on_the_page(report: dict[str, Any]) -> None:
         "of the base",
         "fingerprint",
         "environment.dtype",
-        "rtn 3 bits g64",
+        "rtn int3 sym g64",
         "is worse than full",
     ):
         assert expected in words, expected
@@ -192,7 +192,7 @@ def test_a_base_inside_a_record_is_shown() -> None:
     base, other, _ = made_records()
     inside = dataclasses.replace(other, base=base)
     words = " ".join(Reader(report_page(None, [inside], compare([inside]), title="t")).text)
-    assert "rtn 3 bits g64 is worse than full" in words
+    assert "rtn int3 sym g64 is worse than full" in words
 
 
 def test_few_sentences_are_open_and_many_are_folded() -> None:

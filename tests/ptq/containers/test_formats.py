@@ -199,7 +199,6 @@ def test_the_config_names_every_field_of_a_scheme() -> None:
                 "act_bits": None,
                 "act_symmetric": False,
                 "input_rotation": None,
-                "name": "int3 asym g32",
             }
         },
         "layers": {"a": "int3-asym-g32-float16"},

@@ -161,7 +161,7 @@ def test_overrides_ignore_and_their_record(tmp_path: Path) -> None:
     assert all("layers.1" in name for name in schemes)
     assert {kept.reason for kept in report.kept if "layers.0" in kept.name} == {"ignored by the recipe"}
     packed = ptq.load(tmp_path / "out")
-    assert packed.model.layers[1].mlp.down_proj.bits == 6
+    assert packed.model.layers[1].mlp.down_proj.scheme.bits == 6
     assert isinstance(packed.model.layers[0].mlp.down_proj, torch.nn.Linear)
 
 
@@ -208,7 +208,8 @@ def test_self_calibration_needs_no_text(tiny_folder: Path, tmp_path: Path) -> No
         ({"symmetric": "no"}, UsageError, "true or false"),
         ({"beam": "4"}, UsageError, r"coreq\.beam is a int, got '4'"),
         ({"compute_dtype": ["x"]}, UsageError, "compute_dtype must be a name"),
-        ({"format": "gguf"}, UsageError, "compressed-tensors"),
+        ({"container": "gguf"}, UsageError, "compressed-tensors"),
+        ({"format": "fp5"}, UsageError, "Did you mean 'fp4'"),
         ({"format": "compressed-tensors", "symmetric": False}, UsageError, "asymmetric"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_family_that_stock_transformers_cannot_load_is_native(family: str, tmp
     assert choice.name == "native"
     assert "does not load it: AttributeError: " in choice.reason
     assert choice.proofs["native"] == Verdict(True, None, "compared", False, 2)
-    with pytest.raises(UsageError, match=r"does not load it: AttributeError.*Use format 'native' or 'auto'"):
+    with pytest.raises(UsageError, match=r"does not load it: AttributeError.*Use --container native or auto"):
         choose(source, requested="compressed-tensors")
 
 

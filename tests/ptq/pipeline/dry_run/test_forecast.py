@@ -145,5 +145,7 @@ def test_a_clash_in_a_later_kind_of_block_is_refused(tmp_path: Path) -> None:
     recipe = Recipe(
         "rtn", scheme=Scheme(bits=3, group_size=16), overrides=(("*.k_proj", Scheme(bits=8, group_size=16)),)
     )
-    with pytest.raises(UsageError, match=r"k_proj.*--format native"):  # the first block of this model has no attention
+    with pytest.raises(
+        UsageError, match=r"k_proj.*--container native"
+    ):  # the first block of this model has no attention
         ptq.quantize(tiny_model("lfm2"), recipe, out=tmp_path / "out")

@@ -19,7 +19,10 @@ __all__ = [
     "E8M0_BIAS",
     "EXPONENT_RULES",
     "as_blocks",
+    "block_exponents",
+    "divided",
     "e8m0_values",
+    "exponent_scales",
     "fit_e4m3",
     "fit_e8m0",
     "fit_ratio",
@@ -60,12 +63,17 @@ def e8m0_values(exponents: Tensor) -> Tensor:
     """
     if exponents.numel() and int(exponents.max()) > _HIGHEST_BYTE:
         raise ValueError("a stored exponent is 255, which is not a number")
+    return exponent_scales(exponents)
+
+
+def exponent_scales(exponents: Tensor) -> Tensor:
+    """`e8m0_values` of bytes that are known to be numbers."""
     # The byte is float32's own exponent field; 0 is 2^-127, which is below float32's normal numbers.
     bits = torch.where(exponents == 0, 1 << 22, exponents.to(torch.int32) << 23)
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _exponents(largest: Tensor, number: FloatFormat, rule: str) -> Tensor:
+def block_exponents(largest: Tensor, number: FloatFormat, rule: str) -> Tensor:
     """Bytes, int32, of blocks with magnitudes up to ``largest``; blocks of zeros get the scale 1."""
     bits = largest.float().view(torch.int32)
     shift = {
@@ -104,13 +112,13 @@ def fit_e8m0(
     """
     largest = _largest(blocks)
     if search in EXPONENT_RULES or search == "minmax":
-        return _exponents(largest, number, "even" if search == "minmax" else search).to(torch.uint8)
-    low = _exponents(largest, number, "floor")
+        return block_exponents(largest, number, "even" if search == "minmax" else search).to(torch.uint8)
+    low = block_exponents(largest, number, "floor")
     candidates = (low + step for step in (0, 1, -1))
     best = _best(
         blocks,
         (byte.clamp(_LOWEST_BYTE, _HIGHEST_BYTE) for byte in candidates),
-        lambda byte: e8m0_values(byte),
+        exponent_scales,
         number,
         search,
         importance,
@@ -147,11 +155,11 @@ def fit_e4m3(blocks: Tensor, tensor_scale: Tensor, search: str, importance: Tens
         NumericalError: a value is not finite.
     """
     largest = _largest(blocks)
-    six = _e4m3_code(largest / E2M1.maximum * tensor_scale)
+    six = _e4m3_code(divided(largest, E2M1.maximum) * tensor_scale)
     if search == "minmax":
         return _e4m3(six)
     if search == "four_over_six":
-        candidates = [six, _e4m3_code(largest / 4.0 * tensor_scale)]
+        candidates = [six, _e4m3_code(largest / 4 * tensor_scale)]
     else:
         candidates = [
             six + step for step in (0, *range(-_E4M3_STEPS_PER_OCTAVE, 0), *range(1, _E4M3_STEPS_PER_OCTAVE + 1))
@@ -189,7 +197,7 @@ def fit_ratio(
     Raises:
         NumericalError: a value is not finite, or a scale overflows ``dtype``.
     """
-    unit = _largest(blocks) / number.maximum
+    unit = divided(_largest(blocks), number.maximum)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
     def stored(ratio: float) -> Tensor:
@@ -202,6 +210,11 @@ def fit_ratio(
     if not bool(torch.isfinite(scale).all()):
         raise NumericalError(f"a scale overflows {dtype}: the weights are too large. Use scale_dtype='bfloat16'.")
     return scale.to(dtype)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """``x / number``, correctly rounded everywhere: with a plain number, CUDA multiplies with its rounded inverse."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def _largest(blocks: Tensor) -> Tensor:

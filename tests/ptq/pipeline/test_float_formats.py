@@ -1,4 +1,4 @@
-"""Every floating-point format through a whole run: quantized by each kind of solver, written, loaded, the same model."""
+"""Every floating-point format through a whole run: each kind of solver, written, loaded, the same model."""
 
 from __future__ import annotations
 

@@ -27,7 +27,11 @@ __all__ = ["command"]
     help="Output folder.  [default: <model>-<method>-<number format>]",
 )
 @click.option("--method", metavar="NAME", help="See ptq methods.  [default: coreq]")
-@click.option("--format", metavar="NAME", help="Number format of weights: int, fp4; see ptq methods.  [default: int]")
+@click.option(
+    "--format",
+    metavar="NAME",
+    help="Number format of weights: int, nvfp4, mxfp4, fp8, ...; see ptq methods.  [default: int]",
+)
 @click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
 @click.option("--group-size", type=int, help="Input channels that share a scale; 0 is per channel.  [default: 64]")
 @click.option("--sym/--asym", "symmetric", default=None, help="Grid around zero, or a zero point.  [default: sym]")

@@ -27,8 +27,11 @@ from ptq.grids.storage import SCALE_DTYPES, Storage
 
 __all__ = ["PNORM", "SCALE_SEARCHES", "ScaleSearch", "fit_scales", "stored_scale"]
 
-ScaleSearch = Literal["minmax", "pnorm", "hessian"]
-SCALE_SEARCHES: tuple[ScaleSearch, ...] = ("minmax", "pnorm", "hessian")
+ScaleSearch = Literal["minmax", "pnorm", "hessian", "mse", "four_over_six", "floor", "even", "rceil"]
+SCALE_SEARCHES: tuple[ScaleSearch, ...] = (
+    *("minmax", "pnorm", "hessian"),  # of every number format
+    *("mse", "four_over_six", "floor", "even", "rceil"),  # of block formats, see `ptq.grids.block_scales`
+)
 
 _RATIOS = tuple(torch.linspace(1.0, 0.3, 57).tolist())  # steps of 0.0125
 _NEAR = (0.0, -0.00625, 0.00625)  # measured exactly around the table's best

@@ -96,7 +96,10 @@ class WindowMethod:
 
 
 def check_scheme(
-    method: LayerMethod | WindowMethod, scheme: Scheme, methods: Iterable[LayerMethod | WindowMethod]
+    method: LayerMethod | WindowMethod,
+    scheme: Scheme,
+    methods: Iterable[LayerMethod | WindowMethod],
+    config: Any = None,
 ) -> None:
     """Check before a run that a method can produce a scheme.
 
@@ -104,9 +107,10 @@ def check_scheme(
         method: the method asked for.
         scheme: the scheme asked for.
         methods: all methods, to name those that can.
+        config: the method's options.
 
     Raises:
-        UsageError: it cannot; names the methods that can.
+        UsageError: it cannot; names the methods that can. Or its option ``scales`` is none of the number format's.
     """
     reason = method.unsupported_reason(scheme)
     if reason is not None:
@@ -114,6 +118,11 @@ def check_scheme(
         raise UsageError(
             f"the method {method.name} cannot produce {scheme.describe()}: {reason}. Methods that can: "
             f"{able or 'none'}."
+        )
+    search, searches = getattr(config, "scales", None), scheme.number_format.searches
+    if search is not None and search not in searches:
+        raise UsageError(
+            f"{method.name}: the number format {scheme.format} takes scales={', '.join(searches)}, got {search!r}."
         )
 
 

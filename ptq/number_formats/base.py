@@ -38,6 +38,10 @@ class NumberFormat(abc.ABC):
     """One line for ``ptq methods``."""
     defaults: Mapping[str, Any]
     """Fields of `ptq.Scheme` that a user gets who names only the format."""
+    searches: tuple[str, ...] = ("minmax", "pnorm", "hessian")
+    """Values of a method's option ``scales`` that `fit` takes."""
+    fixed_groups: bool = False
+    """Whether ``group_size`` belongs to the format, so that a single group is no weight of its own."""
     columns: int = 1
     """Consecutive input channels of a row that one code stands for (more than 1: vector codebooks)."""
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from ptq.errors import unknown_name
 from ptq.number_formats.base import NumberFormat
-from ptq.number_formats.fp4 import FP4
+from ptq.number_formats.block_float import MXFP4, MXFP8, NVFP4
+from ptq.number_formats.float_groups import E1M2, E2M1, E3M0, FP4
+from ptq.number_formats.fp8 import FP8, FP8_BLOCK, FP8_TENSOR
 from ptq.number_formats.integer import INTEGER
 
 __all__ = ["FORMATS", "find_number_format"]
 
-FORMATS: dict[str, NumberFormat] = {row.name: row for row in (INTEGER, FP4)}
+_ROWS: tuple[NumberFormat, ...] = (
+    *(INTEGER, FP4, E2M1, E3M0, E1M2),
+    *(NVFP4, MXFP4, MXFP8, FP8, FP8_TENSOR, FP8_BLOCK),
+)
+FORMATS: dict[str, NumberFormat] = {row.name: row for row in _ROWS}
 
 
 def find_number_format(name: str) -> NumberFormat:

@@ -84,6 +84,11 @@ def _dynamic_groups(
 ) -> tuple[Tensor, ScaledGrid]:
     """Natural order; a group's scales are fitted to its columns with the errors of all groups before it."""
     record, size = scheme.number_format, scheme.group_size or weight.shape[1]
+    if scheme.number_format.fixed_groups:
+        raise UsageError(
+            f"gptq: static_groups=false fits scales to single groups while it rounds, and those of {scheme.format} are "
+            "fitted before. Set static_groups=true."
+        )
     one_group = dataclasses.replace(scheme, group_size=None)
     importance = stats.hessian.diagonal() if config.scales == "hessian" else None
     found: list[Mapping[str, Tensor]] = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from calib.model.structure import find_blocks, find_linears, is_linear, linear_weight
 from ptq.errors import UsageError
-from ptq.methods import METHODS, check_scheme, find_method
+from ptq.methods import METHODS, check_scheme, find_method, make_config
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -62,6 +62,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     for pattern in (*recipe.ignore, *(pattern for pattern, _ in recipe.overrides)):
         _check_matches(pattern, linears, outside)
     method, checked = find_method(recipe.method), set[Scheme]()
+    config = make_config(method, recipe.options)
     schemes: dict[str, Scheme | None] = {}
     reasons: dict[str, str] = {}
     for name in linears:
@@ -72,7 +73,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             scheme, reasons[name] = None, "chooses experts"
         schemes[name] = None if scheme is None else scheme.resolved(dtype)
         if scheme is not None and scheme not in checked:
-            check_scheme(method, scheme, METHODS.values())
+            check_scheme(method, scheme, METHODS.values(), config)
             checked.add(scheme)
         if scheme is not None:
             _check_shape(name, linear_weight(model.get_submodule(name)).shape, scheme)

@@ -32,10 +32,10 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "quantize": Entry("cli.quantize", "Quantize a model and write a checkpoint that transformers loads."),
     "eval": Entry("cli.eval", "Perplexity, tasks and divergence of a model, packed or plain."),
-    "compare": Entry("cli.compare", "Paired differences of evaluations, and what they establish."),
+    "compare": Entry("cli.compare", "Paired differences of evaluations with significance."),
     "report": Entry("cli.report", "One HTML page about a quantized model and its evaluations."),
     "inspect": Entry("cli.inspect", "What is in a quantized checkpoint, layer by layer."),
-    "generate": Entry("cli.generate", "Let a model speak."),
+    "generate": Entry("cli.generate", "Generate text with a model."),
     "methods": Entry("cli.methods", "The methods that can be plugged in, with their options."),
 }
 

@@ -121,7 +121,7 @@ def mcnemar(lost: int, won: int) -> float:
     no difference: ``p = min(1, 2 * P(Binomial(lost + won, 1/2) <= min(lost, won)))`` (McNemar 1947, exact form).
 
     Args:
-        lost: right in the reference, wrong in the contender.
+        lost: right in the reference, wrong in the candidate.
         won: the other way round.
     """
     changed = lost + won

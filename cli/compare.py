@@ -24,13 +24,27 @@ PICTURES = (".svg", ".png", ".html")
 @click.command()
 @click.argument("records", nargs=-1, required=True, metavar="BASE.json RECORD.json ...")
 @click.option(
-    "--label", "labels", multiple=True, metavar="NAME", help="Name of a record, one for each, in their order."
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME",
+    help="Display name of a record; give one per record, in the same order.",
 )
-@click.option("--shared", is_flag=True, help="Compare the items that all records have, where they are not the same.")
-@click.option("--all", "everything", is_flag=True, help="All measures, not only the customary one of each target.")
-@click.option("--confidence", default=0.95, show_default=True, metavar="SHARE", help="Of the intervals.")
-@click.option("--json", "as_json", is_flag=True, help="The comparison on stdout (docs/json.md), nothing else there.")
-@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="A picture: .svg, .png or .html.")
+@click.option(
+    "--shared", is_flag=True, help="Compare only the items that all records share, if the records differ in items."
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Show all metrics, not only the usual one of each text or task."
+)
+@click.option(
+    "--confidence", default=0.95, show_default=True, metavar="LEVEL", help="Confidence level of the intervals."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the comparison as JSON on stdout (docs/json.md) and nothing else."
+)
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write charts to a .svg, .png or .html file."
+)
 def command(
     records: tuple[str, ...],
     labels: tuple[str, ...],

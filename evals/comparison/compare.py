@@ -1,7 +1,7 @@
 """Compare several records item by item: every candidate against the reference and against every other candidate.
 
 The way is short. `pooling` makes candidates of records, `pairing` finds the items that all of them measured,
-`samples` makes one number an item of them, `differences` subtracts and adds errors, Holm's correction
+`samples` makes one number per item of them, `differences` subtracts and adds errors, Holm's correction
 is over all headline differences at once, and `conclusions` puts the result into words.
 """
 
@@ -38,7 +38,7 @@ def compare(
     Args:
         records: the reference first. Records of one recipe that differ in the calibration seed are pooled. A single
             record that was measured against a base is compared with that base.
-        labels: one a record; records of one label are pooled.
+        labels: one per record; records of one label are pooled.
         confidence: of the intervals; a difference is significant if its adjusted p is below ``1 - confidence``.
         draws, seed: of the bootstrap.
         shared: compare the items that all records have, instead of refusing records of different items.

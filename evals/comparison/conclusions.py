@@ -17,7 +17,7 @@ from evals.record import Record
 __all__ = ["amount", "figure", "in_points", "notes_on", "p_words", "sentences_on"]
 
 _SHARES = ("acc", "acc_norm", "acc_bytes", "p_gold", "top1", "accuracy")  # shown in points of 100
-_UNITS = {"kl": " nats a token", "ll_gold": " nats"}
+_UNITS = {"kl": " nats per token", "ll_gold": " nats"}
 _MOST_DIGITS = 6
 
 

@@ -44,7 +44,7 @@ def pool(records: Sequence[Record], labels: Sequence[str] | None = None) -> tupl
 
     Args:
         records: one or more.
-        labels: one a record.
+        labels: one per record.
 
     Raises:
         UsageError: another number of labels than records, one label for the same model twice or for different recipes.
@@ -85,7 +85,7 @@ def _by_recipe(records: Sequence[Record]) -> list[list[int]]:
 
 def _by_label(records: Sequence[Record], labels: Sequence[str]) -> list[list[int]]:
     if len(labels) != len(records):
-        raise UsageError(f"labels: {len(labels)}, records: {len(records)}; give one label a record, in their order.")
+        raise UsageError(f"labels: {len(labels)}, records: {len(records)}; give one label per record, in their order.")
     groups: dict[str, list[int]] = {}
     for place, label in enumerate(labels):
         groups.setdefault(label, []).append(place)

@@ -77,7 +77,7 @@ class Difference:
         difference: mean of the paired differences, over items and then over seeds.
         standard_error: of `difference`, from items within seeds and from seeds where there are several.
         low, high: the confidence interval.
-        p_value: of no difference: exact McNemar for accuracies of one record a side, otherwise from the studentised
+        p_value: of no difference: exact McNemar for accuracies of one record per side, otherwise from the studentised
             bootstrap or Student's t (`evals.comparison.intervals`).
         p_adjusted: Holm's, over the headline differences of the comparison; ``None`` for others.
         items: paired items.

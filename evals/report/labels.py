@@ -25,7 +25,7 @@ def with_bases(records: Sequence[Record]) -> list[Record]:
 
 
 def label_records(records: Sequence[Record], comparison: Comparison | None = None) -> list[str]:
-    """One label a record: its candidate's, in the comparison or as `pooling.pool` would call it.
+    """One label per record: its candidate's, in the comparison or as `pooling.pool` would call it.
 
     Seeds of one candidate are told apart by their seed, and what is the same even then by its place.
     """

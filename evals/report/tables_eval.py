@@ -82,7 +82,7 @@ def _divergence_table(target: str, rows: Sequence[tuple[str, TextResult]]) -> Ht
     headings = (
         "model",
         "convention",
-        "KL, nats a token",
+        "KL, nats per token",
         "exactly in",
         *quantiles,
         "top-1",

@@ -1,4 +1,4 @@
-"""Examples before the question: one fixed set a task, or a subject, so that every prompt begins with the same tokens.
+"""Few-shot examples: one fixed set per task, or per subject, so that every prompt begins with the same tokens.
 
 Where examples come from rows that are scored themselves, one more is drawn than asked for, and a row that is among
 them gets the others.

@@ -36,7 +36,7 @@ def unit(measure: str) -> tuple[float, str]:
     if in_points(measure):
         return 100.0, "percentage points"
     if measure in ("ln ppl", "kl"):
-        return 1.0, f"{measure}, nats a token"
+        return 1.0, f"{measure}, nats per token"
     return 1.0, "nats" if measure == "ll_gold" else measure
 
 
@@ -165,7 +165,7 @@ def divergences(records: Sequence[Record], labels: Sequence[str]) -> dict[str, l
 
 
 def kl_pictures(texts: Mapping[str, Sequence[tuple[str, Divergence]]], *, key: str = "kl") -> list[Picture]:
-    """The spread of the divergence over tokens, a row a record; texts with nothing above zero are left out."""
+    """The spread of the divergence over tokens, a row per record; texts with nothing above zero are left out."""
     drawn = [(target, rows) for target, rows in texts.items() if any(row.kl_max > 0 for _, row in rows)]
     return [_kl_picture(target, tuple(rows), f"{key}-{i}") for i, (target, rows) in enumerate(drawn)]
 

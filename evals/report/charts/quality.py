@@ -1,4 +1,4 @@
-"""Quality against real bytes: what a recipe costs and what it gives, with errors, one picture a text."""
+"""Quality against real bytes: what a recipe costs and what it gives, with errors, one picture per text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Panel", "Point", "comparison_panels", "quality_pictures", "record_pa
 
 _LOG_FROM = 8.0  # ratio of the largest to the smallest value at which an axis becomes logarithmic
 _UNITS = {
-    "kl": "KL(base || model), nats a token",
+    "kl": "KL(base || model), nats per token",
     "difference": "difference of ln ppl, nats",
-    "ln ppl": "ln perplexity, nats a token",
+    "ln ppl": "ln perplexity, nats per token",
 }
 
 

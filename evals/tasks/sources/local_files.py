@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
             where = f"{path}, line {number}"
             rows.append((where, _without_line_feed(_object(line, where))))
     if not rows:
-        raise DataError(f"{path} has no rows: one JSON object a line is expected.")
+        raise DataError(f"{path} has no rows: one JSON object per line is expected.")
     return rows
 
 

@@ -143,7 +143,7 @@ def test_names_are_text_as_they_are() -> None:
     assert "a $x^2$ & <b>" in shown
     assert "Quality against size, words" in shown
     assert "weights, MB" in shown
-    assert "KL(base || model), nats a token" in shown
+    assert "KL(base || model), nats per token" in shown
 
 
 def test_quality_takes_kl_then_differences_then_perplexity() -> None:
@@ -218,7 +218,7 @@ def test_a_difference_has_a_mark_and_says_what_is_significant(conclusion: str, w
     picture = difference_pictures(made_comparison(conclusion=conclusion))[0]
     svg = inline_svg(picture)
     assert texts(svg).count("worse") == words
-    assert {"words", "ln ppl", "difference, ln ppl, nats a token"} <= set(texts(svg))
+    assert {"words", "ln ppl", "difference, ln ppl, nats per token"} <= set(texts(svg))
     assert len(re.findall(r"<use [^>]*fill: var\(--(?:series\d|surface)\)", svg)) == 4  # two, and two in the legend
     filled = "var(--surface)" not in svg
     assert filled == (conclusion == "worse")

@@ -1,4 +1,4 @@
-"""``ptq compare``: paired differences of evaluations, what they establish, and a picture."""
+"""``ptq compare``: paired differences of evaluations, their significance, and a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calib.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from cli.shared.terminal.rows import NamedRows
     from cli.shared.terminal.screen import Screen
-    from evals.comparison.types import Comparison, Difference, Standing
+    from evals.comparison.types import Comparison, Difference, Score
 
 __all__ = ["PICTURES", "command"]
 
@@ -24,13 +24,27 @@ PICTURES = (".svg", ".png", ".html")
 @click.command()
 @click.argument("records", nargs=-1, required=True, metavar="BASE.json RECORD.json ...")
 @click.option(
-    "--label", "labels", multiple=True, metavar="NAME", help="Name of a record, one for each, in their order."
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME",
+    help="Display name of a record; give one per record, in the same order.",
 )
-@click.option("--shared", is_flag=True, help="Compare the items that all records have, where they are not the same.")
-@click.option("--all", "everything", is_flag=True, help="All measures, not only the customary one of each target.")
-@click.option("--confidence", default=0.95, show_default=True, metavar="SHARE", help="Of the intervals.")
-@click.option("--json", "as_json", is_flag=True, help="The comparison on stdout (docs/json.md), nothing else there.")
-@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="A picture: .svg, .png or .html.")
+@click.option(
+    "--shared", is_flag=True, help="Compare only the items that all records share, if the records differ in items."
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Show all metrics, not only the usual one of each text or task."
+)
+@click.option(
+    "--confidence", default=0.95, show_default=True, metavar="LEVEL", help="Confidence level of the intervals."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the comparison as JSON on stdout (docs/json.md) and nothing else."
+)
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write charts to a .svg, .png or .html file."
+)
 def command(
     records: tuple[str, ...],
     labels: tuple[str, ...],
@@ -82,8 +96,8 @@ def _check_target(out: str | None) -> None:
 def _show(found: Comparison, everything: bool, screen: Screen) -> None:
     for table in _tables(found, everything):
         screen.print(table, "")
-    if any(one.headline and one.verdict == "not established" for one in found.differences):
-        screen.print("open: no difference is established, which is not to say that there is none\n")
+    if any(one.headline and one.conclusion == "not significant" for one in found.differences):
+        screen.print("n.s.: not significant, which does not mean that there is no difference\n")
     for sentence in found.sentences:
         screen.print(sentence)
     if found.notes:
@@ -94,14 +108,14 @@ def _show(found: Comparison, everything: bool, screen: Screen) -> None:
 
 def _tables(found: Comparison, everything: bool) -> list[NamedRows]:
     """One table for each target and measure."""
-    names = dict.fromkeys((one.target, one.measure) for one in found.standings if one.headline or everything)
+    names = dict.fromkeys((one.target, one.measure) for one in found.scores if one.headline or everything)
     return [_table(found, target, measure) for target, measure in names]
 
 
 def _table(found: Comparison, target: str, measure: str) -> NamedRows:
     from cli.shared.terminal.rows import Column, NamedRows
 
-    standings = [one for one in found.standings if (one.target, one.measure) == (target, measure)]
+    scores = [one for one in found.scores if (one.target, one.measure) == (target, measure)]
     differences = [one for one in found.differences if (one.target, one.measure) == (target, measure)]
     flips = any(one.flips is not None for one in differences)
     headings = (
@@ -112,10 +126,10 @@ def _table(found: Comparison, target: str, measure: str) -> NamedRows:
         *(("lost/won",) if flips else ()),
     )
     rows = []
-    for row in _rows(found, standings, differences):
-        *figures, changed, verdict = row
-        rows.append((*figures, *((changed,) if flips else ()), verdict))
-    columns = (*map(Column, headings), Column("verdict", left=True))
+    for row in _rows(found, scores, differences):
+        *figures, changed, conclusion = row
+        rows.append((*figures, *((changed,) if flips else ()), conclusion))
+    columns = (*map(Column, headings), Column("conclusion", left=True))
     return NamedRows("model", columns, tuple(rows), title=_title(target, measure, differences))
 
 
@@ -128,22 +142,22 @@ def _title(target: str, measure: str, differences: Sequence[Difference]) -> str:
 
 
 def _rows(
-    found: Comparison, standings: Sequence[Standing], differences: Sequence[Difference]
+    found: Comparison, scores: Sequence[Score], differences: Sequence[Difference]
 ) -> list[tuple[str, str, str, str, str, str, str]]:
-    """A row for each contender with its difference from the reference, then one for each other pair."""
-    reference = found.contenders[0].label
-    against = {one.contender: one for one in differences if one.reference == reference}
+    """A row for each candidate with its difference from the reference, then one for each other pair."""
+    reference = found.candidates[0].label
+    against = {one.candidate: one for one in differences if one.reference == reference}
     rows = []
-    for one in standings:
-        rows.append((one.contender, _value(one), *_cells(against.get(one.contender))))
+    for one in scores:
+        rows.append((one.candidate, _value(one), *_cells(against.get(one.candidate))))
     for other in differences:
         if other.reference != reference:
-            rows.append((f"{other.contender} - {other.reference}", "", *_cells(other)))
+            rows.append((f"{other.candidate} - {other.reference}", "", *_cells(other)))
     return rows
 
 
 def _cells(one: Difference | None) -> tuple[str, str, str, str, str]:
-    """Difference, interval, p, flips, verdict."""
+    """Difference, interval, p, flips, conclusion."""
     from evals.comparison.conclusions import figure, p_words
 
     if one is None:
@@ -154,16 +168,16 @@ def _cells(one: Difference | None) -> tuple[str, str, str, str, str]:
     p = one.p_adjusted if one.headline else one.p_value
     shown = "-" if p is None else p_words(p).removeprefix("p ").removeprefix("= ")
     flips = "-" if one.flips is None else f"{_count(one.flips.lost)}/{_count(one.flips.won)}"
-    return figure(one, one.difference, sign=True), interval, shown, flips, _verdict(one)
+    return figure(one, one.difference, sign=True), interval, shown, flips, _conclusion(one)
 
 
-def _verdict(one: Difference) -> str:
+def _conclusion(one: Difference) -> str:
     if not one.headline:
         return "-"
-    return "open" if one.verdict == "not established" else one.verdict
+    return "n.s." if one.conclusion == "not significant" else one.conclusion
 
 
-def _value(one: Standing) -> str:
+def _value(one: Score) -> str:
     from evals.comparison.conclusions import in_points
 
     scale, digits = (100.0, 1) if in_points(one.measure) else (1.0, 4)

@@ -23,72 +23,100 @@ __all__ = ["command"]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
-@click.option("--tasks", metavar="NAMES", help="Tasks and texts, separated by commas. [default: wikitext2]")
+@click.option(
+    "--tasks", metavar="NAMES", help="Names of tasks and evaluation texts, comma-separated. [default: wikitext2]"
+)
 @click.option(
     "--text",
     "texts",
     multiple=True,
     metavar="SOURCE",
-    help="A text file, rows (.jsonl, .json, .parquet), wikitext2, c4, pydoc:eval or REPO:SPLIT:FIELD; @0.8:1 behind it "
-    "takes a part. May be given several times.",
+    help="Text for perplexity: a text file, a .jsonl, .json or .parquet file, wikitext2, c4, pydoc:eval or "
+    "REPO:SPLIT:FIELD; append @0.8:1 to use only the last 20 %. Repeatable.",
 )
 @click.option(
     "--data",
     envvar="PTQ_DATA",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder with NAME.jsonl of tasks and NAME.txt of texts (or $PTQ_DATA); without it, they come from the hub.",
+    help="Folder with task files NAME.jsonl and text files NAME.txt (or $PTQ_DATA); by default both are downloaded "
+    "from the Hugging Face hub.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N rows of tasks, first N items of texts.")
-@click.option("--fewshot", default=0, type=click.IntRange(min=0), metavar="K", help="Examples before every question.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Evaluate only the first N rows per task and the first N windows per text.",
+)
+@click.option("--fewshot", default=0, type=click.IntRange(min=0), metavar="K", help="Few-shot examples per question.")
 @click.option(
     "--convention",
     default="segments",
     metavar="NAMES",
-    help="Of the perplexity: segments, llamacpp, sliding, documents; several with commas.",
+    help="How text is cut into windows for perplexity: segments (GPTQ papers), llamacpp, sliding, documents "
+    "(lm-eval); comma-separated.",
 )
 @click.option(
     "--bos",
     default="auto",
     metavar="auto|always|never",
-    help="BOS at the start of every window; auto: where the tokenizer adds it and the model needs it; never: as in the "
-    "literature.",
+    help="Prepend BOS to every window. auto: if the tokenizer adds BOS and the model needs it; never: as in most "
+    "published results.",
 )
 @click.option(
     "--seqlen",
     type=click.IntRange(min=2),
     metavar="N",
-    help="Tokens in a window. [default: 2048; llamacpp 512; documents the model's context]",
+    help="Tokens per window. [default: 2048; llamacpp 512; documents the model's context]",
 )
-@click.option("--stride", type=click.IntRange(min=1), metavar="N", help="With sliding: tokens scored in a window.")
+@click.option(
+    "--stride", type=click.IntRange(min=1), metavar="N", help="For --convention sliding: tokens scored per window."
+)
 @click.option(
     "--documents",
     default="auto",
     metavar="RULE",
-    help="With documents: how they are told apart: auto, wikitext, lines, blank-lines, whole.",
+    help="For --convention documents: how the text is split into documents: auto, wikitext, lines, blank-lines, whole.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Only the first N tokens of every text.")
-@click.option("--batch-size", default="auto", metavar="auto|N", help="Sequences at the same time.")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
-@click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
-@click.option("--against", metavar="BASE", help="Also measure KL(BASE || MODEL), top-1 agreement and changed answers.")
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Use only the first N tokens of each text.")
+@click.option("--batch-size", default="auto", metavar="auto|N", help="Sequences per batch.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Device to run on.")
+@click.option(
+    "--dtype",
+    default="auto",
+    metavar="DTYPE",
+    help="Data type of activations and unquantized weights: auto, float32, bfloat16 or float16.",
+)
+@click.option(
+    "--against",
+    metavar="BASE",
+    help="Full-precision model to compare with: adds KL(BASE || MODEL), top-1 agreement, changed answers.",
+)
 @click.option(
     "--base-top-k",
     default="256",
     metavar="K|full",
-    help="Likeliest tokens of the base that are kept; the rest is sampled.",
+    help="Store the K most probable tokens per prediction of the base and sample the others; full stores all logits.",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where the base's results are kept. [default: $PTQ_CACHE or ~/.cache/ptq]",
+    help="Cache for the base model's results. [default: $PTQ_CACHE or ~/.cache/ptq]",
 )
-@click.option("--harness", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness (an extra).")
-@click.option("--seed", default=0, type=click.IntRange(min=0), metavar="N", help="Of examples and of the bootstrap.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with the model.")
-@click.option("--json", "as_json", is_flag=True, help="The record on stdout (docs/json.md), nothing else there.")
-@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write the record to a JSON file.")
+@click.option(
+    "--harness",
+    metavar="TASKS",
+    help="Also run these lm-evaluation-harness tasks (needs pip install 'ptq-toolkit[lm-eval]').",
+)
+@click.option(
+    "--seed", default=0, type=click.IntRange(min=0), metavar="N", help="Random seed of few-shot examples and bootstrap."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Allow running Python code from the model repository.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the results as JSON on stdout (docs/json.md) and nothing else."
+)
+@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write the results to a JSON file.")
 def command(**options: Any) -> None:
     """Measure MODEL: a folder (packed or plain), a .gguf file or a hub id.
 

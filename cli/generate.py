@@ -1,4 +1,4 @@
-"""``ptq generate``: a model continues a text."""
+"""``ptq generate``: generate text with a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,22 @@ __all__ = ["command"]
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=64, type=click.IntRange(min=1), metavar="N", help="Tokens to add at most.")
-@click.option("--temperature", default=0.7, type=click.FloatRange(min=0), help="0 takes the most probable token.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of the draws.")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
-@click.option("--dtype", default="auto", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with the model.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout: text, tokens, speed.")
+@click.option(
+    "--max-new-tokens", default=64, type=click.IntRange(min=1), metavar="N", help="Maximum number of new tokens."
+)
+@click.option(
+    "--temperature", default=0.7, type=click.FloatRange(min=0), help="Sampling temperature; 0 is greedy decoding."
+)
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), metavar="N", help="Random seed of sampling.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Device to run on.")
+@click.option(
+    "--dtype",
+    default="auto",
+    metavar="DTYPE",
+    help="Data type of activations and unquantized weights: auto, float32, bfloat16 or float16.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Allow running Python code from the model repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print text, tokens and speed as one JSON object on stdout.")
 def command(
     model: str,
     prompt: str,
@@ -39,7 +48,7 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Let MODEL (a folder, packed or plain, a .gguf file or a hub id) continue PROMPT.
+    """Generate text with MODEL (a folder, a .gguf file or a hub id), starting from PROMPT.
 
     \b
     Examples:
@@ -65,7 +74,7 @@ def command(
         echo(prompt + text)
         if len(new) < max_new_tokens:
             echo("(the model ended the text here)", err=True)
-        echo(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} a second)", err=True)
+        echo(f"{len(new)} tokens in {seconds:.1f} s ({len(new) / seconds:.1f} per second)", err=True)
         return
     record = {"model": model, "prompt": prompt, "text": text, "prompt_tokens": len(prompt_ids), "tokens": new}
     draw = {"temperature": temperature, "seed": seed}

@@ -31,12 +31,14 @@ def _largest(value: float | None) -> float:
 
 @click.command()
 @click.argument("out")
-@click.option("--sort", type=click.Choice(list(SORTS)), default="order", show_default=True, help="Order of the layers.")
-@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the first N layers of that order.")
-@click.option("--verify", is_flag=True, help="First compare every weight file with its hash in the report.")
-@click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md).")
+@click.option(
+    "--sort", type=click.Choice(list(SORTS)), default="order", show_default=True, help="Sort order of the layers."
+)
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Show only the first N layers.")
+@click.option("--verify", is_flag=True, help="Check the SHA-256 of every weight file against the report first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout (docs/json.md).")
 def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -> None:
-    """Show what is in OUT, a folder that ptq quantize wrote: scheme, bytes, bits per weight, loss, alpha, seconds.
+    """Show the layers of OUT, a folder written by ptq quantize: scheme, bytes, bits per weight, loss, seconds.
 
     \b
     Examples:

@@ -31,12 +31,12 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "quantize": Entry("cli.quantize", "Quantize a model and write a checkpoint that transformers loads."),
-    "eval": Entry("cli.eval", "Perplexity, tasks and divergence of a model, packed or plain."),
-    "compare": Entry("cli.compare", "Paired differences of evaluations, and what they establish."),
-    "report": Entry("cli.report", "One HTML page about a quantized model and its evaluations."),
-    "inspect": Entry("cli.inspect", "What is in a quantized checkpoint, layer by layer."),
-    "generate": Entry("cli.generate", "Let a model speak."),
-    "methods": Entry("cli.methods", "The methods that can be plugged in, with their options."),
+    "eval": Entry("cli.eval", "Measure perplexity, task accuracy and KL divergence of a model."),
+    "compare": Entry("cli.compare", "Compare evaluations item by item, with significance tests."),
+    "report": Entry("cli.report", "Write an HTML report about a quantized model and its evaluations."),
+    "inspect": Entry("cli.inspect", "Show a quantized checkpoint layer by layer."),
+    "generate": Entry("cli.generate", "Generate text with a model."),
+    "methods": Entry("cli.methods", "List the quantization methods and their options."),
 }
 
 

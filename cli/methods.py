@@ -13,9 +13,9 @@ __all__ = ["command", "describe_formats", "describe_methods"]
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON (docs/json.md).")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON on stdout (docs/json.md).")
 def command(as_json: bool) -> None:
-    """List the methods and the number formats. Options of a method are set with -O KEY=VALUE in ptq quantize.
+    """List the quantization methods and the number formats. Set options with -O KEY=VALUE in ptq quantize.
 
     \b
     Examples:

@@ -26,84 +26,108 @@ __all__ = ["command"]
     type=click.Path(),
     help="Output folder.  [default: <model>-<method>-<number format>]",
 )
-@click.option("--method", metavar="NAME", help="See ptq methods.  [default: coreq]")
+@click.option("--method", metavar="NAME", help="Quantization method; ptq methods lists them.  [default: coreq]")
 @click.option(
     "--format",
     metavar="NAME",
     help="Number format of weights: int, nvfp4, mxfp4, fp8, ...; see ptq methods.  [default: int]",
 )
 @click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
-@click.option("--group-size", type=int, help="Input channels that share a scale; 0 is per channel.  [default: 64]")
-@click.option("--sym/--asym", "symmetric", default=None, help="Grid around zero, or a zero point.  [default: sym]")
-@click.option("--scale-dtype", metavar="DTYPE", help="auto (the model's), float16 or bfloat16.  [default: auto]")
+@click.option(
+    "--group-size", type=int, help="Input channels per scale; 0 is one scale per output channel.  [default: 64]"
+)
+@click.option(
+    "--sym/--asym",
+    "symmetric",
+    default=None,
+    help="Symmetric quantization, or asymmetric with a zero point.  [default: sym]",
+)
+@click.option(
+    "--scale-dtype",
+    metavar="DTYPE",
+    help="Data type of the scales: auto (the model's), float16 or bfloat16.  [default: auto]",
+)
 @click.option(
     "--calib",
     metavar="SOURCE",
-    help="Calibration text: a .txt file, rows (.jsonl, .json, .parquet), wikitext2, c4, REPO:SPLIT:FIELD, pydoc or "
+    help="Calibration data: a .txt, .jsonl, .json or .parquet file, wikitext2, c4, REPO:SPLIT:FIELD, pydoc or "
     "self.  [default: c4]",
 )
-@click.option("--calib-samples", type=int, metavar="N", help="Sequences.  [default: 128]")
-@click.option("--calib-seqlen", type=int, metavar="T", help="Tokens in each sequence.  [default: 2048]")
+@click.option("--calib-samples", type=int, metavar="N", help="Number of calibration sequences.  [default: 128]")
+@click.option("--calib-seqlen", type=int, metavar="T", help="Tokens per calibration sequence.  [default: 2048]")
 @click.option(
     "--calib-bos",
     metavar="auto|always|never",
-    help="BOS at the start of every sequence; auto: where the tokenizer puts one before a text.  [default: auto]",
+    help="Prepend BOS to every sequence. auto: if the tokenizer adds BOS to a text.  [default: auto]",
 )
 @click.option(
     "--calib-template",
     metavar="auto|always|never",
-    help="Rows of messages through the chat template; never: as plain text; always: no other rows.  [default: auto]",
+    help="Apply the chat template to rows of messages; never: plain text; always: reject other rows.  [default: auto]",
 )
-@click.option("--seed", type=int, help="Seed of the draw of sequences.  [default: 0]")
+@click.option("--seed", type=int, help="Random seed of the calibration sequences.  [default: 0]")
 @click.option(
     "--act-bits",
     type=int,
     metavar="N",
-    help="Round inputs of linears at run time, token by token; 0: not.  [default: 0]",
+    help="Quantize activations (inputs of linears) dynamically per token; 0: off.  [default: 0]",
 )
-@click.option("--act-sym/--act-asym", "act_symmetric", default=None, help="The grid of inputs.  [default: act-asym]")
 @click.option(
-    "--kv-bits", type=int, metavar="N", help="Round keys and values, token by token and head; 0: not.  [default: 0]"
+    "--act-sym/--act-asym",
+    "act_symmetric",
+    default=None,
+    help="Symmetric or asymmetric activations.  [default: act-asym]",
 )
-@click.option("--kv-sym/--kv-asym", "kv_symmetric", default=None, help="The grid of both.  [default: kv-asym]")
+@click.option(
+    "--kv-bits", type=int, metavar="N", help="Quantize the KV cache per token and head; 0: off.  [default: 0]"
+)
+@click.option(
+    "--kv-sym/--kv-asym", "kv_symmetric", default=None, help="Symmetric or asymmetric KV cache.  [default: kv-asym]"
+)
 @click.option(
     "--rotate",
     multiple=True,
     metavar="residual[,down]",
-    help="Spread outliers by rotations: of the hidden state between blocks, into the weights (free at run time), and "
-    "of the input of the linears that end a block's MLP, at run time; none to undo a recipe's.",
+    help="Hadamard rotations against outliers. residual: of the residual stream, merged into the weights (QuaRot, "
+    "SpinQuant R1); down: online, of the inputs of down_proj (SpinQuant R4); none: off.",
 )
 @method_flags
-@click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeat.")
+@click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option(
     "--override",
     "overrides",
     multiple=True,
     metavar="PATTERN=bits|format[,gN][,asym][,aN]",
-    help="Another scheme for the linears that match, e.g. '*.down_proj=4,g32,a8' (a8: inputs of 8 bits, a0: inputs as "
+    help="Different scheme for matching linears, e.g. '*.down_proj=4,g32,a8' (a8: inputs of 8 bits, a0: inputs as "
     "they are) or '*.o_proj=fp4'; repeat, the first match wins.",
 )
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
-@click.option("--recipe", "recipe_file", metavar="FILE.yaml", help="The base that the options above change.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears to leave unquantized; repeatable.")
+@click.option(
+    "--recipe", "recipe_file", metavar="FILE.yaml", help="YAML recipe; options on the command line override it."
+)
 @click.option(
     "--text-only/--whole",
     "text_only",
     default=None,
-    help="Of a multimodal model, write the text part alone, or the model with everything in it.  [default: whole]",
+    help="For a multimodal model: write only the language model, or the whole model.  [default: whole]",
 )
-@click.option("--dtype", metavar="DTYPE", help="Passes through the model: auto, float32, bfloat16 or float16.")
+@click.option(
+    "--dtype", metavar="DTYPE", help="Data type of the calibration forward passes: auto, float32, bfloat16 or float16."
+)
 @click.option("--container", metavar="NAME", help="auto, compressed-tensors or native.  [default: auto]")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
-@click.option("--restart", is_flag=True, help="Start over where a run was interrupted; replace a finished result.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Device to run on.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted run or a finished result and start over.")
 @click.option(
     "--offload",
     default="auto",
     metavar="PLACE",
-    help="Activations between blocks: none (on the device), memory, disk, or auto, the first of these with room.",
+    help="Where to keep activations between blocks: none (on the device), memory, disk, or auto (the first with room).",
 )
-@click.option("--dry-run", is_flag=True, help="Check, measure shortly, say what it will take; write nothing.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow model code that comes with a hub model.")
-@click.option("--json", "as_json", is_flag=True, help="The report on stdout (docs/json.md) and nothing else there.")
+@click.option("--dry-run", is_flag=True, help="Check everything and estimate size, time and memory; write nothing.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow running Python code from the model repository.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the report as JSON on stdout (docs/json.md) and nothing else."
+)
 def command(
     model: str,
     out: str | None,

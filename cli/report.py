@@ -23,10 +23,12 @@ _HEAD = 1024  # bytes in which a page of ours says that it is one
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="[OUT] [RECORD.json ...]")
 @click.option(
-    "-o", "--out", "target", default="report.html", show_default=True, metavar="FILE", help="The page to write."
+    "-o", "--out", "target", default="report.html", show_default=True, metavar="FILE", help="HTML file to write."
 )
-@click.option("--title", metavar="TEXT", help="Heading of the page; the model's name by default.")
-@click.option("--json", "as_json", is_flag=True, help="What was written, as JSON on stdout (docs/json.md).")
+@click.option("--title", metavar="TEXT", help="Title of the page; the model's name by default.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a summary of what was written as JSON on stdout (docs/json.md)."
+)
 def command(sources: tuple[str, ...], target: str, title: str | None, as_json: bool) -> None:
     """Write one HTML page that opens without a network, is readable in light and dark, and prints.
 

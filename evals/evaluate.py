@@ -24,7 +24,7 @@ from evals.inference.logits import model_device
 from evals.items import item_hash
 from evals.job import DEFAULT_TASKS, TextJob, Workload, load_workload
 from evals.record import ModelInfo, Record, TaskResult, TextResult, read_task_result, read_text_result
-from evals.scorer import Base, Progress, Worker, text_store
+from evals.scorer import Base, Progress, Scorer, text_store
 from evals.tasks.types import LoadedTask
 from evals.texts.base_cache import BaseStore, default_cache
 
@@ -160,7 +160,7 @@ def measure(
             f"the base {base.record.model.source} has another tokenizer: its tokens are not the model's, and neither "
             "divergence nor paired log-likelihoods exist. Give the model that was quantized."
         )
-    work = Worker(model, tokenizer, batch_size, seed, progress)
+    work = Scorer(model, tokenizer, batch_size, seed, progress)
     bases: Sequence[TextResult | None] = [None] * len(workload.texts) if base is None else base.record.texts
     texts = tuple(work.text(job, base, own) for job, own in zip(workload.texts, bases, strict=True))
     tasks = tuple(work.task(task) for task in workload.tasks)
@@ -209,13 +209,13 @@ def measure_base(
     started = time.monotonic()
 
     @functools.cache
-    def worker() -> Worker:
+    def worker() -> Scorer:
         model, tokenizer, info = load()
         if store.card is None:
             place = environment(model) | {"batch_size": batch_size}
             known = {"model": dataclasses.asdict(info or model_info(model)), "environment": place}
             store.describe(known | {"tokenizer_hash": tokenizer_hash(tokenizer)})
-        return Worker(model, tokenizer, batch_size, seed, progress, label="base: ")
+        return Scorer(model, tokenizer, batch_size, seed, progress, label="base: ")
 
     texts = tuple(_kept_text(store, job, worker, top_k) for job in workload.texts)
     tasks = tuple(_kept_task(store, task, worker) for task in workload.tasks)
@@ -274,7 +274,7 @@ def _version() -> str:
         return "unknown"
 
 
-def _kept_text(store: BaseStore, job: TextJob, worker: Callable[[], Worker], top_k: int | None) -> TextResult:
+def _kept_text(store: BaseStore, job: TextJob, worker: Callable[[], Scorer], top_k: int | None) -> TextResult:
     place = text_store(store, job, top_k)
     kept = place.read()
     result = None if kept is None else read_text_result(kept)
@@ -284,7 +284,7 @@ def _kept_text(store: BaseStore, job: TextJob, worker: Callable[[], Worker], top
     return result
 
 
-def _kept_task(store: BaseStore, task: LoadedTask, worker: Callable[[], Worker]) -> TaskResult:
+def _kept_task(store: BaseStore, task: LoadedTask, worker: Callable[[], Scorer]) -> TaskResult:
     asked = [[list(map(list, question.pairs)), question.gold] for question in task.questions]
     decides = [asked, [question.cluster for question in task.questions], task.task.metric, task.task.chance]
     place = store.task({"task": task.task.name, "questions": item_hash(decides), "clusters": len(task.clusters)})

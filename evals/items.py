@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calib.errors import DataError
 
-__all__ = ["Column", "Items", "item_hash"]
+__all__ = ["Column", "Items", "item_hash", "plain_fields"]
 
 Column = NDArray[Any]
 _TYPES = ("<f8", "<f4", "<i4", "<u8", "|u1")
@@ -52,7 +52,7 @@ class Items:
         return hashlib.sha256(self.ids.astype("<u8").tobytes()).hexdigest()
 
     def split(self, name: str) -> list[Column]:
-        """A column of ``[sum of counts]`` as one array an item."""
+        """A column of ``[sum of counts]`` as one array per item."""
         ends = np.cumsum(self.columns["counts"], dtype=np.int64)[:-1]
         return np.split(self.columns[name], ends)
 
@@ -82,6 +82,13 @@ def item_hash(content: Any) -> int:
     """64 bits of the sha256 of JSON data: the same question to the same kind of model has the same hash."""
     line = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(line.encode()).digest()[:8], "little")
+
+
+def plain_fields(result: Any) -> dict[str, Any]:
+    """The fields of a result with items as JSON data, the items last."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    items = fields.pop("items")
+    return fields | {"notes": list(result.notes), "items": items.to_dict()}
 
 
 def _pack(values: Column) -> dict[str, Any]:

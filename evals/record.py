@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from calib.errors import DataError, OutputError
 from evals.items import Items
-from evals.statistics import mean_and_error, neighbours
-from evals.tasks.metrics import METRICS, per_item
+from evals.tasks.metrics import METRICS
+from evals.tasks.result import TaskResult
+from evals.texts.result import Divergence, TextResult
 
 __all__ = [
     "RECORD_VERSION",
@@ -62,167 +61,6 @@ class ModelInfo:
     bits_per_weight: float | None = None
     recipe: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """How far predictions moved from the base's, token by token, in nats: KL(base || model).
-
-    Args:
-        kl_mean, kl_standard_error: over scored tokens; the error by bootstrap over the text's segments.
-        kl_median, kl_p99, kl_p999, kl_max: quantiles over tokens (linear between ranks).
-        kl_low, kl_high: the exact mean is between these, whatever was drawn; both are it for the full vocabulary.
-        kl_draw_error: standard error that drawing from the base's less likely tokens adds; 0 for the full vocabulary.
-        top1_agreement: share of tokens for which both find the same token most probable.
-        top1_standard_error: of it, by the same bootstrap.
-        dp_rms: root of the mean squared change of the true token's probability.
-        dp_mean: its mean change; negative where the model became worse.
-        log_ratio, log_ratio_standard_error: ``ln(perplexity / base's)``, paired, by the same bootstrap.
-        top_k: likeliest tokens of the base that were kept; ``None`` for all.
-        base: fingerprint of the base.
-    """
-
-    kl_mean: float
-    kl_standard_error: float | None
-    kl_median: float
-    kl_p99: float
-    kl_p999: float
-    kl_max: float
-    kl_low: float | None
-    kl_high: float | None
-    kl_draw_error: float
-    top1_agreement: float
-    top1_standard_error: float | None
-    dp_rms: float
-    dp_mean: float
-    log_ratio: float
-    log_ratio_standard_error: float | None
-    top_k: int | None
-    base: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextResult:
-    """Perplexity of a text by one convention.
-
-    Args:
-        name: as asked for.
-        source: file or data set.
-        sha256: of the text.
-        convention: ``segments``, ``llamacpp``, ``sliding`` or ``documents`` (docs/evaluation.md).
-        settings: ``seqlen`` and whatever else decides what is scored.
-        nll: sum of ``-ln p`` over the scored tokens, in nats.
-        tokens, words, bytes: what was scored; words and bytes may be unknown.
-        items: a segment, chunk, window or document each: ``nll`` (nats), ``tokens``, and where known ``bytes``,
-            ``words``; with a base also ``kl`` (sum, nats) and ``same_top`` (count).
-        divergence: against the base, if there was one.
-        notes: what a reader must know.
-        seconds: of scoring.
-    """
-
-    name: str
-    source: str
-    sha256: str
-    convention: str
-    settings: dict[str, Any]
-    nll: float
-    tokens: int
-    words: int | None
-    bytes: int | None
-    items: Items
-    divergence: Divergence | None = None
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def mean_nll(self) -> float:
-        """Nats a scored token."""
-        return self.nll / self.tokens
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of `mean_nll`, from the items' means weighted by their tokens; ``None`` for one item."""
-        return mean_and_error(self.items["nll"], self.items["tokens"], clusters=self.clusters)[1]
-
-    @property
-    def clusters(self) -> np.ndarray[Any, Any] | None:
-        """Group of each item, where neighbours are no independent draws; documents are."""
-        return None if self.convention == "documents" else neighbours(len(self.items))
-
-    @property
-    def perplexity(self) -> float | None:
-        """``exp(mean_nll)``, per token; ``None`` where that overflows."""
-        return _exp(self.mean_nll)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers; ``None`` where the bytes are unknown."""
-        return self.nll / (math.log(2) * self.bytes) if self.bytes else None
-
-    @property
-    def byte_perplexity(self) -> float | None:
-        """``exp`` of nats a byte."""
-        return _exp(self.nll / self.bytes) if self.bytes else None
-
-    @property
-    def word_perplexity(self) -> float | None:
-        """``exp`` of nats a word; only whole documents have words."""
-        return _exp(self.nll / self.words) if self.words else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON data: the fields and the figures that follow from them."""
-        figures = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mean_nll", "standard_error")
-        divergence = None if self.divergence is None else dataclasses.asdict(self.divergence)
-        return _plain(self) | {"divergence": divergence} | {name: getattr(self, name) for name in figures}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TaskResult:
-    """A zero-shot or few-shot task by log-likelihood.
-
-    Args:
-        name: of the task.
-        source: file or data set of its rows.
-        settings: ``fewshot``, ``prompt`` and whatever else decides what is asked.
-        metric: the one that is customary for it.
-        chance: its value by guessing; ``None`` where guessing has none.
-        items: a row each: ``gold``, ``counts`` (answers), ``ll`` (nats), ``characters`` and ``bytes`` of each answer;
-            ``greedy`` (0 or 1) where the continuation is the only answer; ``cluster`` where rows come in groups.
-        notes: what a reader must know.
-        seconds: of scoring.
-    """
-
-    name: str
-    source: str
-    settings: dict[str, Any]
-    metric: str
-    chance: float | None
-    items: Items
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def metrics(self) -> dict[str, dict[str, float | None]]:
-        """Name -> ``value`` and ``standard_error``, which counts rows of one cluster as one draw."""
-        single = "greedy" in self.items.columns
-        names = [name for name in METRICS if not (single and name in ("acc_norm", "acc_bytes"))]
-        found = {name: mean_and_error(per_item(self.items, name), clusters=self.clusters) for name in names}
-        table = {name: {"value": mean, "standard_error": error} for name, (mean, error) in found.items()}
-        if single:  # LAMBADA's perplexity: of the last word, tokens not counted
-            mean, error = found["ll_gold"]
-            value = _exp(-mean)
-            spread = None if error is None or value is None else value * error
-            table["perplexity"] = {"value": value, "standard_error": None if spread == math.inf else spread}
-        return table
-
-    @property
-    def clusters(self) -> np.ndarray[Any, Any] | None:
-        """Group of each row, int32 ``[n]``, where rows are not independent draws."""
-        return self.items.columns.get("cluster")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON data: the fields and the figures that follow from them."""
-        return _plain(self) | {"rows": len(self.items), "metrics": self.metrics}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -415,14 +253,3 @@ def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"field {field.name!r} is {type(value).__name__}, not {field.type}")
         found[field.name] = value
     return found
-
-
-def _plain(result: TextResult | TaskResult) -> dict[str, Any]:
-    """Fields as JSON data, the items last."""
-    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    items = fields.pop("items")
-    return fields | {"notes": list(result.notes), "items": items.to_dict()}
-
-
-def _exp(value: float) -> float | None:
-    return math.exp(value) if value < 709.0 else None

@@ -28,7 +28,7 @@ from evals.texts.kl import Scores
 from evals.texts.scoring import keep_base, score_windows
 from evals.texts.windows import Plan, context_length, make_plan
 
-__all__ = ["Base", "Progress", "Worker", "text_store"]
+__all__ = ["Base", "Progress", "Scorer", "text_store"]
 
 _NO_CONTEXT = 2048  # tokens read by a model that names no context, as in lm-evaluation-harness
 Progress = Callable[[str, int, int], None]  # what is being scored, done, in all
@@ -49,7 +49,7 @@ class Base:
     top_k: int | None
 
 
-class Worker:
+class Scorer:
     """Scores texts and tasks with one model.
 
     Args:

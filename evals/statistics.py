@@ -25,10 +25,11 @@ __all__ = [
     "minimum_detectable_flips",
     "neighbours",
     "resamples",
+    "safe_exp",
 ]
 
 Floats = NDArray[np.float64]
-_AT_ONCE = 1 << 21  # resampled draws held in memory at the same time: 16 MB an array
+_AT_ONCE = 1 << 21  # resampled draws held in memory at the same time: 16 MB per array
 _POWER = 0.8  # of `minimum_detectable`: found four times in five
 _LEVEL = 0.05  # and tested two-sided at 5 %
 _FLIPS_NEEDED = 7.906  # Poisson mean that gives at least 6 flips four times in five; 5 flips all one way have p > 0.05
@@ -121,7 +122,7 @@ def mcnemar(lost: int, won: int) -> float:
     no difference: ``p = min(1, 2 * P(Binomial(lost + won, 1/2) <= min(lost, won)))`` (McNemar 1947, exact form).
 
     Args:
-        lost: right in the reference, wrong in the contender.
+        lost: right in the reference, wrong in the candidate.
         won: the other way round.
     """
     changed = lost + won
@@ -171,3 +172,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def safe_exp(value: float) -> float | None:
+    """``exp(value)``, or ``None`` where that overflows."""
+    return math.exp(value) if value < 709.0 else None

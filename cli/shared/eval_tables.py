@@ -1,4 +1,4 @@
-"""A `Record` for people: one block a text, one table for the tasks."""
+"""A `Record` for people: one block per text, one table for the tasks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _divergence(found: Divergence) -> list[tuple[str, str]]:
     tail = f"{found.kl_median:.5f} / {found.kl_p99:.4f} / {found.kl_p999:.4f} / {found.kl_max:.4f}"
     rows = [
         ("ln ratio", f"{found.log_ratio:.5f}{spread(found.log_ratio_standard_error)} (paired)"),
-        ("KL(base || model)", f"{found.kl_mean:.5f}{spread(found.kl_standard_error)} nats a token"),
+        ("KL(base || model)", f"{found.kl_mean:.5f}{spread(found.kl_standard_error)} nats per token"),
         ("KL median / 99 % / 99.9 % / max", tail),
         ("top-1 agreement", f"{found.top1_agreement:.2%}{spread(found.top1_standard_error, '.2%')}"),
         ("change of the true token's p", f"{found.dp_mean:+.4f} on average, {found.dp_rms:.4f} rms"),

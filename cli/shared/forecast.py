@@ -49,6 +49,8 @@ def _rows(forecast: Forecast) -> list[tuple[str, str]]:
     if forecast.learning is not None:
         found = forecast.learning
         rows.append(("windows", found["schedule"]))
-        rows.append(("learning", f"{found['steps']} steps a stage of a window, {found['visits']} block visits in all"))
+        rows.append(
+            ("learning", f"{found['steps']} steps per stage of a window, {found['visits']} block visits in all")
+        )
     rows += [("one kernel" if i == 0 else "", ", ".join(names)) for i, names in enumerate(forecast.shared)]
     return rows

@@ -22,32 +22,39 @@ class MethodFlag(NamedTuple):
 
 
 METHOD_FLAGS: dict[str, MethodFlag] = {
-    "beam": MethodFlag("--beam", int, "K", "Candidates a row in coreq; 1 is greedy, the same as -O beam=K."),
+    "beam": MethodFlag(
+        "--beam", int, "K", "Beam width of coreq: candidate roundings kept per row; 1 is greedy. Same as -O beam=K."
+    ),
     "schedule": MethodFlag(
         "--window-schedule",
         str,
         "NAME",
-        "Methods that learn: which blocks are learned together: slider, expanding, contracting, fixed or single.",
+        "Learned methods: which blocks are trained together: slider, expanding, contracting, fixed or single.",
     ),
-    "epochs": MethodFlag("--epochs", int, "N", "Methods that learn: passes over the calibration data for each window."),
-    "iters": MethodFlag("--iters", int, "N", "Methods that learn: steps for each window, unless --epochs is given."),
-    "lora_rank": MethodFlag("--lora-rank", int, "N", "Rank of the learned change of a weight before it is rounded."),
+    "epochs": MethodFlag("--epochs", int, "N", "Learned methods: training epochs per window of blocks."),
+    "iters": MethodFlag(
+        "--iters", int, "N", "Learned methods: optimizer steps per window of blocks, unless --epochs is given."
+    ),
+    "lora_rank": MethodFlag(
+        "--lora-rank", int, "N", "Learned methods: rank of the low-rank weight update that is trained before rounding."
+    ),
     "intra": MethodFlag(
         "--intra",
         str,
         "auto|sweep|window|off",
-        "Learn with half of the input channels rounded first: over the whole model, in each window, or not at all.",
+        "Learned methods: train with half the inputs quantized first: over the whole model (sweep), per window, "
+        "or not at all (off).",
     ),
-    "lr_lora": MethodFlag("--lr-lora", float, "X", "Learning rate of the low-rank change."),
-    "lr_clip": MethodFlag("--lr-clip", float, "X", "Learning rate of the range that weights are clipped to."),
-    "lr_scale": MethodFlag("--lr-scale", float, "X", "Learning rate of the scaling of channels."),
-    "lr_offset": MethodFlag("--lr-offset", float, "X", "Learning rate of offsets of the rounding (autoround)."),
-    "grad_accum": MethodFlag("--grad-accum", int, "N", "Batches whose gradients make one step: less memory a batch."),
-    "batch": MethodFlag("--train-batch", int, "N", "Sequences in a batch while learning; fewer need less memory."),
+    "lr_lora": MethodFlag("--lr-lora", float, "X", "Learning rate of the low-rank weight update."),
+    "lr_clip": MethodFlag("--lr-clip", float, "X", "Learning rate of the weight clipping range."),
+    "lr_scale": MethodFlag("--lr-scale", float, "X", "Learning rate of the channel scales."),
+    "lr_offset": MethodFlag("--lr-offset", float, "X", "Learning rate of the rounding offsets (autoround)."),
+    "grad_accum": MethodFlag("--grad-accum", int, "N", "Gradient accumulation: batches per optimizer step."),
+    "batch": MethodFlag("--train-batch", int, "N", "Training batch size in sequences; smaller needs less memory."),
     "loss": MethodFlag(
-        "--loss", str, "mse|huber|token", "Distance of a window's output from the full-precision model's."
+        "--loss", str, "mse|huber|token", "Training loss between a window's output and the full-precision output."
     ),
-    "init": MethodFlag("--init", str, "METHOD", "The rounding that learning starts from: none, rtn, gptq or coreq."),
+    "init": MethodFlag("--init", str, "METHOD", "Method whose result training starts from: none, rtn, gptq or coreq."),
 }
 """By the name of the option."""
 

@@ -50,7 +50,7 @@ def totals_table(report: Report) -> Table:
 
 
 def window_table(windows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """One row a stage of a learned window: its blocks, loss before and after, what is left of it, steps, seconds."""
+    """One row per stage of a learned window: its blocks, loss before and after, what is left of it, steps, seconds."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("blocks", no_wrap=True)
     for heading in ("channels", "loss before", "after", "left", "steps", "seconds"):

@@ -29,7 +29,7 @@ class Target:
 
     Args:
         name: unique in the comparison.
-        results: one a record.
+        results: one per record.
         rows: for each result the rows of its items, int64 ``[n]``; row ``i`` of all is the same item.
     """
 

@@ -1,8 +1,8 @@
-"""Several records -> what they establish: every contender against the reference, and against each other, item by item.
+"""Compare several records item by item: every candidate against the reference and against every other candidate.
 
-The way is short. `pooling` makes contenders of records, `pairing` finds the items that all of them measured,
-`samples` makes one number an item of them, `differences` subtracts and adds errors, Holm's correction
-is over all headline differences at once, and `verdicts` puts the result into words.
+The way is short. `pooling` makes candidates of records, `pairing` finds the items that all of them measured,
+`samples` makes one number per item of them, `differences` subtracts and adds errors, Holm's correction
+is over all headline differences at once, and `conclusions` puts the result into words.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from calib.errors import UsageError
 from evals.comparison.alignment import Target, pair
 from evals.comparison.conclusions import notes_on, sentences_on
-from evals.comparison.differences import Settings, average_difference, average_standing, difference, standing
+from evals.comparison.differences import Settings, average_difference, average_score, difference, score
 from evals.comparison.grouping import Group, pool
 from evals.comparison.samples import Sample, samples_of
-from evals.comparison.types import Comparison, Difference, Standing
+from evals.comparison.types import Comparison, Difference, Score
 from evals.record import Record, TaskResult
 from evals.statistics import holm
 
@@ -38,13 +38,13 @@ def compare(
     Args:
         records: the reference first. Records of one recipe that differ in the calibration seed are pooled. A single
             record that was measured against a base is compared with that base.
-        labels: one a record; records of one label are pooled.
-        confidence: of the intervals; a difference is established if its adjusted p is below ``1 - confidence``.
+        labels: one per record; records of one label are pooled.
+        confidence: of the intervals; a difference is significant if its adjusted p is below ``1 - confidence``.
         draws, seed: of the bootstrap.
         shared: compare the items that all records have, instead of refusing records of different items.
 
     Raises:
-        UsageError: fewer than two contenders, a confidence outside 0.5 .. 0.9999, fewer than 100 draws, wrong labels.
+        UsageError: fewer than two candidates, a confidence outside 0.5 .. 0.9999, fewer than 100 draws, wrong labels.
         DataError: records of different items, nothing in common, a damaged record.
     """
     _check(confidence, draws)
@@ -59,14 +59,14 @@ def compare(
     settings = Settings(confidence, draws, seed)
     found = [
         one
-        for reference, contender in itertools.combinations(groups, 2)
-        for one in _differences(flat, tasks, reference, contender, settings)
+        for reference, candidate in itertools.combinations(groups, 2)
+        for one in _differences(flat, tasks, reference, candidate, settings)
     ]
-    differences = _with_verdicts(found, confidence)
+    differences = _with_conclusions(found, confidence)
     notes = (*notes_on(all_records, groups, differences, confidence), *left_out, *_notes_of(targets))
     return Comparison(
-        contenders=tuple(group.contender for group in groups),
-        standings=tuple(_standings(flat, tasks, groups)),
+        candidates=tuple(group.candidate for group in groups),
+        scores=tuple(_scores(flat, tasks, groups)),
         differences=differences,
         sentences=tuple(sentences_on(differences, confidence)),
         notes=tuple(dict.fromkeys(notes)),
@@ -101,26 +101,26 @@ def _too_few(records: Sequence[Record], groups: Sequence[Group]) -> str:
 
 
 def _differences(
-    samples: Sequence[Sample], tasks: Sequence[Sample], reference: Group, contender: Group, settings: Settings
+    samples: Sequence[Sample], tasks: Sequence[Sample], reference: Group, candidate: Group, settings: Settings
 ) -> list[Difference]:
     """In the order of `samples`, the average of tasks at the end."""
-    found = [one for sample in samples if (one := difference(sample, reference, contender, settings)) is not None]
+    found = [one for sample in samples if (one := difference(sample, reference, candidate, settings)) is not None]
     names = {(task.target, task.measure) for task in tasks}
     parts = [one for one in found if (one.target, one.measure) in names]
     if len(parts) > 1:
-        found.append(average_difference(tasks, parts, reference, contender, settings))
+        found.append(average_difference(tasks, parts, reference, candidate, settings))
     return found
 
 
-def _standings(samples: Sequence[Sample], tasks: Sequence[Sample], groups: Sequence[Group]) -> list[Standing]:
-    found = [standing(sample, group) for sample in samples for group in groups]
+def _scores(samples: Sequence[Sample], tasks: Sequence[Sample], groups: Sequence[Group]) -> list[Score]:
+    found = [score(sample, group) for sample in samples for group in groups]
     if len(tasks) > 1:
-        found += [average_standing(tasks, group) for group in groups]
+        found += [average_score(tasks, group) for group in groups]
     return [one for one in found if one is not None]
 
 
-def _with_verdicts(found: Sequence[Difference], confidence: float) -> tuple[Difference, ...]:
-    """Holm over the headline differences that have a p value; the others get no verdict."""
+def _with_conclusions(found: Sequence[Difference], confidence: float) -> tuple[Difference, ...]:
+    """Holm over the headline differences that have a p value; the others get no conclusion."""
     family = [place for place, one in enumerate(found) if one.headline and one.p_value is not None]
     adjusted = dict(zip(family, holm([found[place].p_value or 0.0 for place in family]), strict=True))
     return tuple(_judged(one, adjusted.get(place), confidence) for place, one in enumerate(found))
@@ -130,7 +130,7 @@ def _judged(one: Difference, adjusted: float | None, confidence: float) -> Diffe
     if adjusted is None or adjusted >= 1 - confidence or one.difference == 0:
         return dataclasses.replace(one, p_adjusted=adjusted)
     improved = (one.difference > 0) == one.higher_is_better
-    return dataclasses.replace(one, p_adjusted=adjusted, verdict="better" if improved else "worse")
+    return dataclasses.replace(one, p_adjusted=adjusted, conclusion="better" if improved else "worse")
 
 
 def _notes_of(targets: Sequence[Target]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Differences in words: what is established, what is not, and what a reader must know about it.
+"""Differences in words: what is significant, what is not, and what a reader must know about it.
 
 A difference that is not significant is never called equality: the sentence gives its interval, and the difference that
 the sample would have found.
@@ -17,22 +17,22 @@ from evals.record import Record
 __all__ = ["amount", "figure", "in_points", "notes_on", "p_words", "sentences_on"]
 
 _SHARES = ("acc", "acc_norm", "acc_bytes", "p_gold", "top1", "accuracy")  # shown in points of 100
-_UNITS = {"kl": " nats a token", "ll_gold": " nats"}
+_UNITS = {"kl": " nats per token", "ll_gold": " nats"}
 _MOST_DIGITS = 6
 
 
 def sentences_on(differences: Sequence[Difference], confidence: float) -> list[str]:
-    """One sentence for each headline difference, those that are not established of one pair's tasks in one."""
+    """One sentence for each headline difference, those that are not significant of one pair's tasks in one."""
     sentences = []
-    for (reference, contender), pair in itertools.groupby(differences, key=lambda one: (one.reference, one.contender)):
+    for (reference, candidate), pair in itertools.groupby(differences, key=lambda one: (one.reference, one.candidate)):
         headline = [one for one in pair if one.headline]
-        open_tasks = [one for one in headline if one.verdict == "not established" and one.flips is not None]
-        joined = len(open_tasks) > 1
-        sentences += [_sentence(one) for one in headline if not (joined and one in open_tasks)]
+        unclear = [one for one in headline if one.conclusion == "not significant" and one.flips is not None]
+        joined = len(unclear) > 1
+        sentences += [_sentence(one) for one in headline if not (joined and one in unclear)]
         if joined:
-            parts = "; ".join(_open_part(one) for one in open_tasks)
-            names = f"{contender} and {reference}"
-            sentences.append(f"On {len(open_tasks)} tasks no difference between {names} is established: {parts}.")
+            parts = "; ".join(_open_part(one) for one in unclear)
+            names = f"{candidate} and {reference}"
+            sentences.append(f"On {len(unclear)} tasks no difference between {names} is significant: {parts}.")
     return sentences
 
 
@@ -40,15 +40,15 @@ def _sentence(one: Difference) -> str:
     average = one.measure == "accuracy"
     what = amount(one) if average else f"{one.measure} {amount(one)}"
     where = f"the {one.target}" if average else one.target
-    if one.verdict != "not established":
+    if one.conclusion != "not significant":
         sure = f"{what}{_error(one)} ({p_words(one.p_adjusted)})"
-        return f"{one.contender} is {one.verdict} than {one.reference} on {where}: {sure}."
-    between = f"between {one.contender} and {one.reference}"
+        return f"{one.candidate} is {one.conclusion} than {one.reference} on {where}: {sure}."
+    between = f"between {one.candidate} and {one.reference}"
     if one.p_value is None:
         return f"On {where} nothing can be said {between}: {what}, but {_why_no_error(one)}."
     if one.difference == 0 and one.standard_error == 0 and one.flips is None:
-        return f"On {where} {one.contender} and {one.reference} have the same {one.measure} on every item."
-    return f"On {where} no difference {between} is established: {what}{_interval(one)}{_finds(one)}."
+        return f"On {where} {one.candidate} and {one.reference} have the same {one.measure} on every item."
+    return f"On {where} no difference {between} is significant: {what}{_interval(one)}{_finds(one)}."
 
 
 def _open_part(one: Difference) -> str:
@@ -86,7 +86,7 @@ def _interval(one: Difference) -> str:
 def amount(one: Difference) -> str:
     """The difference with its sign; its unit where no error follows, e.g. ``"-0.6 points"``."""
     shown = figure(one, one.difference, sign=True)
-    return shown if one.verdict != "not established" else shown + _unit(one)
+    return shown if one.conclusion != "not significant" else shown + _unit(one)
 
 
 def _plain(one: Difference, value: float) -> str:
@@ -128,7 +128,7 @@ def notes_on(
     """What limits the comparison as a whole."""
     family = sum(one.headline and one.p_value is not None for one in differences)
     yield (
-        f"p values are Holm's over {family} headline difference{'s' * (family != 1)}; established means "
+        f"p values are Holm's over {family} headline difference{'s' * (family != 1)}; significant means "
         f"p < {1 - confidence:.4g}; intervals are of {100 * confidence:.4g} %, each by itself"
     )
     yield from _notes_on_seeds(groups)
@@ -146,7 +146,7 @@ def notes_on(
 def _notes_on_seeds(groups: Sequence[Group]) -> Iterator[str]:
     for group in groups:
         if len(group.places) > 1:
-            seeds = ", ".join("?" if seed is None else str(seed) for seed in group.contender.seeds)
+            seeds = ", ".join("?" if seed is None else str(seed) for seed in group.candidate.seeds)
             yield f"{group.label}: {len(group.places)} calibration seeds ({seeds}) pooled"
     single = [group.label for group in groups if group.calibrated and len(group.places) == 1]
     if single:

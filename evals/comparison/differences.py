@@ -1,4 +1,4 @@
-"""Samples of contenders -> their figures and differences, with the errors of items and of seeds apart."""
+"""Samples of candidates -> their figures and differences, with the errors of items and of seeds apart."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from evals.comparison.grouping import Group
 from evals.comparison.intervals import accuracy_inference, freedom_of_sum, paired_inference, t_inference
 from evals.comparison.samples import Sample
-from evals.comparison.types import Difference, Flips, Standing
+from evals.comparison.types import Difference, Flips, Score
 from evals.statistics import Floats, by_cluster, mean_and_error, minimum_detectable, minimum_detectable_flips
 
-__all__ = ["AVERAGE", "Settings", "average_difference", "average_standing", "difference", "standing"]
+__all__ = ["AVERAGE", "Settings", "average_difference", "average_score", "difference", "score"]
 
 AVERAGE = "average of tasks"
 
@@ -43,38 +43,38 @@ class _Seeds:
     freedoms: tuple[float, ...]
 
 
-def standing(sample: Sample, group: Group) -> Standing | None:
-    """A contender's own figure, or ``None`` if a record has not measured it."""
+def score(sample: Sample, group: Group) -> Score | None:
+    """A candidate's own figure, or ``None`` if a record has not measured it."""
     sums = sample.mean_of(group.places)
     if sums is None:
         return None
     value, error = mean_and_error(sums, sample.counts, clusters=sample.clusters)
     spread = _spread(_values(sample, group))
-    return Standing(group.label, sample.target, sample.measure, value, error, spread, sample.headline)
+    return Score(group.label, sample.target, sample.measure, value, error, spread, sample.headline)
 
 
-def average_standing(samples: Sequence[Sample], group: Group) -> Standing | None:
+def average_score(samples: Sequence[Sample], group: Group) -> Score | None:
     """The mean of the tasks' headline figures, each task with the same weight."""
-    found = [standing(sample, group) for sample in samples]
+    found = [score(sample, group) for sample in samples]
     parts = [part for part in found if part is not None]
     value = sum(part.value for part in parts) / len(parts)
     error = _average_error([part.standard_error for part in parts])
     spread = _spread(_averages(samples, group))
-    return Standing(group.label, AVERAGE, "accuracy", value, error, spread, True)
+    return Score(group.label, AVERAGE, "accuracy", value, error, spread, True)
 
 
-def difference(sample: Sample, reference: Group, contender: Group, settings: Settings) -> Difference | None:
-    """``contender - reference`` on the same items, not yet adjusted; ``None`` if one of them has no such measure."""
-    sums = sample.mean_of((*reference.places, *contender.places))
-    before, after = sample.mean_of(reference.places), sample.mean_of(contender.places)
+def difference(sample: Sample, reference: Group, candidate: Group, settings: Settings) -> Difference | None:
+    """``candidate - reference`` on the same items, not yet adjusted; ``None`` if one of them has no such measure."""
+    sums = sample.mean_of((*reference.places, *candidate.places))
+    before, after = sample.mean_of(reference.places), sample.mean_of(candidate.places)
     if sums is None or before is None or after is None:
         return None
     change = after - before
     mean, within = mean_and_error(change, sample.counts, clusters=sample.clusters)
     blocks = len(by_cluster(change, None, sample.clusters)[0])
-    seeds = _seeds(_values(sample, reference), _values(sample, contender))
+    seeds = _seeds(_values(sample, reference), _values(sample, candidate))
     error, freedom = _total(within, blocks - 1, seeds)
-    flips = _flips(sample, reference, contender)
+    flips = _flips(sample, reference, candidate)
     if seeds.spread is not None:
         found = t_inference(mean, error, freedom, settings.confidence)
     elif flips is not None and sample.clusters is None:
@@ -93,7 +93,7 @@ def difference(sample: Sample, reference: Group, contender: Group, settings: Set
         detectable = minimum_detectable_flips(flips.rate, len(change))
     return Difference(
         reference=reference.label,
-        contender=contender.label,
+        candidate=candidate.label,
         target=sample.target,
         measure=sample.measure,
         headline=sample.headline,
@@ -107,30 +107,30 @@ def difference(sample: Sample, reference: Group, contender: Group, settings: Set
         blocks=blocks,
         within_seed=within,
         between_seeds=seeds.spread,
-        seeds=len(contender.places),
+        seeds=len(candidate.places),
         flips=flips,
         detectable=detectable,
         higher_is_better=sample.higher_is_better,
-        verdict="not established",
+        conclusion="not significant",
     )
 
 
 def average_difference(
-    samples: Sequence[Sample], parts: Sequence[Difference], reference: Group, contender: Group, settings: Settings
+    samples: Sequence[Sample], parts: Sequence[Difference], reference: Group, candidate: Group, settings: Settings
 ) -> Difference:
     """The mean of the tasks' headline differences; tasks are independent samples of items, seeds are shared by them.
 
     Args:
         samples: headline of each task, two or more.
-        parts: the differences of these samples between ``reference`` and ``contender``.
-        reference, contender: as in `difference`.
+        parts: the differences of these samples between ``reference`` and ``candidate``.
+        reference, candidate: as in `difference`.
         settings: only the confidence is used.
     """
     mean = sum(part.difference for part in parts) / len(parts)
     within = _average_error([part.within_seed for part in parts])
     variances = [(part.within_seed or 0.0) ** 2 for part in parts]
     freedom = freedom_of_sum(variances, [max(part.blocks - 1, 1) for part in parts])
-    seeds = _seeds(_averages(samples, reference), _averages(samples, contender))
+    seeds = _seeds(_averages(samples, reference), _averages(samples, candidate))
     error, freedom = _total(within, freedom, seeds)
     found = t_inference(mean, error, freedom, settings.confidence)
     return dataclasses.replace(
@@ -152,7 +152,7 @@ def average_difference(
 
 
 def _values(sample: Sample, group: Group) -> list[float]:
-    """The figure of each record of a contender."""
+    """The figure of each record of a candidate."""
     total = float(sample.counts.sum())
     return [float(sums.sum()) / total for place in group.places if (sums := sample.sums[place]) is not None]
 
@@ -166,8 +166,8 @@ def _spread(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _seeds(reference: Sequence[float], contender: Sequence[float]) -> _Seeds:
-    several = [values for values in (reference, contender) if len(values) > 1]
+def _seeds(reference: Sequence[float], candidate: Sequence[float]) -> _Seeds:
+    several = [values for values in (reference, candidate) if len(values) > 1]
     if not several:
         return _Seeds(None, (), ())
     spreads = [float(np.var(values, ddof=1)) for values in several]
@@ -190,13 +190,13 @@ def _average_error(errors: Sequence[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
 
 
-def _flips(sample: Sample, reference: Group, contender: Group) -> Flips | None:
+def _flips(sample: Sample, reference: Group, candidate: Group) -> Flips | None:
     """Counts of every pair of records, averaged; ``None`` for a measure without right and wrong."""
     if sample.answers is None:
         return None
     rows = []
     for i in reference.places:
-        for j in contender.places:
+        for j in candidate.places:
             before, after = _right(sample, i), _right(sample, j)
             other = sample.answers[i] != sample.answers[j]
             rows.append((int((before & ~after).sum()), int((~before & after).sum()), float(other.mean())))

@@ -1,4 +1,4 @@
-"""Records -> contenders: which records are calibration seeds of one recipe, and what each contender is called."""
+"""Records -> candidates: which records are calibration seeds of one recipe, and what each candidate is called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib.errors import UsageError
-from evals.comparison.types import Contender
+from evals.comparison.types import Candidate
 from evals.record import Record
 
 __all__ = ["Group", "pool"]
@@ -18,25 +18,25 @@ _OF_THE_DRAW = ("seed", "fingerprint")  # what two calibration seeds of one reci
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A contender and where its records are.
+    """A candidate and where its records are.
 
     Args:
-        contender: as tables show it.
+        candidate: as tables show it.
         places: index of each of its records among all.
         calibrated: whether calibration data had a part in it, so that another seed gives another model.
     """
 
-    contender: Contender
+    candidate: Candidate
     places: tuple[int, ...]
     calibrated: bool
 
     @property
     def label(self) -> str:
-        return self.contender.label
+        return self.candidate.label
 
 
 def pool(records: Sequence[Record], labels: Sequence[str] | None = None) -> tuple[Group, ...]:
-    """Contenders in the order of their first records.
+    """Candidates in the order of their first records.
 
     Without labels, records are pooled whose architecture, size, tokenizer, recipe and calibration agree in all but the
     seed. A record that names no recipe, or a seed that is there already, stands alone. With labels, those of one label
@@ -44,7 +44,7 @@ def pool(records: Sequence[Record], labels: Sequence[str] | None = None) -> tupl
 
     Args:
         records: one or more.
-        labels: one a record.
+        labels: one per record.
 
     Raises:
         UsageError: another number of labels than records, one label for the same model twice or for different recipes.
@@ -59,14 +59,14 @@ def pool(records: Sequence[Record], labels: Sequence[str] | None = None) -> tupl
 def _group(records: Sequence[Record], places: Sequence[int], label: str) -> Group:
     members = [records[place] for place in places]
     bits = [record.model.bits_per_weight for record in members if record.model.bits_per_weight is not None]
-    contender = Contender(
+    candidate = Candidate(
         label=label,
         sources=tuple(record.model.source for record in members),
         seeds=tuple(_seed(record) for record in members),
         bytes=sum(record.model.bytes for record in members) / len(members),
         bits_per_weight=sum(bits) / len(bits) if len(bits) == len(members) else None,
     )
-    return Group(contender, tuple(places), any(record.model.calibration is not None for record in members))
+    return Group(candidate, tuple(places), any(record.model.calibration is not None for record in members))
 
 
 def _by_recipe(records: Sequence[Record]) -> list[list[int]]:
@@ -85,7 +85,7 @@ def _by_recipe(records: Sequence[Record]) -> list[list[int]]:
 
 def _by_label(records: Sequence[Record], labels: Sequence[str]) -> list[list[int]]:
     if len(labels) != len(records):
-        raise UsageError(f"labels: {len(labels)}, records: {len(records)}; give one label a record, in their order.")
+        raise UsageError(f"labels: {len(labels)}, records: {len(records)}; give one label per record, in their order.")
     groups: dict[str, list[int]] = {}
     for place, label in enumerate(labels):
         groups.setdefault(label, []).append(place)

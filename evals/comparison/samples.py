@@ -1,4 +1,4 @@
-"""Paired results -> samples: for each measure one number an item and a record, ready to be subtracted."""
+"""Paired results -> samples: for each measure one number per item and a record, ready to be subtracted."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""What `evals.compare` finds: contenders, paired differences, and what they establish. Plain data, no arithmetic."""
+"""What `evals.compare` finds: candidates, paired differences with significance. Plain data, no arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-__all__ = ["Comparison", "Contender", "Difference", "Flips", "Standing"]
+__all__ = ["Candidate", "Comparison", "Difference", "Flips", "Score"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One recipe: a record, or the records of its calibration seeds.
 
     Args:
@@ -32,8 +32,8 @@ class Flips:
     """Items whose answer changed; counts of one record, means over several.
 
     Args:
-        lost: right in the reference, wrong in the contender (``b``).
-        won: wrong in the reference, right in the contender (``c``).
+        lost: right in the reference, wrong in the candidate (``b``).
+        won: wrong in the reference, right in the candidate (``c``).
         rate: ``(lost + won) / items``.
         answers_changed: share of items with another answer, right or wrong.
     """
@@ -45,20 +45,20 @@ class Flips:
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
-    """One contender's own figure.
+class Score:
+    """One candidate's own figure.
 
     Args:
-        contender: its label.
+        candidate: its label.
         target: name of the text or task, or ``"average of tasks"``.
         measure: ``ln ppl``, ``kl``, ``top1``, ``acc``, ``acc_norm``, ``p_gold``, ``ll_gold`` ...
-        value: mean over the contender's records.
+        value: mean over the candidate's records.
         standard_error: of sampling items, within a record; ``None`` if unknown.
         between_seeds: standard deviation over calibration seeds; ``None`` for one.
         headline: whether tables show it without being asked (the text's ``ln ppl`` and ``kl``, the task's metric).
     """
 
-    contender: str
+    candidate: str
     target: str
     measure: str
     value: float
@@ -69,15 +69,15 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """``contender - reference`` on the same items.
+    """``candidate - reference`` on the same items.
 
     Args:
-        reference, contender: labels.
-        target, measure, headline: as in `Standing`.
+        reference, candidate: labels.
+        target, measure, headline: as in `Score`.
         difference: mean of the paired differences, over items and then over seeds.
         standard_error: of `difference`, from items within seeds and from seeds where there are several.
         low, high: the confidence interval.
-        p_value: of no difference: exact McNemar for accuracies of one record a side, otherwise from the studentised
+        p_value: of no difference: exact McNemar for accuracies of one record per side, otherwise from the studentised
             bootstrap or Student's t (`evals.comparison.intervals`).
         p_adjusted: Holm's, over the headline differences of the comparison; ``None`` for others.
         items: paired items.
@@ -88,11 +88,11 @@ class Difference:
         flips: for accuracies.
         detectable: the smallest true difference that such a sample finds four times in five (two-sided, 5 %).
         higher_is_better: direction of the measure.
-        verdict: ``better``, ``worse`` or ``not established``.
+        conclusion: ``better``, ``worse`` or ``not significant``.
     """
 
     reference: str
-    contender: str
+    candidate: str
     target: str
     measure: str
     headline: bool
@@ -110,24 +110,24 @@ class Difference:
     flips: Flips | None
     detectable: float | None
     higher_is_better: bool
-    verdict: str
+    conclusion: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Contenders, the first of which is the reference, and how they differ.
+    """Candidates, the first of which is the reference, and how they differ.
 
     Args:
-        contenders: in the order given.
-        standings: every contender's figures.
-        differences: every contender against the reference, then every other pair.
-        sentences: what is and what is not established, in words.
+        candidates: in the order given.
+        scores: every candidate's figures.
+        differences: every candidate against the reference, then every other pair.
+        sentences: what is and what is not significant, in words.
         notes: what a reader must know (one seed only, other dtype, other device).
         confidence: of the intervals, e.g. 0.95.
     """
 
-    contenders: tuple[Contender, ...]
-    standings: tuple[Standing, ...]
+    candidates: tuple[Candidate, ...]
+    scores: tuple[Score, ...]
     differences: tuple[Difference, ...]
     sentences: tuple[str, ...]
     notes: tuple[str, ...]
@@ -135,4 +135,4 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data."""
-        return {"compare": "ptq-compare", "version": 1} | dataclasses.asdict(self)
+        return {"compare": "ptq-compare", "version": 2} | dataclasses.asdict(self)

@@ -49,7 +49,7 @@ def table(
 
     Args:
         caption: above it.
-        headings: one a column.
+        headings: one per column.
         rows: their cells; the first of each is the row's name.
         words: columns that hold words and are aligned left; the others hold figures.
     """

@@ -25,16 +25,16 @@ def with_bases(records: Sequence[Record]) -> list[Record]:
 
 
 def label_records(records: Sequence[Record], comparison: Comparison | None = None) -> list[str]:
-    """One label a record: its contender's, in the comparison or as `pooling.pool` would call it.
+    """One label per record: its candidate's, in the comparison or as `pooling.pool` would call it.
 
-    Seeds of one contender are told apart by their seed, and what is the same even then by its place.
+    Seeds of one candidate are told apart by their seed, and what is the same even then by its place.
     """
     labels = [""] * len(records)
     for group in pool(records):
         for place in group.places:
             labels[place] = group.label
-    contenders = comparison.contenders if comparison else ()
-    names = {source: contender.label for contender in contenders for source in contender.sources}
+    candidates = comparison.candidates if comparison else ()
+    names = {source: candidate.label for candidate in candidates for source in candidate.sources}
     labels = [names.get(record.model.source, label) for record, label in zip(records, labels, strict=True)]
     seeds = [(record.model.calibration or {}).get("seed") for record in records]
     labels = [
@@ -53,7 +53,7 @@ def looks(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour (a name of the palette) and marker of each label: methods differ in colour, all in the marker.
 
     Args:
-        labels: of the contenders, the reference first; it is drawn in ink.
+        labels: of the candidates, the reference first; it is drawn in ink.
     """
     series = list(dict.fromkeys(series_of(label) for label in labels[1:]))
     found = {labels[0]: ("ink", "D")} if labels else {}

@@ -20,13 +20,13 @@ from evals.report.html import Html, bullets, details, join, tag
 from evals.report.labels import label_records, with_bases
 from evals.report.style import STYLE
 from evals.report.tables_eval import (
+    candidate_table,
     certificate,
-    contender_table,
+    conclusion_table,
     difference_tables,
     harness_table,
     task_tables,
     text_tables,
-    verdict_table,
 )
 from evals.report.tables_model import kept_table, layer_table, model_certificate, own_record, tile_list
 
@@ -57,7 +57,7 @@ def report_page(
     everything = with_bases(records)
     labels = label_records(everything, comparison)
     sections = [
-        _section("What is established", _established(comparison)),
+        _section("Significant differences", _established(comparison)),
         _section("Pictures", _pictures(report, everything, labels, comparison)),
         _section("Differences", difference_tables(comparison) if comparison else []),
         _section("Texts", text_tables(everything, labels)),
@@ -98,8 +98,8 @@ def _subtitle(report: Mapping[str, Any] | None, records: Sequence[Record], compa
         model = report["model"]
         return f"{model['source']} ({model['architecture']}), {model['parameters']:,} parameters, {model['dtype']}"
     if comparison:
-        others = ", ".join(contender.label for contender in comparison.contenders[1:])
-        return f"{others} against {comparison.contenders[0].label}"
+        others = ", ".join(candidate.label for candidate in comparison.candidates[1:])
+        return f"{others} against {comparison.candidates[0].label}"
     dates = sorted(record.date for record in records)
     return (
         f"{len(dates)} evaluation{'s' if len(dates) > 1 else ''}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
@@ -109,18 +109,18 @@ def _subtitle(report: Mapping[str, Any] | None, records: Sequence[Record], compa
 def _established(comparison: Comparison | None) -> list[Html]:
     if comparison is None:
         return []
-    reference = comparison.contenders[0].label
+    reference = comparison.candidates[0].label
     first = set(sentences_on([d for d in comparison.differences if d.reference == reference], comparison.confidence))
     about = [sentence for sentence in comparison.sentences if sentence in first]
     others = [sentence for sentence in comparison.sentences if sentence not in first]
-    open_words = "Open: no difference is established, which is not to say that there is none."
-    parts = [verdict_table(comparison), tag("p", open_words, class_="quiet")]
+    open_words = "n.s.: not significant, which does not mean that there is no difference."
+    parts = [conclusion_table(comparison), tag("p", open_words, class_="quiet")]
     for summary, sentences in ((f"against {reference}", about), ("between the others", others)):
         if sentences:
             long = len(comparison.sentences) > _MOST_SENTENCES
             words = bullets(sentences)
             parts.append(details(f"In words, {summary} ({len(sentences)})", words, long=True) if long else words)
-    return [*parts, contender_table(comparison)]
+    return [*parts, candidate_table(comparison)]
 
 
 def _pictures(

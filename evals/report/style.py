@@ -31,7 +31,7 @@ figcaption { margin-top: .25rem; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--series0); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .875rem; min-width: min(100%, 30rem); }
 .caption { font-size: .9em; font-weight: 600; margin: .75rem 0 .1rem; }
-.open { color: var(--muted); }
+.not-significant { color: var(--muted); }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--grid); vertical-align: baseline; text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .w { text-align: left; white-space: normal; }

@@ -11,14 +11,14 @@ from evals.record import Divergence, Record, TaskResult, TextResult
 from evals.report.html import Html, bullets, data_list, details, join, table, tag
 
 __all__ = [
+    "candidate_table",
     "certificate",
-    "contender_table",
+    "conclusion_table",
     "difference_tables",
     "harness_table",
     "megabytes",
     "task_tables",
     "text_tables",
-    "verdict_table",
     "with_error",
 ]
 
@@ -82,7 +82,7 @@ def _divergence_table(target: str, rows: Sequence[tuple[str, TextResult]]) -> Ht
     headings = (
         "model",
         "convention",
-        "KL, nats a token",
+        "KL, nats per token",
         "exactly in",
         *quantiles,
         "top-1",
@@ -155,7 +155,7 @@ def _metric_cells(metric: str, found: dict[str, float | None]) -> tuple[str | No
     )
 
 
-def contender_table(comparison: Comparison) -> Html:
+def candidate_table(comparison: Comparison) -> Html:
     """Who is compared: size, bits, seeds."""
     headings = ("model", "weights", "bits per weight", "calibration seeds", "files")
     rows = [
@@ -166,38 +166,40 @@ def contender_table(comparison: Comparison) -> Html:
             ", ".join(str(seed) for seed in c.seeds if seed is not None) or None,
             ", ".join(c.sources),
         )
-        for place, c in enumerate(comparison.contenders)
+        for place, c in enumerate(comparison.candidates)
     ]
     return table("Compared", headings, rows, words=(0, 3, 4))
 
 
-def verdict_table(comparison: Comparison) -> Html:
-    """Texts and tasks by contenders: the difference from the reference, and whether it is established."""
-    reference, *others = comparison.contenders
+def conclusion_table(comparison: Comparison) -> Html:
+    """Texts and tasks by candidates: the difference from the reference, and whether it is significant."""
+    reference, *others = comparison.candidates
     chosen = [d for d in comparison.differences if d.headline and d.reference == reference.label]
     targets = dict.fromkeys((d.target, d.measure) for d in chosen)
-    found = {(d.target, d.measure, d.contender): d for d in chosen}
+    found = {(d.target, d.measure, d.candidate): d for d in chosen}
     rows = [
-        (", ".join(target), *(_verdict(found.get((*target, contender.label))) for contender in others))
+        (", ".join(target), *(_conclusion(found.get((*target, candidate.label))) for candidate in others))
         for target in targets
     ]
-    headings = ("on", *(contender.label for contender in others))
+    headings = ("on", *(candidate.label for candidate in others))
     return (
         table(f"Difference from {reference.label}; shares in percentage points", headings, rows) if rows else Html("")
     )
 
 
-def _verdict(found: Difference | None) -> Html | None:
+def _conclusion(found: Difference | None) -> Html | None:
     if found is None:
         return None
     shown = figure(found, found.difference, sign=True)
-    word = _verdict_word(found)
-    return tag("span", f"{shown} {word}", class_=word or "open")
+    word = _conclusion_word(found)
+    return tag(
+        "span", f"{shown} {word}", class_={"better": "better", "worse": "worse"}.get(word or "", "not-significant")
+    )
 
 
 def difference_tables(comparison: Comparison) -> list[Html]:
     """Headline differences from the reference; then other pairs and other measures, folded."""
-    reference = comparison.contenders[0].label
+    reference = comparison.candidates[0].label
     first = [d for d in comparison.differences if d.headline and d.reference == reference]
     pairs = [d for d in comparison.differences if d.headline and d.reference != reference]
     others = [d for d in comparison.differences if not d.headline and d.reference == reference]
@@ -216,8 +218,8 @@ def difference_tables(comparison: Comparison) -> list[Html]:
 def _difference_table(caption: str, rows: Sequence[Difference], comparison: Comparison) -> Html:
     level = f"{100 * comparison.confidence:.4g} % interval"
     changes = ("lost / won", "answers changed")
-    headings = ("model", "on", "measure", "verdict", "difference", level, "p", "p, Holm", *changes, "detectable")
-    reference = comparison.contenders[0].label
+    headings = ("model", "on", "measure", "conclusion", "difference", level, "p", "p, Holm", *changes, "detectable")
+    reference = comparison.candidates[0].label
     cells = [_difference_cells(row, reference) for row in rows]
     return table(f"{caption}; shares in percentage points", headings, cells, words=(0, 1, 2, 3))
 
@@ -226,7 +228,7 @@ def _difference_cells(row: Difference, reference: str) -> tuple[str | None, ...]
     def shown(value: float | None, sign: bool = False) -> str | None:
         return None if value is None else figure(row, value, sign=sign)
 
-    whom = row.contender if row.reference == reference else f"{row.contender} minus {row.reference}"
+    whom = row.candidate if row.reference == reference else f"{row.candidate} minus {row.reference}"
     interval = None
     if row.low is not None and row.high is not None:
         interval = f"{shown(row.low, True)} to {shown(row.high, True)}"
@@ -236,7 +238,7 @@ def _difference_cells(row: Difference, reference: str) -> tuple[str | None, ...]
         whom,
         row.target,
         row.measure,
-        _verdict_word(row),
+        _conclusion_word(row),
         f"{shown(row.difference, True)}{spread}",
         interval,
         _p(row.p_value),
@@ -247,10 +249,10 @@ def _difference_cells(row: Difference, reference: str) -> tuple[str | None, ...]
     )
 
 
-def _verdict_word(row: Difference) -> str | None:
+def _conclusion_word(row: Difference) -> str | None:
     if not row.headline:
         return None
-    return "open" if row.verdict == "not established" else row.verdict
+    return "n.s." if row.conclusion == "not significant" else row.conclusion
 
 
 def _p(value: float | None) -> str | None:

@@ -67,7 +67,7 @@ def _tile(name: str, value: str, more: str) -> Html:
 
 
 def layer_table(report: Mapping[str, Any]) -> Html:
-    """One row a linear, folded."""
+    """One row per linear, folded."""
     layers = report["layers"]
     figures = list(dict.fromkeys(name for layer in layers for name in layer.get("figures", {})))  # the methods' own
     headings = (

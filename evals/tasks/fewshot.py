@@ -1,4 +1,4 @@
-"""Examples before the question: one fixed set a task, or a subject, so that every prompt begins with the same tokens.
+"""Few-shot examples: one fixed set per task, or per subject, so that every prompt begins with the same tokens.
 
 Where examples come from rows that are scored themselves, one more is drawn than asked for, and a row that is among
 them gets the others.
@@ -11,15 +11,15 @@ import random
 from collections.abc import Callable, Sequence
 
 from calib.errors import UsageError
-from evals.tasks.prompts import Asked
+from evals.tasks.prompts import PromptedExample
 
-__all__ = ["SEPARATOR", "Examples", "prefixes"]
+__all__ = ["SEPARATOR", "FewshotExamples", "prefixes"]
 
 SEPARATOR = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class FewshotExamples:
     """Where examples are taken from.
 
     Args:
@@ -28,12 +28,12 @@ class Examples:
         source: what to call it.
     """
 
-    pool: tuple[Asked, ...] | None
+    pool: tuple[PromptedExample, ...] | None
     first: bool
     source: str
 
 
-def prefixes(rows: Sequence[Asked], examples: Examples, count: int, seed: int, name: str) -> list[str]:
+def prefixes(rows: Sequence[PromptedExample], examples: FewshotExamples, count: int, seed: int, name: str) -> list[str]:
     """What stands before each question.
 
     Args:
@@ -58,8 +58,12 @@ def prefixes(rows: Sequence[Asked], examples: Examples, count: int, seed: int, n
 
 
 def _draw(
-    rows: Sequence[Asked], examples: Examples, count: int, generator: random.Random, subject: str | None
-) -> Callable[[Asked], str]:
+    rows: Sequence[PromptedExample],
+    examples: FewshotExamples,
+    count: int,
+    generator: random.Random,
+    subject: str | None,
+) -> Callable[[PromptedExample], str]:
     """The function of a row to its prefix, for the rows of one subject."""
     own = examples.pool is None
     pool = _of_subject(rows if examples.pool is None else examples.pool, subject)
@@ -78,11 +82,11 @@ def _draw(
     return lambda row: _join([example for example in chosen if example is not row][:count])
 
 
-def _of_subject(pool: Sequence[Asked], subject: str | None) -> list[Asked]:
+def _of_subject(pool: Sequence[PromptedExample], subject: str | None) -> list[PromptedExample]:
     if subject is None or all(example.subject is None for example in pool):
         return list(pool)
     return [example for example in pool if example.subject == subject]
 
 
-def _join(examples: Sequence[Asked]) -> str:
+def _join(examples: Sequence[PromptedExample]) -> str:
     return "".join(example.example + SEPARATOR for example in examples)

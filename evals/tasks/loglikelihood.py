@@ -163,7 +163,7 @@ def _disagreement(
     mean, most = sum(apart) / len(apart), max(apart)
     if mean <= near and most <= 4 * near:
         return None
-    return f"in two steps they differ by {mean:.2g} nats a token on average, by {most:.2g} at most"
+    return f"in two steps they differ by {mean:.2g} nats per token on average, by {most:.2g} at most"
 
 
 @dataclasses.dataclass(frozen=True)

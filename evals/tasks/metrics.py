@@ -35,7 +35,7 @@ def answers(items: Items, metric: str) -> Column:
 
 
 def per_item(items: Items, metric: str) -> Column:
-    """One number an item, float64 ``[n]``: 0 or 1 for the accuracies, nats for ``ll_gold``, a share for ``p_gold``."""
+    """One number per item, float64 ``[n]``: 0 or 1 for the accuracies, nats for ``ll_gold``, a share for ``p_gold``."""
     if metric in _LENGTHS:
         right: Column = (answers(items, metric) == items["gold"]).astype(np.float64)
         return right

@@ -12,7 +12,7 @@ from calib.checkpoint.json import quoted
 from calib.errors import DataError
 from evals.tasks.types import Kind, Question, Row, Task
 
-__all__ = ["FIELDS", "Asked", "ask", "fill", "kind_of"]
+__all__ = ["FIELDS", "PromptedExample", "build_prompt", "fill", "kind_of"]
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "choices": ("query", "choices", "gold"),
@@ -24,7 +24,7 @@ _LETTERS = string.ascii_uppercase
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PromptedExample:
     """A question, the subject of its row, and the words for its place in messages."""
 
     question: Question
@@ -37,7 +37,7 @@ class Asked:
         return "".join(self.question.pairs[self.question.gold])
 
 
-def ask(task: Task, row: Row, where: str) -> Asked:
+def build_prompt(task: Task, row: Row, where: str) -> PromptedExample:
     """The question that a row asks.
 
     Args:
@@ -48,9 +48,9 @@ def ask(task: Task, row: Row, where: str) -> Asked:
     Raises:
         DataError: a field is missing, has the wrong type, is empty, or ``gold`` is out of range.
     """
-    checked = _Checked(row, where, task)
+    checked = _RowFields(row, where, task)
     make = {"choices": _choices, "partial_context": _partial_context, "continuation": _continuation}[task.kind]
-    return Asked(make(task, checked), checked.subject(), where)
+    return PromptedExample(make(task, checked), checked.subject(), where)
 
 
 def kind_of(row: Row, where: str) -> Kind:
@@ -74,7 +74,7 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
     return _PLACE.sub(lambda place: fields[place[1]], template)
 
 
-def _choices(task: Task, row: _Checked) -> Question:
+def _choices(task: Task, row: _RowFields) -> Question:
     lettered = "{choices}" in task.prompt
     choices = row.texts("choices", may_be_empty=lettered)
     fields = {"query": row.text("query"), "subject": row.subject() or ""}
@@ -88,7 +88,7 @@ def _choices(task: Task, row: _Checked) -> Question:
     return Question(tuple((context, task.delimiter + answer) for answer in answers), answers, row.gold(len(answers)))
 
 
-def _partial_context(task: Task, row: _Checked) -> Question:
+def _partial_context(task: Task, row: _RowFields) -> Question:
     options = row.texts("context_options")
     continuation = task.delimiter + row.text("continuation")
     contexts = [fill(task.prompt, {"context": option, "subject": row.subject() or ""}) for option in options]
@@ -96,14 +96,14 @@ def _partial_context(task: Task, row: _Checked) -> Question:
     return Question(tuple((context, continuation) for context in contexts), options, row.gold(len(options)))
 
 
-def _continuation(task: Task, row: _Checked) -> Question:
+def _continuation(task: Task, row: _RowFields) -> Question:
     context = fill(task.prompt, {"context": row.text("context", may_be_empty=True), "subject": row.subject() or ""})
     answer = row.text("continuation")
     return Question(((context, task.delimiter + answer),), (answer,), 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checked:
+class _RowFields:
     """Reading of fields that says what is wrong with them."""
 
     row: Row

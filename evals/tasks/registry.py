@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import DataError, UsageError, unknown_name
-from evals.tasks.fewshot import Examples, prefixes
-from evals.tasks.prompts import Asked, ask, fill
+from evals.tasks.fewshot import FewshotExamples, prefixes
+from evals.tasks.prompts import PromptedExample, build_prompt, fill
 from evals.tasks.sources import hub_datasets
-from evals.tasks.sources.custom import read_own
-from evals.tasks.sources.local_files import find_examples, find_rows, find_settings, own_names, read_rows
+from evals.tasks.sources.custom import read_custom
+from evals.tasks.sources.local_files import custom_names, find_examples, find_rows, find_settings, read_rows
 from evals.tasks.types import HubSource, LoadedTask, Question, Row, Task
 
 __all__ = ["TASKS", "known_tasks", "load_task"]
@@ -129,7 +129,7 @@ def known_tasks(data: Path | None = None) -> tuple[str, ...]:
     """Names that `load_task` takes: the table's, and those of files in ``data`` that the table does not know."""
     names = [task.name for task in TASKS]
     taken = {name for task in TASKS for name in (task.name, *task.aliases)}
-    own = own_names(data) if data is not None and data.is_dir() else ()
+    own = custom_names(data) if data is not None and data.is_dir() else ()
     return (*names, *(name for name in own if name not in taken))
 
 
@@ -151,7 +151,7 @@ def load_task(
     """
     _check_numbers(limit, fewshot)
     task, source, found, notes = _read(name, data)
-    rows = [ask(task, row, where) for where, row in found]
+    rows = [build_prompt(task, row, where) for where, row in found]
     _check_subjects(rows)
     if task.chance is None and task.hub is None and task.kind != "continuation":
         task = dataclasses.replace(task, chance=sum(1 / len(row.question.answers) for row in rows) / len(rows))
@@ -179,9 +179,9 @@ def _read(name: str, data: Path | None) -> tuple[Task, str, list[tuple[str, Row]
         source, rows = hub_datasets.read_split(task.name, task.hub, task.hub.split)
         return task, source, rows, ()
     if task is None:
-        if data.is_dir() and name not in own_names(data):
+        if data.is_dir() and name not in custom_names(data):
             raise _unknown(name, data)
-        return read_own(name, data)
+        return read_custom(name, data)
     settings = find_settings(name, data)
     if settings is not None:
         raise DataError(
@@ -198,7 +198,7 @@ def _unknown(name: str, data: Path | None) -> UsageError:
     return UsageError(f"{error}{where}")
 
 
-def _check_subjects(rows: Sequence[Asked]) -> None:
+def _check_subjects(rows: Sequence[PromptedExample]) -> None:
     """Rows with and without a subject cannot be grouped."""
     without = next((row for row in rows if row.subject is None), None)
     if without is not None and any(row.subject is not None for row in rows):
@@ -206,7 +206,7 @@ def _check_subjects(rows: Sequence[Asked]) -> None:
 
 
 def _examples(
-    task: Task, rows: Sequence[Asked], data: Path | None, count: int, seed: int
+    task: Task, rows: Sequence[PromptedExample], data: Path | None, count: int, seed: int
 ) -> tuple[list[str], dict[str, Any]]:
     """What stands before each question, and the settings that say so."""
     if count == 0:
@@ -216,19 +216,21 @@ def _examples(
     return prefixes(rows, examples, count, seed, task.name), {"examples": f"{examples.source}, {chosen}"}
 
 
-def _find_examples(task: Task, data: Path | None) -> Examples:
+def _find_examples(task: Task, data: Path | None) -> FewshotExamples:
     if data is not None:
         path = find_examples((task.name, *task.aliases), data)
         if path is not None:
-            pool = tuple(ask(task, row, where) for where, row in read_rows(path))
-            return Examples(pool, path.name.endswith(".fewshot.jsonl"), path.name)
+            pool = tuple(build_prompt(task, row, where) for where, row in read_rows(path))
+            return FewshotExamples(pool, path.name.endswith(".fewshot.jsonl"), path.name)
     elif task.hub is not None and task.hub.fewshot_split is not None:
         source, found = hub_datasets.read_split(task.name, task.hub, task.hub.fewshot_split)
-        return Examples(tuple(ask(task, row, where) for where, row in found), task.hub.fewshot_first, source)
-    return Examples(None, False, "the scored rows")
+        return FewshotExamples(
+            tuple(build_prompt(task, row, where) for where, row in found), task.hub.fewshot_first, source
+        )
+    return FewshotExamples(None, False, "the scored rows")
 
 
-def _first_of_each(rows: Sequence[Asked], limit: int | None) -> list[int]:
+def _first_of_each(rows: Sequence[PromptedExample], limit: int | None) -> list[int]:
     """Places of the first ``limit`` rows of each subject."""
     seen: dict[str | None, int] = {}
     kept = []
@@ -239,7 +241,7 @@ def _first_of_each(rows: Sequence[Asked], limit: int | None) -> list[int]:
     return kept
 
 
-def _question(task: Task, row: Asked, before: str, clusters: Sequence[str]) -> Question:
+def _question(task: Task, row: PromptedExample, before: str, clusters: Sequence[str]) -> Question:
     """The question behind its description and examples."""
     described = task.description and (row.subject is not None or "{subject}" not in task.description)
     start = fill(task.description, {"subject": (row.subject or "").replace("_", " ")}) if described else ""
@@ -254,7 +256,7 @@ def _settings(task: Task, limit: int | None, fewshot: int) -> dict[str, Any]:
     return settings | {name: value for name, value in more.items() if value}
 
 
-def _more_notes(task: Task, rows: Sequence[Asked], kept: Sequence[int], clusters: Sequence[str]) -> list[str]:
+def _more_notes(task: Task, rows: Sequence[PromptedExample], kept: Sequence[int], clusters: Sequence[str]) -> list[str]:
     notes = []
     if len(kept) < len(rows):
         which = f"rows of each of {len(clusters)} subjects" if clusters else "rows"

@@ -4,7 +4,7 @@
         base.json                 what it is: fingerprints, `ModelInfo`, environment
         text-<key>/               one text, cut one way, with ``top_k`` entries kept
             windows.json          how many windows there are
-            00000.safetensors     what is kept of a window (`evals.texts.kl.Kept`)
+            00000.safetensors     what is kept of a window (`evals.texts.kl.TopKLogprobs`)
             result.json           its `TextResult`; there when the windows are complete
         task-<key>.json           the `TaskResult` of a task
 
@@ -32,11 +32,11 @@ from torch import Tensor
 
 from calib.checkpoint.atomic_files import os_errors, write_file, write_json
 from calib.errors import OutputError
-from evals.texts.kl import DRAWS, Kept
+from evals.texts.kl import DRAWS, TopKLogprobs
 
 __all__ = ["BaseStore", "TextStore", "default_cache"]
 
-LAYOUT = 1
+LAYOUT = 2
 _SMALL_VOCABULARY = 1 << 16
 _CARD = "base.json"
 
@@ -170,7 +170,7 @@ class TextStore(ResultFile):
                 "Give another folder (--cache), fewer tokens (--max-tokens, --limit) or a smaller --base-top-k."
             )
 
-    def write_window(self, index: int, kept: Kept) -> None:
+    def write_window(self, index: int, kept: TopKLogprobs) -> None:
         """Keep a window's predictions."""
         values = {field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -183,7 +183,7 @@ class TextStore(ResultFile):
         with _cache_errors(path, "write"):
             write_file(path, lambda temporary: save_file(_contiguous(tensors), temporary, metadata), shared=True)
 
-    def window(self, index: int) -> Kept:
+    def window(self, index: int) -> TopKLogprobs:
         """What `write_window` kept.
 
         Raises:
@@ -196,7 +196,7 @@ class TextStore(ResultFile):
                 if name in found:
                     found[name] = found[name].to(torch.int64)
             nothing: dict[str, Any] = dict.fromkeys(("ids", "drawn", "drawn_log_p"))
-            return Kept(**nothing | found, vocab=_vocab(path))
+            return TopKLogprobs(**nothing | found, vocab=_vocab(path))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise OutputError(
                 f"the base's predictions in {path} are damaged ({error}); delete {self.folder} and run again."

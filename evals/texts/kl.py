@@ -26,23 +26,23 @@ from torch import Tensor
 
 from calib.errors import ModelError
 
-__all__ = ["DRAWS", "Kept", "Scores", "join", "keep", "put", "reserve", "score_against", "score_alone"]
+__all__ = ["DRAWS", "Scores", "TopKLogprobs", "join", "keep_top_k", "put", "reserve", "score_against", "score_alone"]
 
 _SMALLEST = 1e-30  # a rest below this is none
 DRAWS = 64
 _NEAR = 0.02  # nats; it may depend on anything but the draws
-Rows = TypeVar("Rows", "Kept", "Scores")
+Rows = TypeVar("Rows", "TopKLogprobs", "Scores")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class TopKLogprobs:
     """The base's predictions at ``rows`` positions. All tensors on one device.
 
     Args:
         log_p: float32 ``[rows, k]``: ``ln p`` of the likeliest tokens; of all tokens, in order, if ``ids`` is ``None``.
         ids: int64 ``[rows, k]``, which tokens these are.
-        rest: float32 ``[rows]``, ``P``, the probability of all others.
-        rest_entropy: float32 ``[rows]``, ``sum p ln p`` over the others (not positive).
+        tail_mass: float32 ``[rows]``, ``P``, the probability of all others.
+        tail_entropy: float32 ``[rows]``, ``sum p ln p`` over the others (not positive).
         drawn: int64 ``[rows, draws]``, tokens drawn from the others by ``p``; ``None`` if ``ids`` is.
         drawn_log_p: float32 ``[rows, draws]``, their ``ln p``.
         nll: float32 ``[rows]``, ``-ln p`` of the true token.
@@ -52,15 +52,15 @@ class Kept:
 
     log_p: Tensor
     ids: Tensor | None
-    rest: Tensor
-    rest_entropy: Tensor
+    tail_mass: Tensor
+    tail_entropy: Tensor
     drawn: Tensor | None
     drawn_log_p: Tensor | None
     nll: Tensor
     top: Tensor
     vocab: int
 
-    def part(self, place: slice, device: torch.device) -> Kept:
+    def part(self, place: slice, device: torch.device) -> TopKLogprobs:
         """Some rows, on a device."""
         return _map(self, lambda value: value[place].to(device))
 
@@ -91,7 +91,7 @@ class Scores:
         return _map(self, lambda value: value[place])
 
 
-def keep(logits: Tensor, targets: Tensor, top_k: int | None, generator: torch.Generator) -> Kept:
+def keep_top_k(logits: Tensor, targets: Tensor, top_k: int | None, generator: torch.Generator) -> TopKLogprobs:
     """What to remember of ``logits [rows, vocab]`` for the true tokens ``targets [rows]``.
 
     Args:
@@ -106,14 +106,14 @@ def keep(logits: Tensor, targets: Tensor, top_k: int | None, generator: torch.Ge
     top = log_p.argmax(dim=-1)
     if top_k is None or top_k >= vocab:
         nothing = torch.zeros(2, rows, device=logits.device)
-        return Kept(log_p, None, nothing[0].clone(), nothing[1].clone(), None, None, nll, top, vocab)
+        return TopKLogprobs(log_p, None, nothing[0].clone(), nothing[1].clone(), None, None, nll, top, vocab)
     likeliest, ids = log_p.topk(top_k, dim=-1)
     others = log_p.exp().scatter_(1, ids, 0.0)
     entropy = torch.where(others > 0, others * log_p, 0.0).sum(dim=-1)
     rest = others.sum(dim=-1)
     others.nan_to_num_(0.0).clamp_(min=_SMALLEST)  # NaN, which the scores will show, would end an accelerator's process
     drawn = torch.multinomial(others, DRAWS, replacement=True, generator=generator)
-    return Kept(likeliest, ids, rest, entropy, drawn, log_p.gather(1, drawn), nll, top, vocab)
+    return TopKLogprobs(likeliest, ids, rest, entropy, drawn, log_p.gather(1, drawn), nll, top, vocab)
 
 
 def score_alone(logits: Tensor, targets: Tensor) -> Scores:
@@ -122,7 +122,7 @@ def score_alone(logits: Tensor, targets: Tensor) -> Scores:
     return Scores(loss.double().cpu())
 
 
-def score_against(logits: Tensor, targets: Tensor, base: Kept) -> Scores:
+def score_against(logits: Tensor, targets: Tensor, base: TopKLogprobs) -> Scores:
     """Compare ``logits [rows, vocab]`` of the model with what was kept of the base at the same positions.
 
     Raises:
@@ -140,7 +140,7 @@ def score_against(logits: Tensor, targets: Tensor, base: Kept) -> Scores:
     return Scores(*(value.double().cpu() for value in values))
 
 
-def _divergence(log_q: Tensor, base: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _divergence(log_q: Tensor, base: TopKLogprobs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``found, lower, upper`` and the variance of ``found``, float64 ``[rows]``; writes over ``log_q``."""
     p = base.log_p.exp()
     chosen = log_q if base.ids is None else log_q.gather(1, base.ids)
@@ -150,7 +150,7 @@ def _divergence(log_q: Tensor, base: Kept) -> tuple[Tensor, Tensor, Tensor, Tens
     least = log_q.amin(dim=-1).double()
     change = (log_q.gather(1, base.drawn) - base.drawn_log_p).double()  # ln q_s / p_s  [rows, draws]
     log_rest = torch.logsumexp(log_q.scatter_(1, base.ids, -torch.inf), dim=-1).double()  # ln Q
-    rest, entropy = base.rest.double(), base.rest_entropy.double()
+    rest, entropy = base.tail_mass.double(), base.tail_entropy.double()
     empty = rest <= _SMALLEST
     lower = inside + torch.where(empty, 0.0, rest * (rest.clamp_min(_SMALLEST).log() - log_rest))
     upper = inside + torch.where(empty, 0.0, entropy - rest * least)
@@ -180,7 +180,7 @@ def put(room: Rows, place: slice, part: Rows) -> None:
             getattr(room, field.name)[place].copy_(value)
 
 
-def join(parts: Sequence[Kept]) -> Kept:
+def join(parts: Sequence[TopKLogprobs]) -> TopKLogprobs:
     """Rows one after another as one."""
     if len(parts) == 1:
         return parts[0]

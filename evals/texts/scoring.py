@@ -13,7 +13,7 @@ from torch import Tensor
 from calib.errors import NumericalError
 from evals.inference.batching import BatchSize, run_batches
 from evals.inference.logits import LogitSource
-from evals.texts.kl import Kept, Scores, join, keep, put, reserve, score_against, score_alone
+from evals.texts.kl import Scores, TopKLogprobs, join, keep_top_k, put, reserve, score_against, score_alone
 from evals.texts.windows import Window
 
 __all__ = ["Base", "keep_base", "score_windows"]
@@ -24,7 +24,7 @@ Done = Callable[[int], None]
 class Base(Protocol):
     """Where the base's predictions come from."""
 
-    def window(self, index: int) -> Kept:
+    def window(self, index: int) -> TopKLogprobs:
         """What was kept at the scored positions of a window, on the CPU."""
         ...
 
@@ -74,7 +74,7 @@ def keep_base(
     size: BatchSize,
     *,
     top_k: int | None,
-    store: Callable[[int, Kept], None],
+    store: Callable[[int, TopKLogprobs], None],
     progress: Done | None = None,
 ) -> None:
     """Run the base and hand on what is kept of it, window by window, on the CPU.
@@ -91,7 +91,7 @@ def keep_base(
         for place, logits in source.chunks(ids, scored=scored):
             device = logits.device
             generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
-            kept = keep(logits, targets[place].to(device), top_k, generator)
+            kept = keep_top_k(logits, targets[place].to(device), top_k, generator)
             for number, rows in _pieces(edges, place):
                 start, stop = edges[number], edges[number + 1]
                 room = reserve(kept, stop - start) if room is None else room
@@ -116,9 +116,9 @@ class _BaseRows:
     def __init__(self, base: Base, batch: Sequence[int], edges: Sequence[int]) -> None:
         self._base, self._batch, self._edges = base, batch, edges
         self._number = -1
-        self._window: Kept | None = None
+        self._window: TopKLogprobs | None = None
 
-    def at(self, place: slice) -> Kept:
+    def at(self, place: slice) -> TopKLogprobs:
         """Rows ``place`` of the batch, on the CPU; they are asked for in order."""
         parts = []
         for number, rows in _pieces(self._edges, place):

@@ -52,7 +52,7 @@ def test_tables_and_sentences(paths: list[str], capsys: pytest.CaptureFixture[st
     assert main(["compare", *paths]) == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()
-    tables = lines[: next(i for i, line in enumerate(lines) if line.startswith("open: "))]
+    tables = lines[: next(i for i, line in enumerate(lines) if line.startswith("n.s.: "))]
     assert max(map(len, tables)) <= PIPE_WIDTH
     titles = [line.strip() for line in tables if line.strip().endswith("items")]
     assert titles == [
@@ -84,16 +84,16 @@ def test_labels(paths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *paths, *(word for name in names for word in ("--label", name))]) == 0
     shown = capsys.readouterr().out
     assert "third is worse than full" in shown
-    assert "[b]x[/b]" in shown.split("open:")[0]
+    assert "[b]x[/b]" in shown.split("n.s.:")[0]
 
 
 def test_json_is_the_comparison(paths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *paths, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert (data["compare"], data["version"], data["confidence"]) == ("ptq-compare", 1, 0.95)
-    assert [c["label"] for c in data["contenders"]] == ["tiny-model", "coreq int3 sym g64", "gptq int3 sym g64"]
+    assert (data["compare"], data["version"], data["confidence"]) == ("ptq-compare", 2, 0.95)
+    assert [c["label"] for c in data["candidates"]] == ["tiny-model", "coreq int3 sym g64", "gptq int3 sym g64"]
     kl = [d for d in data["differences"] if d["measure"] == "kl"]
-    assert [(d["reference"], d["contender"]) for d in kl] == [("coreq int3 sym g64", "gptq int3 sym g64")]
+    assert [(d["reference"], d["candidate"]) for d in kl] == [("coreq int3 sym g64", "gptq int3 sym g64")]
 
 
 def test_shared(paths: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_the_picture_is_asked_for(
 ) -> None:
     drawn = []
     module = types.ModuleType("evals.report.figures")
-    module.comparison_picture = lambda found, path: drawn.append((len(found.contenders), path))  # type: ignore[attr-defined]
+    module.comparison_picture = lambda found, path: drawn.append((len(found.candidates), path))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "evals.report.figures", module)
     assert main(["compare", *paths, "-o", str(tmp_path / "x.SVG")]) == 0
     assert drawn == [(3, tmp_path / "x.SVG")]

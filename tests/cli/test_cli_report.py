@@ -52,7 +52,7 @@ def test_with_records_there_is_a_comparison(folder: Path, capsys: pytest.Capture
     page = (folder / "a.html").read_text()
     assert found == {"report": "a.html", "bytes": len(page.encode()), "records": 2, "compared": True, "notes": []}
     assert "<h1>My &lt;title&gt;</h1>" in page
-    assert "What is established" in page
+    assert "Significant differences" in page
 
 
 def test_records_alone_in_any_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_records_that_cannot_be_compared_are_shown_apart(folder: Path, capsys: p
     page = (folder / "report.html").read_text()
     assert "The records are shown apart, because they cannot be compared" in page
     assert "elsewhere" in page
-    assert "What is established" not in page
+    assert "Significant differences" not in page
 
 
 def test_one_record_without_a_base_is_no_comparison(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli.main import main
-from evals.comparison.types import Comparison, Contender, Difference, Flips, Standing
+from evals.comparison.types import Candidate, Comparison, Difference, Flips, Score
 from evals.record import Divergence, ModelInfo, Record, TaskResult, TextResult
 from ptq.recipe import Recipe
 from ptq.report import KeptTensor, LayerRecord, Report
@@ -20,7 +20,7 @@ from ptq.report import KeptTensor, LayerRecord, Report
 PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`(\w+)`", PAGE))
 EVALUATIONS = [Record, ModelInfo, TextResult, TaskResult, Divergence]
-COMPARISONS = [Comparison, Contender, Standing, Difference, Flips]
+COMPARISONS = [Comparison, Candidate, Score, Difference, Flips]
 FREE = {"recipe", "calibration", "results", "settings"}
 """What is described elsewhere, or by name alone."""
 

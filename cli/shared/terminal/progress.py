@@ -1,4 +1,4 @@
-"""Progress of a run: a bar with the time left on a terminal, one plain line a block elsewhere."""
+"""Progress of a run: a bar with the time left on a terminal, one plain line per block elsewhere."""
 
 from __future__ import annotations
 

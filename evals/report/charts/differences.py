@@ -36,13 +36,13 @@ def unit(measure: str) -> tuple[float, str]:
     if in_points(measure):
         return 100.0, "percentage points"
     if measure in ("ln ppl", "kl"):
-        return 1.0, f"{measure}, nats a token"
+        return 1.0, f"{measure}, nats per token"
     return 1.0, "nats" if measure == "ll_gold" else measure
 
 
 @dataclasses.dataclass(frozen=True)
 class _Forest:
-    """Groups (a task or text each) of differences in one unit, and how contenders look."""
+    """Groups (a task or text each) of differences in one unit, and how candidates look."""
 
     unit: str
     factor: float
@@ -59,11 +59,11 @@ class _Forest:
 
 def difference_pictures(comparison: Comparison, *, key: str = "differences") -> list[Picture]:
     """Headline differences from the reference by unit, then by task or text; long lists in several pictures."""
-    reference = comparison.contenders[0].label
-    found_looks = looks([contender.label for contender in comparison.contenders])
+    reference = comparison.candidates[0].label
+    found_looks = looks([candidate.label for candidate in comparison.candidates])
     del found_looks[reference]
     chosen = [
-        d for d in comparison.differences if d.headline and d.reference == reference and d.contender in found_looks
+        d for d in comparison.differences if d.headline and d.reference == reference and d.candidate in found_looks
     ]
     kinds: dict[tuple[str, float, bool], dict[tuple[str, str], list[Difference]]] = {}
     for found in chosen:
@@ -94,10 +94,10 @@ def _parts(groups: Iterable[Sequence[Difference]]) -> list[tuple[tuple[Differenc
 def _forest_picture(forest: _Forest, confidence: float, key: str) -> Picture:
     rows = [row for group in forest.groups for row in group]
     title = f"Difference from {shorten(forest.reference)}, {forest.unit}"
-    said = [f"{r.contender} on {r.target}: {r.difference * forest.factor:+.3g} ({r.verdict})" for r in rows]
+    said = [f"{r.candidate} on {r.target}: {r.difference * forest.factor:+.3g} ({r.conclusion})" for r in rows]
     better = "right" if forest.higher_is_better else "left"
     caption = f"Better is to the {better}. Bars: {100 * confidence:.4g} % interval of the paired difference. "
-    caption += "Filled marks: a difference is established; open marks: none is."
+    caption += "Filled marks: the difference is significant; open marks: it is not."
 
     def draw(figure: Figure | SubFigure, palette: Palette) -> None:
         _draw_forest(figure, forest, palette)
@@ -134,19 +134,19 @@ def _draw_forest(figure: Figure | SubFigure, forest: _Forest, palette: Palette) 
 
 
 def _interval(axes: Axes, row: Difference, line: float, forest: _Forest, palette: Palette) -> None:
-    """A mark, its interval, and the verdict at the right edge."""
-    name, marker = forest.looks[row.contender]
+    """A mark, its interval, and the conclusion at the right edge."""
+    name, marker = forest.looks[row.candidate]
     colour = palette[name]
     value = row.difference * forest.factor
     bars = None
     if row.low is not None and row.high is not None:
         bars = [[value - row.low * forest.factor], [row.high * forest.factor - value]]
-    established = row.verdict != "not established"
-    fill = colour if established else palette["surface"]
+    significant = row.conclusion != "not significant"
+    fill = colour if significant else palette["surface"]
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": fill}
     axes.errorbar([value], [line], xerr=bars, linestyle="none", elinewidth=1.1, **style)
-    if established:
-        axes.text(1.01, line, row.verdict, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
+    if significant:
+        axes.text(1.01, line, row.conclusion, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
 
 
 def _key(label: str, look: tuple[str, str], palette: Palette) -> Line2D:
@@ -165,7 +165,7 @@ def divergences(records: Sequence[Record], labels: Sequence[str]) -> dict[str, l
 
 
 def kl_pictures(texts: Mapping[str, Sequence[tuple[str, Divergence]]], *, key: str = "kl") -> list[Picture]:
-    """The spread of the divergence over tokens, a row a record; texts with nothing above zero are left out."""
+    """The spread of the divergence over tokens, a row per record; texts with nothing above zero are left out."""
     drawn = [(target, rows) for target, rows in texts.items() if any(row.kl_max > 0 for _, row in rows)]
     return [_kl_picture(target, tuple(rows), f"{key}-{i}") for i, (target, rows) in enumerate(drawn)]
 

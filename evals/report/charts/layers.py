@@ -1,4 +1,4 @@
-"""Heat maps of a quantized model, blocks by linears: bits a weight, and relative output error.
+"""Heat maps of a quantized model, blocks by linears: bits per weight, and relative output error.
 
 A linear's name is split at the first number in it: ``model.layers.3.mlp.experts.7.down_proj`` is ``down_proj`` of block
 3. Further numbers count experts, and a cell shows their mean, so that a mixture has as many rows as a dense model.
@@ -73,7 +73,7 @@ def layer_grid(layers: Sequence[Mapping[str, Any]], field: str) -> LayerGrid:
 
 
 def layer_pictures(report: Mapping[str, Any], *, key: str = "layers") -> list[Picture]:
-    """Bits a weight and, where it was measured, output error of every linear of a ``ptq_report.json``."""
+    """Bits per weight and, where it was measured, output error of every linear of a ``ptq_report.json``."""
     kinds = (
         ("bits_per_weight", "Bits per weight", "bits per weight, scales included", False),
         ("loss", "Output error", "squared, relative to the output", True),

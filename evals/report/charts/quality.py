@@ -1,4 +1,4 @@
-"""Quality against real bytes: what a recipe costs and what it gives, with errors, one picture a text."""
+"""Quality against real bytes: what a recipe costs and what it gives, with errors, one picture per text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from evals.comparison.types import Comparison, Contender, Difference, Standing
+from evals.comparison.types import Candidate, Comparison, Difference, Score
 from evals.record import Record, TextResult
 from evals.report.charts.figure import Picture, log_axis, shorten
 from evals.report.labels import label_records, looks, series_of, with_bases
@@ -20,9 +20,9 @@ __all__ = ["Panel", "Point", "comparison_panels", "quality_pictures", "record_pa
 
 _LOG_FROM = 8.0  # ratio of the largest to the smallest value at which an axis becomes logarithmic
 _UNITS = {
-    "kl": "KL(base || model), nats a token",
+    "kl": "KL(base || model), nats per token",
     "difference": "difference of ln ppl, nats",
-    "ln ppl": "ln perplexity, nats a token",
+    "ln ppl": "ln perplexity, nats per token",
 }
 
 
@@ -57,45 +57,45 @@ def quality_pictures(panels: Sequence[Panel], *, key: str = "quality") -> list[P
 
 
 def comparison_panels(comparison: Comparison) -> list[Panel]:
-    """Contenders, their seeds pooled: KL if all but the reference have it, else differences of ln ppl, else ln ppl."""
-    targets = dict.fromkeys(s.target for s in comparison.standings if s.measure in ("ln ppl", "kl"))
-    return [_contender_panel(comparison, target) for target in targets]
+    """Candidates, their seeds pooled: KL if all but the reference have it, else differences of ln ppl, else ln ppl."""
+    targets = dict.fromkeys(s.target for s in comparison.scores if s.measure in ("ln ppl", "kl"))
+    return [_candidate_panel(comparison, target) for target in targets]
 
 
-def _contender_panel(comparison: Comparison, target: str) -> Panel:
-    reference, *others = comparison.contenders
-    own = {(s.measure, s.contender): s for s in comparison.standings if s.target == target}
+def _candidate_panel(comparison: Comparison, target: str) -> Panel:
+    reference, *others = comparison.candidates
+    own = {(s.measure, s.candidate): s for s in comparison.scores if s.target == target}
     against = {
-        d.contender: d
+        d.candidate: d
         for d in comparison.differences
         if (d.target, d.measure, d.reference) == (target, "ln ppl", reference.label)
     }
     if others and all(("kl", other.label) in own for other in others):
-        points = [_standing_point(other, own["kl", other.label]) for other in others]
+        points = [_score_point(other, own["kl", other.label]) for other in others]
         return Panel(target, "kl", (_bare(reference), *points))
     if others and all(other.label in against for other in others):
         points = [_difference_point(other, against[other.label]) for other in others]
         zero = dataclasses.replace(_bare(reference), value=0.0)
         return Panel(target, "difference", (zero, *points))
-    found = [(c, own["ln ppl", c.label]) for c in comparison.contenders if ("ln ppl", c.label) in own]
-    points = [dataclasses.replace(_standing_point(c, s), reference=c is reference) for c, s in found]
+    found = [(c, own["ln ppl", c.label]) for c in comparison.candidates if ("ln ppl", c.label) in own]
+    points = [dataclasses.replace(_score_point(c, s), reference=c is reference) for c, s in found]
     return Panel(target, "ln ppl", tuple(points))
 
 
-def _bare(reference: Contender) -> Point:
+def _bare(reference: Candidate) -> Point:
     return Point(reference.label, reference.bytes, None, None, None, reference=True)
 
 
-def _standing_point(contender: Contender, standing: Standing) -> Point:
+def _score_point(candidate: Candidate, score: Score) -> Point:
     """With errors of items and of seeds together."""
-    spread = (standing.between_seeds or 0.0) / math.sqrt(max(len(contender.sources), 1))
-    error = math.hypot(standing.standard_error or 0.0, spread) or None
-    return _with_error(contender.label, contender.bytes, standing.value, error)
+    spread = (score.between_seeds or 0.0) / math.sqrt(max(len(candidate.sources), 1))
+    error = math.hypot(score.standard_error or 0.0, spread) or None
+    return _with_error(candidate.label, candidate.bytes, score.value, error)
 
 
-def _difference_point(contender: Contender, difference: Difference) -> Point:
+def _difference_point(candidate: Candidate, difference: Difference) -> Point:
     low, high = difference.low, difference.high
-    return Point(contender.label, contender.bytes, difference.difference, low, high)
+    return Point(candidate.label, candidate.bytes, difference.difference, low, high)
 
 
 def _with_error(label: str, size: float, value: float, error: float | None) -> Point:

@@ -13,13 +13,13 @@ from evals.tasks.prompts import kind_of
 from evals.tasks.sources.local_files import find_rows, find_settings, read_object, read_rows
 from evals.tasks.types import Kind, Row, Task
 
-__all__ = ["read_own"]
+__all__ = ["read_custom"]
 
 _PROMPT: dict[Kind, str] = {"choices": "{query}", "partial_context": "{context}", "continuation": "{context}"}
 _FIELDS = ("prompt", "delimiter", "metric", "chance", "description", "summary")
 
 
-def read_own(name: str, data: Path) -> tuple[Task, str, list[tuple[str, Row]], tuple[str, ...]]:
+def read_custom(name: str, data: Path) -> tuple[Task, str, list[tuple[str, Row]], tuple[str, ...]]:
     """A task that only the folder knows.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rows of tasks from the hub: reading a split, and one small function a data set that brings a row into our fields.
+"""Rows of tasks from the hub: reading a split, and one small function per data set that brings a row into our fields.
 
 The functions make the strings that lm-evaluation-harness 0.4 makes from the same rows, oddities included, because a
 prompt that is nearly the same gives a number that is nearly comparable. A function may fail in any way on a row that is

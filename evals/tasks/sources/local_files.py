@@ -19,7 +19,7 @@ from calib.data.rows import decoded
 from calib.errors import DataError
 from evals.tasks.types import Row
 
-__all__ = ["find_examples", "find_rows", "find_settings", "own_names", "read_object", "read_rows"]
+__all__ = ["custom_names", "find_examples", "find_rows", "find_settings", "read_object", "read_rows"]
 
 _EXAMPLES = ("fewshot", "train")
 _LISTED = 12
@@ -68,7 +68,7 @@ def find_settings(name: str, folder: Path) -> Path | None:
     return next(iter(_existing(folder, f"{name}.task.json")), None)
 
 
-def own_names(folder: Path) -> tuple[str, ...]:
+def custom_names(folder: Path) -> tuple[str, ...]:
     """Names of the files of rows in a folder, up to their first dot."""
     paths = (path for place in _places(folder) for path in place.glob("*.jsonl") if path.is_file())
     return tuple(sorted({path.name.split(".")[0] for path in paths if not _is_examples(path)} - {""}))
@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
             where = f"{path}, line {number}"
             rows.append((where, _without_line_feed(_object(line, where))))
     if not rows:
-        raise DataError(f"{path} has no rows: one JSON object a line is expected.")
+        raise DataError(f"{path} has no rows: one JSON object per line is expected.")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of records with chosen numbers: pooling, pairing, differences, verdicts, words."""
+"""Comparisons of records with chosen numbers: pooling, pairing, differences, conclusions, words."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def full(*results: Any) -> Record:
 # pooling
 
 
-def test_seeds_of_one_recipe_are_one_contender() -> None:
+def test_seeds_of_one_recipe_are_one_candidate() -> None:
     seeds = [made_record(f"s{i}", [made_text(moved(1 + i / 10))], bytes=100 + i, **recipe(seed=i)) for i in (4, 7, 9)]
     found = compare([full(), *seeds])
-    assert [c.label for c in found.contenders] == ["full", "coreq int3 sym g64"]
-    pooled = found.contenders[1]
+    assert [c.label for c in found.candidates] == ["full", "coreq int3 sym g64"]
+    pooled = found.candidates[1]
     assert (pooled.sources, pooled.seeds) == (("s4", "s7", "s9"), (4, 7, 9))
     assert pooled.bytes == pytest.approx((104 + 107 + 109) / 3)
     assert pooled.bits_per_weight == 3.25
-    assert found.contenders[0].bits_per_weight is None
+    assert found.candidates[0].bits_per_weight is None
     assert "coreq int3 sym g64: 3 calibration seeds (4, 7, 9) pooled" in found.notes
 
 
@@ -67,30 +67,30 @@ def test_seeds_of_one_recipe_are_one_contender() -> None:
 )
 def test_anything_else_stands_alone(other: dict[str, Any]) -> None:
     records = [made_record("a", [made_text(BASE)], **recipe(seed=0)), made_record("b", [made_text(BASE)], **other)]
-    labels = [c.label for c in compare(records).contenders]
+    labels = [c.label for c in compare(records).candidates]
     assert len(set(labels)) == 2
 
 
 def test_what_has_no_recipe_is_never_pooled() -> None:
     found = compare([full(), made_record("a/x", [made_text(BASE)]), made_record("b/x", [made_text(BASE)])])
-    assert [c.label for c in found.contenders] == ["full", "x (x)", "x (x) #3"]
+    assert [c.label for c in found.candidates] == ["full", "x (x)", "x (x) #3"]
 
 
 def test_names_cannot_steer_a_terminal() -> None:
     found = compare(
         [full(made_text(BASE, name="w\x1b[2J")), made_record("a/\x1b[31mred", [made_text(BASE, name="w\x1b[2J")])]
     )
-    assert [c.label for c in found.contenders] == ["full", "?[31mred"]
+    assert [c.label for c in found.candidates] == ["full", "?[31mred"]
     assert "\x1b" not in " ".join((*found.sentences, *found.notes))
 
 
 def test_labels_decide() -> None:
     records = [full(), *(made_record(f"x{i}", [made_text(moved(i))]) for i in (1, 2))]
     found = compare(records, labels=["base", "mine", "mine"])
-    assert [c.label for c in found.contenders] == ["base", "mine"]
+    assert [c.label for c in found.candidates] == ["base", "mine"]
     assert found.differences[0].seeds == 2
     apart = [made_record(f"s{i}", [made_text(moved(i))], **recipe(seed=i)) for i in (1, 2)]
-    assert len(compare(apart, labels=["a", "b"]).contenders) == 2
+    assert len(compare(apart, labels=["a", "b"]).candidates) == 2
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_perplexity_by_hand() -> None:
     assert one.p_value < 0.01
     t = stats.t(7)
     assert one.detectable == pytest.approx((t.ppf(0.975) + t.ppf(0.8)) * one.standard_error)
-    assert (one.verdict, one.higher_is_better) == ("worse", False)
-    value = next(s for s in found.standings if s.contender == "full")
+    assert (one.conclusion, one.higher_is_better) == ("worse", False)
+    value = next(s for s in found.scores if s.candidate == "full")
     assert value.value == pytest.approx(np.mean(BASE) / 10)
 
 
@@ -217,7 +217,7 @@ def test_continuous_measures_of_tasks() -> None:
     new = np.exp(np.array([1.0 + i / 20 for i in range(20)]))
     assert share.difference == pytest.approx(float(np.mean(new / (new + 2)) - math.exp(2) / (math.exp(2) + 2)))
     for one in (gold, share):
-        assert (one.headline, one.p_adjusted, one.verdict) == (False, None, "not established")
+        assert (one.headline, one.p_adjusted, one.conclusion) == (False, None, "not significant")
         assert one.p_value is not None
         assert one.p_value < 0.001
 
@@ -233,7 +233,7 @@ def test_clusters_are_draws() -> None:
     lost = np.array([-5.0 if group in (1, 4) else 0.0 for group in range(12)])
     assert one.standard_error == pytest.approx(float(np.std(lost / 5, ddof=1)) / math.sqrt(12))
     assert stats.binomtest(0, 10).pvalue < 0.01 < (one.p_value or 0)  # McNemar would take rows for draws
-    assert one.verdict == "not established"
+    assert one.conclusion == "not significant"
 
 
 def test_average_of_tasks() -> None:
@@ -253,8 +253,8 @@ def test_average_of_tasks() -> None:
     freedom = sum(variances) ** 2 / sum(v**2 / (len(c) - 1) for v, c in zip(variances, changes, strict=True))
     assert one.p_value == pytest.approx(2 * stats.t(freedom).sf(abs(one.difference) / one.standard_error))
     assert (one.headline, one.items) == (True, 130)
-    standing = [s.value for s in found.standings if s.target == "average of tasks"]
-    assert standing[1] - standing[0] == pytest.approx(one.difference)
+    score = [s.value for s in found.scores if s.target == "average of tasks"]
+    assert score[1] - score[0] == pytest.approx(one.difference)
 
 
 def test_seeds_move_all_tasks_of_an_average_together() -> None:
@@ -277,13 +277,13 @@ def test_divergence_from_one_base() -> None:
 
     kl = [0.1 * s for s in SHIFT]
     found = compare([full(), against("a", kl, "f"), against("b", [2 * k for k in kl], "f"), against("c", kl, "g")])
-    standings = {s.contender: s.value for s in found.standings if s.measure == "kl"}
-    assert standings["a"] == pytest.approx(np.mean(kl) / 10)
-    assert "full" not in standings
+    scores = {s.candidate: s.value for s in found.scores if s.measure == "kl"}
+    assert scores["a"] == pytest.approx(np.mean(kl) / 10)
+    assert "full" not in scores
     (one,) = [d for d in found.differences if d.measure == "kl"]  # c has another base
-    assert (one.reference, one.contender) == ("a", "b")
+    assert (one.reference, one.candidate) == ("a", "b")
     assert one.difference == pytest.approx(np.mean(kl) / 10)
-    top = next(s for s in found.standings if s.measure == "top1")
+    top = next(s for s in found.scores if s.measure == "top1")
     assert (top.value, top.headline) == (0.9, False)
 
 
@@ -309,7 +309,7 @@ def test_the_other_way_round_is_the_other_sign(pairs: list[tuple[int, int]], see
         assert one.difference == pytest.approx(-other.difference, abs=1e-12)
         assert one.p_value == pytest.approx(other.p_value)
         assert one.standard_error == pytest.approx(other.standard_error)
-        assert {one.verdict, other.verdict} in ({"better", "worse"}, {"not established"})
+        assert {one.conclusion, other.conclusion} in ({"better", "worse"}, {"not significant"})
 
 
 def test_holm_is_over_all_headlines() -> None:
@@ -322,7 +322,7 @@ def test_holm_is_over_all_headlines() -> None:
     smallest = min(d.p_adjusted or 0.0 for d in family)
     assert smallest == pytest.approx(6 * raw[0])
     for d in family:
-        assert (d.verdict != "not established") == ((d.p_adjusted or 0.0) < 0.05)
+        assert (d.conclusion != "not significant") == ((d.p_adjusted or 0.0) < 0.05)
 
 
 # pairing
@@ -441,7 +441,7 @@ def test_wrong_use(records: list[Record], options: dict[str, Any], message: str)
 
 def test_one_record_is_compared_with_its_base() -> None:
     found = compare([made_record("b", [made_text(moved())], base=full())])
-    assert [c.label for c in found.contenders] == ["full", "b"]
+    assert [c.label for c in found.candidates] == ["full", "b"]
 
 
 # words
@@ -458,7 +458,7 @@ def test_sentences() -> None:
     found = compare([base, b, c])
     assert list(found.sentences) == [
         "coreq int3 sym g64 is worse than full on words: ln ppl +0.150 +- 0.023 (p = 0.001).",
-        "On quiz no difference between coreq int3 sym g64 and full is established: acc +0.2 points [-1.3, +1.8]; "
+        "On quiz no difference between coreq int3 sym g64 and full is significant: acc +0.2 points [-1.3, +1.8]; "
         "this sample finds differences of 2.1 points or more.",
         "On words gptq int3 sym g64 and full have the same ln ppl on every item.",
         "gptq int3 sym g64 is worse than full on quiz: acc -50.2 +- 2.5 points (p < 0.001).",
@@ -484,14 +484,14 @@ def test_one_item_says_nothing() -> None:
     found = compare([full(made_text([30.0])), made_record("b", [made_text([40.0])])])
     one = found.differences[0]
     assert (one.standard_error, one.low, one.p_value, one.p_adjusted) == (None, None, None, None)
-    assert one.verdict == "not established"
+    assert one.conclusion == "not significant"
     said = "On words nothing can be said between b and full: ln ppl +1.00, but from one independent draw no error is"
     assert found.sentences == (f"{said} known.",)
 
 
-def test_differences_that_do_not_spread_are_not_established() -> None:
+def test_differences_that_do_not_spread_are_not_significant() -> None:
     found = compare([full(), made_record("b", [made_text([value + 1 for value in BASE])])])
-    assert found.differences[0].verdict == "not established"
+    assert found.differences[0].conclusion == "not significant"
     assert "do not spread" in found.sentences[0]
 
 
@@ -517,6 +517,6 @@ def test_as_json_and_again_the_same() -> None:
     found = compare(records, seed=5)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["compare"] == "ptq-compare"
-    assert data["differences"][0]["verdict"] == "worse"
+    assert data["differences"][0]["conclusion"] == "worse"
     assert compare(records, seed=5) == found
     assert compare(records, seed=6).differences[0].low != found.differences[0].low

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.errors import OutputError, UsageError
-from evals.comparison.types import Comparison, Contender, Difference, Standing
+from evals.comparison.types import Candidate, Comparison, Difference, Score
 from evals.report.charts.differences import difference_pictures, divergences, kl_pictures
 from evals.report.charts.figure import Picture, clean, figure_bytes, inline_svg, plain_number, shorten
 from evals.report.charts.layers import layer_grid, layer_pictures
@@ -31,33 +31,33 @@ NASTY = '<script>alert("1")</script> & $x^2$ --> \N{CJK UNIFIED IDEOGRAPH-4E2D}\
 
 
 def made_comparison(
-    labels: tuple[str, ...] = ("full", "rtn 3 bits", "gptq 3 bits"), *, kl: bool = True, verdict: str = "worse"
+    labels: tuple[str, ...] = ("full", "rtn 3 bits", "gptq 3 bits"), *, kl: bool = True, conclusion: str = "worse"
 ) -> Comparison:
     """A reference and others, on one text and two tasks."""
-    contenders = tuple(
-        Contender(label, (label,), (None,), 1e8 - 1e7 * i, None if i == 0 else 3.25) for i, label in enumerate(labels)
+    candidates = tuple(
+        Candidate(label, (label,), (None,), 1e8 - 1e7 * i, None if i == 0 else 3.25) for i, label in enumerate(labels)
     )
-    standings = [Standing(label, "words", "ln ppl", 3.0 + i, 0.1, None, True) for i, label in enumerate(labels)]
+    scores = [Score(label, "words", "ln ppl", 3.0 + i, 0.1, None, True) for i, label in enumerate(labels)]
     if kl:
-        standings += [
-            Standing(label, "words", "kl", 0.01 * 10.0**i, 0.001, None, True) for i, label in enumerate(labels) if i > 0
+        scores += [
+            Score(label, "words", "kl", 0.01 * 10.0**i, 0.001, None, True) for i, label in enumerate(labels) if i > 0
         ]
     differences = [
-        made_difference(labels[0], label, target, measure, 0.1 * i, verdict)
+        made_difference(labels[0], label, target, measure, 0.1 * i, conclusion)
         for i, label in enumerate(labels)
         if i > 0
         for target, measure in (("words", "ln ppl"), ("quiz", "acc"), ("exam", "acc_norm"))
     ]
     sentences = (f"{labels[1]} is worse than {labels[0]}.",)
-    return Comparison(contenders, tuple(standings), tuple(differences), sentences, ("a note",), 0.95)
+    return Comparison(candidates, tuple(scores), tuple(differences), sentences, ("a note",), 0.95)
 
 
 def made_difference(
-    reference: str, contender: str, target: str, measure: str, value: float, verdict: str
+    reference: str, candidate: str, target: str, measure: str, value: float, conclusion: str
 ) -> Difference:
     return Difference(
         reference,
-        contender,
+        candidate,
         target,
         measure,
         headline=True,
@@ -75,7 +75,7 @@ def made_difference(
         flips=None,
         detectable=0.05,
         higher_is_better=measure != "ln ppl",
-        verdict=verdict,
+        conclusion=conclusion,
     )
 
 
@@ -143,7 +143,7 @@ def test_names_are_text_as_they_are() -> None:
     assert "a $x^2$ & <b>" in shown
     assert "Quality against size, words" in shown
     assert "weights, MB" in shown
-    assert "KL(base || model), nats a token" in shown
+    assert "KL(base || model), nats per token" in shown
 
 
 def test_quality_takes_kl_then_differences_then_perplexity() -> None:
@@ -162,12 +162,12 @@ def test_quality_takes_kl_then_differences_then_perplexity() -> None:
 
 def test_errors_of_items_and_seeds_are_added_in_squares() -> None:
     found = made_comparison(("full", "gptq 3 bits"))
-    pooled = dataclasses.replace(found.contenders[1], sources=("a", "b", "c", "d"))
-    standings = [
+    pooled = dataclasses.replace(found.candidates[1], sources=("a", "b", "c", "d"))
+    scores = [
         dataclasses.replace(s, standard_error=0.003, between_seeds=0.008) if s.measure == "kl" else s
-        for s in found.standings
+        for s in found.scores
     ]
-    changed = dataclasses.replace(found, contenders=(found.contenders[0], pooled), standings=tuple(standings))
+    changed = dataclasses.replace(found, candidates=(found.candidates[0], pooled), scores=tuple(scores))
     (panel,) = comparison_panels(changed)
     point = panel.points[1]
     assert point.value is not None
@@ -213,16 +213,16 @@ def test_methods_share_a_colour_and_no_two_look_the_same() -> None:
     assert len(set(found.values())) == 5
 
 
-@pytest.mark.parametrize(("verdict", "words"), [("worse", 2), ("not established", 0)])
-def test_a_difference_has_a_mark_and_says_what_is_established(verdict: str, words: int) -> None:
-    picture = difference_pictures(made_comparison(verdict=verdict))[0]
+@pytest.mark.parametrize(("conclusion", "words"), [("worse", 2), ("not significant", 0)])
+def test_a_difference_has_a_mark_and_says_what_is_significant(conclusion: str, words: int) -> None:
+    picture = difference_pictures(made_comparison(conclusion=conclusion))[0]
     svg = inline_svg(picture)
     assert texts(svg).count("worse") == words
-    assert {"words", "ln ppl", "difference, ln ppl, nats a token"} <= set(texts(svg))
+    assert {"words", "ln ppl", "difference, ln ppl, nats per token"} <= set(texts(svg))
     assert len(re.findall(r"<use [^>]*fill: var\(--(?:series\d|surface)\)", svg)) == 4  # two, and two in the legend
     filled = "var(--surface)" not in svg
-    assert filled == (verdict == "worse")
-    assert f"({verdict})" in picture.description
+    assert filled == (conclusion == "worse")
+    assert f"({conclusion})" in picture.description
 
 
 def test_points_and_nats_are_apart_and_shares_in_percent() -> None:
@@ -355,7 +355,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
         comparison_picture(made_comparison(), tmp_path / "picture.jpg")
     with pytest.raises(OutputError, match="cannot write"):
         comparison_picture(made_comparison(), tmp_path / "nowhere" / "picture.svg")
-    empty = dataclasses.replace(made_comparison(), standings=(), differences=())
+    empty = dataclasses.replace(made_comparison(), scores=(), differences=())
     with pytest.raises(UsageError, match="nothing to draw"):
         comparison_picture(empty, tmp_path / "picture.svg")
 

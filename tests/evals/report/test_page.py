@@ -88,7 +88,7 @@ def test_everything_is_on_the_page(report: dict[str, Any]) -> None:
     page = full_page(report)
     words = " ".join(Reader(page).text)
     headings = (
-        "What is established",
+        "Significant differences",
         "Pictures",
         "Differences",
         "Texts",
@@ -182,7 +182,7 @@ def test_a_report_alone_and_records_alone(report: dict[str, Any]) -> None:
     alone = " ".join(Reader(report_page(report, [], None, title="t")).text)
     assert "Layers" in alone
     assert "Texts" not in alone
-    assert "What is established" not in alone
+    assert "Significant differences" not in alone
     records = " ".join(Reader(report_page(None, made_records()[:1], None, title="t")).text)
     assert "Layers" not in records
     assert "1 evaluation, 2026-01-01" in records

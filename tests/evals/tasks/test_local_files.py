@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import DataError
-from evals.tasks.prompts import ask
+from evals.tasks.prompts import build_prompt
 from evals.tasks.registry import TASKS, load_task
-from evals.tasks.sources.local_files import find_examples, find_rows, own_names, read_rows
+from evals.tasks.sources.local_files import custom_names, find_examples, find_rows, read_rows
 
 CHOICE = {"query": "Question: x", "choices": ["a", "b"], "gold": 0}
 PARTIAL = {"context_options": ["x", "y"], "continuation": "z", "gold": 1}
@@ -76,7 +76,7 @@ def test_examples_and_names(tmp_path: Path) -> None:
     touch(tmp_path, "tasks/piqa.fewshot.jsonl")
     assert find_examples(("piqa",), tmp_path) == tmp_path / "tasks/piqa.fewshot.jsonl"
     assert find_examples(("quiz",), tmp_path) is None
-    assert own_names(tmp_path) == ("other", "quiz")
+    assert custom_names(tmp_path) == ("other", "quiz")
 
 
 def test_lines_end_at_line_feeds_only_and_empty_ones_count(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ FIELD_NAMES = ("query", "choices", "gold", "context_options", "continuation", "c
 @given(st.sampled_from(TASKS), st.dictionaries(st.sampled_from(FIELD_NAMES), JSON))
 def test_any_row_is_a_question_or_a_data_error(task: Any, row: dict[str, Any]) -> None:
     try:
-        question = ask(task, row, "here").question
+        question = build_prompt(task, row, "here").question
     except DataError:
         return
     assert 0 <= question.gold < len(question.answers) == len(question.pairs)

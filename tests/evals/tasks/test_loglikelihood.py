@@ -220,7 +220,7 @@ def test_a_model_that_takes_no_positions_is_found_out_whatever_the_order() -> No
 @pytest.mark.parametrize("family", ["mamba", "lfm2", "llama"])
 @pytest.mark.parametrize("first", [1, 3])
 def test_what_a_first_task_leaves_open_is_tried_with_the_next(family: str, first: int) -> None:
-    """One answer a question, or answers of one token, never use the cache."""
+    """One answer per question, or answers of one token, never use the cache."""
     model = tiny_model(family)
     source = source_of(model)
     easy = [choices(tokens(i, 5 + i), [[7], [8], [9]][:first]) for i in range(6)]
@@ -242,7 +242,7 @@ def _no_rows(cache: Any, indices: torch.Tensor) -> None:
 original_select = DynamicCache.batch_select_indices
 
 
-@pytest.mark.parametrize(("wrong", "reason"), [(_wrong_rows, "nats a token"), (_no_rows, "NotImplementedError")])
+@pytest.mark.parametrize(("wrong", "reason"), [(_wrong_rows, "nats per token"), (_no_rows, "NotImplementedError")])
 def test_a_cache_that_is_wrong_is_found_out(
     wrong: Callable[..., None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

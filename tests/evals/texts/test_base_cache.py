@@ -22,20 +22,20 @@ from calib.errors import OutputError
 from evals import evaluate
 from evals.texts import base_cache
 from evals.texts.base_cache import BaseStore, TextStore, default_cache
-from evals.texts.kl import DRAWS, Kept, keep
+from evals.texts.kl import DRAWS, TopKLogprobs, keep_top_k
 
 LOADED = {"dtype": "float32", "device": "cpu"}
 
 
-def kept(vocab: int, top_k: int | None, rows: int = 3, seed: int = 0) -> Kept:
+def kept(vocab: int, top_k: int | None, rows: int = 3, seed: int = 0) -> TopKLogprobs:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocab, generator=generator)
     logits[0, -1] += 20  # the last id there is, as the likeliest
-    return keep(logits, torch.arange(rows) % vocab, top_k, generator)
+    return keep_top_k(logits, torch.arange(rows) % vocab, top_k, generator)
 
 
-def require_equal(first: Kept, second: Kept) -> None:
-    for field in dataclasses.fields(Kept):
+def require_equal(first: TopKLogprobs, second: TopKLogprobs) -> None:
+    for field in dataclasses.fields(TopKLogprobs):
         one, other = getattr(first, field.name), getattr(second, field.name)
         if isinstance(one, Tensor):
             assert torch.equal(one, other), field.name
@@ -176,7 +176,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "wrong vocabulary":
         save_file(tensors, path, {"vocab": "many"})
     elif how == "a tensor less":
-        del tensors["rest"]
+        del tensors["tail_mass"]
         save_file(tensors, path, {"vocab": "40"})
     elif how == "a tensor more":
         save_file(tensors | {"more": torch.zeros(1)}, path, {"vocab": "40"})
@@ -310,7 +310,7 @@ def test_killed_in_the_middle_it_goes_on(
     original = TextStore.write_window
     left = 3
 
-    def write(self: TextStore, index: int, kept: Kept) -> None:
+    def write(self: TextStore, index: int, kept: TopKLogprobs) -> None:
         nonlocal left
         if left == 0:
             raise KeyboardInterrupt

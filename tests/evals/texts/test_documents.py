@@ -68,7 +68,7 @@ def harness_pages(raw: str) -> list[str]:
 
 
 def rows_of(raw: str) -> list[str]:
-    """The rows of the data set of lines: a row a line, with its line feed; blank lines are empty rows."""
+    """The rows of the data set of lines: a row per line, with its line feed; blank lines are empty rows."""
     return [line + "\n" if line.strip() else "" for line in raw.split("\n")[:-1]]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import ModelError
-from evals.texts.kl import DRAWS, Kept, Scores, join, keep, score_against, score_alone
+from evals.texts.kl import DRAWS, Scores, TopKLogprobs, join, keep_top_k, score_against, score_alone
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def slow_bounds(base: list[float], model: list[float], top: list[int]) -> tuple[
 def compare(base: Tensor, model: Tensor, top_k: int | None, seed: int = 0) -> dict[str, Tensor]:
     """All columns of `Scores`, for true tokens ``0, 1, 2, ...``."""
     targets = torch.arange(len(base)) % base.shape[1]
-    scores = score_against(model, targets, keep(base, targets, top_k, generator(seed)))
+    scores = score_against(model, targets, keep_top_k(base, targets, top_k, generator(seed)))
     return {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
 
 
@@ -92,7 +92,7 @@ def test_the_exact_divergence_is_between_the_bounds(pair: tuple[Tensor, Tensor, 
 def test_the_bounds_are_those_of_the_formulas(pair: tuple[Tensor, Tensor, int]) -> None:
     base, model, top_k = pair
     found, off = compare(base, model, top_k), close(base, model)
-    tops = keep(base, torch.zeros(len(base), dtype=torch.int64), top_k, generator()).ids
+    tops = keep_top_k(base, torch.zeros(len(base), dtype=torch.int64), top_k, generator()).ids
     if tops is None:
         assert top_k >= base.shape[1]
     else:
@@ -200,27 +200,27 @@ def test_a_model_equal_to_the_base(scale: float) -> None:
 def test_what_is_kept() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     p = torch.softmax(logits.double()[0], dim=-1)
-    kept = keep(logits, torch.tensor([2]), 2, generator())
+    kept = keep_top_k(logits, torch.tensor([2]), 2, generator())
     assert kept.ids is not None
     assert kept.drawn is not None
     assert kept.drawn_log_p is not None
     assert kept.ids.tolist() == [[1, 3]]
     torch.testing.assert_close(kept.log_p, p[[1, 3]].log().float()[None])
-    assert kept.rest.item() == pytest.approx((p[0] + p[2]).item(), rel=1e-6)
-    assert kept.rest_entropy.item() == pytest.approx((p[0] * p[0].log() + p[2] * p[2].log()).item(), rel=1e-6)
+    assert kept.tail_mass.item() == pytest.approx((p[0] + p[2]).item(), rel=1e-6)
+    assert kept.tail_entropy.item() == pytest.approx((p[0] * p[0].log() + p[2] * p[2].log()).item(), rel=1e-6)
     assert kept.nll.item() == pytest.approx(-p[2].log().item(), rel=1e-6)
     assert (kept.top.item(), kept.vocab) == (1, 4)
     assert kept.drawn.shape == (1, DRAWS)
     assert set(kept.drawn[0].tolist()) <= {0, 2}
     torch.testing.assert_close(kept.drawn_log_p, p.log().float()[kept.drawn])
-    whole = keep(logits, torch.tensor([2]), None, generator())
+    whole = keep_top_k(logits, torch.tensor([2]), None, generator())
     assert (whole.ids, whole.drawn, whole.drawn_log_p) == (None, None, None)
     torch.testing.assert_close(whole.log_p, p.log().float()[None])
 
 
 def test_draws_are_from_the_others_by_their_probability() -> None:
     logits = torch.tensor([[2.0, 5.0, 1.0, 0.0, 4.0, 1.5]]).expand(500, -1)
-    kept = keep(logits, torch.zeros(500, dtype=torch.int64), 2, generator())
+    kept = keep_top_k(logits, torch.zeros(500, dtype=torch.int64), 2, generator())
     assert kept.drawn is not None
     p = torch.softmax(logits[0].double(), dim=-1)
     expected = p.clone()
@@ -235,7 +235,7 @@ def test_draws_are_from_the_others_by_their_probability() -> None:
 def test_draws_come_from_the_generator() -> None:
     logits, targets = normal(5, 30), torch.zeros(5, dtype=torch.int64)
     state = torch.random.get_rng_state()
-    first, again, other = (keep(logits, targets, 3, generator(seed)).drawn for seed in (0, 0, 1))
+    first, again, other = (keep_top_k(logits, targets, 3, generator(seed)).drawn for seed in (0, 0, 1))
     assert first is not None
     assert again is not None
     assert other is not None
@@ -247,12 +247,12 @@ def test_draws_come_from_the_generator() -> None:
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_parts_and_joins(top_k: int | None) -> None:
     base, model, targets = normal(9, 20), normal(9, 20, seed=1), torch.arange(9)
-    kept = keep(base, targets, top_k, generator())
+    kept = keep_top_k(base, targets, top_k, generator())
     whole = score_against(model, targets, kept)
     places = [slice(0, 4), slice(4, 5), slice(5, 9)]
     back = join([kept.part(place, CPU) for place in places])
     parts = join([score_against(model[place], targets[place], kept.part(place, CPU)) for place in places])
-    assert isinstance(back, Kept)
+    assert isinstance(back, TopKLogprobs)
     assert isinstance(parts, Scores)
     for first, second in ((kept, back), (whole, parts)):
         for field in dataclasses.fields(first):  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ def test_parts_and_joins(top_k: int | None) -> None:
 def test_the_logits_are_left_as_they_were() -> None:
     base, model, targets = normal(4, 20), normal(4, 20, seed=1), torch.arange(4)
     copies = base.clone(), model.clone()
-    kept = keep(base, targets, 3, generator())
+    kept = keep_top_k(base, targets, 3, generator())
     before = {field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)}
     tensors = {name: value.clone() for name, value in before.items() if isinstance(value, Tensor)}
     score_against(model, targets, kept)
@@ -305,6 +305,6 @@ def test_tokens_that_both_rule_out_do_not_matter() -> None:
 
 
 def test_other_vocabularies_are_refused() -> None:
-    kept = keep(normal(2, 20), torch.zeros(2, dtype=torch.int64), 3, generator())
+    kept = keep_top_k(normal(2, 20), torch.zeros(2, dtype=torch.int64), 3, generator())
     with pytest.raises(ModelError, match=r"vocabularies of 21 and 20 entries: .* its own full-precision base"):
         score_against(normal(2, 21), torch.zeros(2, dtype=torch.int64), kept)

@@ -23,7 +23,7 @@ from evals.inference import batching
 from evals.inference.batching import BatchSize
 from evals.inference.logits import ModelLogits
 from evals.texts import scoring
-from evals.texts.kl import Kept, Scores, score_alone
+from evals.texts.kl import Scores, TopKLogprobs, score_alone
 from evals.texts.scoring import keep_base, score_windows
 from evals.texts.windows import CONVENTIONS, Window, make_plan
 
@@ -68,10 +68,10 @@ class InPieces:
             yield part
 
 
-class Memory(dict[int, Kept]):
+class Memory(dict[int, TopKLogprobs]):
     """A base in memory."""
 
-    def window(self, index: int) -> Kept:
+    def window(self, index: int) -> TopKLogprobs:
         return self[index]
 
 
@@ -191,7 +191,7 @@ def test_what_is_kept_does_not_depend_on_batches_but_for_the_draws(make_model: C
         assert first.ids.shape == (window.scored, 7)
         assert first.ids.tolist() == (second.ids.tolist() if second.ids is not None else None)
         torch.testing.assert_close(first.log_p, second.log_p, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(first.rest, second.rest, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first.tail_mass, second.tail_mass, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_are_drawn_independently(make_model: Callable[..., Any]) -> None:

@@ -97,8 +97,8 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
 
 def _bad_override(text: str) -> UsageError:
     return UsageError(
-        f"--override needs PATTERN=bits or a number format[,gN][,asym][,aN], e.g. '*.down_proj=4,g32,asym'; got "
-        f"{text!r}."
+        f"--override needs PATTERN=bits[,gN][,asym][,aN] or PATTERN=number format[,gN], e.g. '*.down_proj=4,g32,asym'; "
+        f"got {text!r}."
     )
 
 

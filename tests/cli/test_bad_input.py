@@ -66,7 +66,7 @@ REQUESTS = {
     "option": ("--method coreq -O bem=4", "Did you mean 'beam'"),
     "option's value": ("--method coreq -O beam=many", "'many'"),
     "bits": ("--bits 9", "9"),
-    "format": ("--format fp5", "Did you mean 'fp4'"),
+    "format": ("--format fp5", "unknown number format 'fp5'. Did you mean"),
     "container": ("--container natve", "native"),
     "method and format": ("--method autoround --format fp4", "Methods that can: coreq, gptaq, gptq, rtn"),
     "dtype": ("--dtype float31", "float32"),

@@ -31,10 +31,10 @@ def test_a_row_for_every_layer(folder: Path, small_report: Report, capsys: pytes
     row = next(line for line in shown.splitlines() if small_report.layers[0].name in line)
     assert row.split() == [
         small_report.layers[0].name,
-        *["int3", "sym", "g64", "1,664", "3.250", "0.25", "0.125", "0.5", "0.50"],
+        *["int3", "sym", "g64", "1,664", "3.250", "0.25", "0.125", "0.5", "0.5", "0.50"],
     ]
     bare = next(line for line in shown.splitlines() if small_report.layers[1].name in line)
-    assert bare.split()[1:] == ["int3", "sym", "g64", "1,664", "3.250", "-", "-", "-", "0.50", "fp64", "Cholesky"]
+    assert bare.split()[1:] == ["int3", "sym", "g64", "1,664", "3.250", "-", "-", "-", "-", "0.50", "fp64", "Cholesky"]
     assert "model.embed_tokens" in shown
     assert "warning: one block is small" in shown
 

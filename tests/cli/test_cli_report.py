@@ -35,7 +35,7 @@ def test_a_folder_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["report", "OUT"]) == 0
     assert capsys.readouterr().out.startswith("written to report.html (")
     page = (folder / "report.html").read_text()
-    assert "<h1>OUT: coreq, 3 bits</h1>" in page
+    assert "<h1>OUT: coreq, int3 sym g64</h1>" in page
     assert "model.layers.1.self_attn.q_proj" in page
     assert sorted(path.name for path in folder.iterdir()) == [
         "OUT",

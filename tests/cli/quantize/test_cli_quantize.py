@@ -284,4 +284,3 @@ def test_how_sequences_begin_is_part_of_the_recipe() -> None:
     recipe = build_recipe(Recipe(), {"calib_bos": "never", "calib_template": "never"})
     assert recipe.to_dict()["calibration"]["bos"] == "never"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    assert not {"bos", "template"} & set(Recipe().to_dict()["calibration"])  # as an earlier release wrote it

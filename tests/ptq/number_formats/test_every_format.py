@@ -39,10 +39,9 @@ def nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def statistics() -> LinearStatistics:
-    accumulator = StatisticsAccumulator(
-        {"layer": weight_of()}, frozenset({Stat.HESSIAN, Stat.MISMATCH, Stat.MISMATCH_ENERGY})
-    )
-    inputs = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
+    needs = frozenset({Stat.HESSIAN, Stat.MISMATCH, Stat.MISMATCH_ENERGY})
+    accumulator = StatisticsAccumulator("layer", {"layer": weight_of()}, needs)
+    inputs = torch.randn(4, 128, WIDTH, generator=torch.Generator().manual_seed(1))
     inputs = inputs @ torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)) / WIDTH**0.5
     accumulator.add(inputs, inputs * 1.01)
     return accumulator.finish().of("layer")

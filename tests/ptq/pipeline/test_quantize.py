@@ -209,7 +209,7 @@ def test_self_calibration_needs_no_text(tiny_folder: Path, tmp_path: Path) -> No
         ({"beam": "4"}, UsageError, r"coreq\.beam is a int, got '4'"),
         ({"compute_dtype": ["x"]}, UsageError, "compute_dtype must be a name"),
         ({"container": "gguf"}, UsageError, "compressed-tensors"),
-        ({"format": "fp5"}, UsageError, "Did you mean 'fp4'"),
+        ({"format": "fp5"}, UsageError, "unknown number format 'fp5'"),
         ({"format": "compressed-tensors", "symmetric": False}, UsageError, "asymmetric"),
     ],
 )

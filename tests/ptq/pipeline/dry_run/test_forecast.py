@@ -73,7 +73,7 @@ def test_fused_kernels_must_share_a_scheme_in_the_format_that_they_read(tmp_path
     report = ptq.quantize(tiny_model("llama"), base, out=tmp_path / "auto")
     assert report.container == "native"
     assert "v_proj (int4 sym g16)" in report.container_reason
-    strict = Recipe(method="rtn", scheme=base.scheme, overrides=overrides, format="compressed-tensors")
+    strict = Recipe(method="rtn", scheme=base.scheme, overrides=overrides, container="compressed-tensors")
     with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj .* one kernel"):
         ptq.quantize(tiny_model("llama"), strict, out=tmp_path / "strict")
     model = tiny_model("llama")

@@ -100,11 +100,27 @@ class ScaledGrid:
     group: Tensor
     params: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    @property
+    def columns(self) -> int:
+        """Neighbouring columns of a row that one code stands for; above 1 only in subclasses (vector codebooks), which
+        override `round_columns` and `value_columns`."""
+        return 1
+
+    def round_columns(self, values: Tensor, start: int) -> Tensor:
+        """Codes ``[out]`` of the tuple of columns ``[out, columns]`` that begins at ``start``."""
+        scale, zero = self.scale_of(start, start + 1)
+        return self.grid.nearest(values / scale + zero)[:, 0]
+
+    def value_columns(self, codes: Tensor, start: int) -> Tensor:
+        """Values ``[out, columns]`` of the codes ``[out]`` of the tuple that begins at ``start``."""
+        scale, zero = self.scale_of(start, start + 1)
+        return (self.grid.values(codes[:, None]) - zero) * scale
+
     def permuted(self, order: Tensor) -> ScaledGrid:
         """The same grid for columns taken in ``order`` (int64 ``[in]``)."""
         return dataclasses.replace(self, group=self.group[order])
 
-    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def scale_of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of columns ``start .. stop``, each ``[out, stop - start]``."""
         group = self.group[start:stop]
         return self.scale.index_select(1, group), self.zero.index_select(1, group)
@@ -115,10 +131,10 @@ class ScaledGrid:
 
     def round(self, weight: Tensor) -> Tensor:
         """Nearest codes of a whole weight ``[out, in]``, uint8."""
-        scale, zero = self.columns(0, weight.shape[1])
+        scale, zero = self.scale_of(0, weight.shape[1])
         return self.grid.nearest(weight / scale + zero)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes ``[out, in]``, float32."""
-        scale, zero = self.columns(0, codes.shape[1])
+        scale, zero = self.scale_of(0, codes.shape[1])
         return (self.grid.values(codes) - zero) * scale

@@ -100,7 +100,7 @@ class _Block:
 def _advance(state: _Block, grid: ScaledGrid, start: int, feed: Tensor, pivots: Tensor, cost: Tensor) -> Tensor:
     """Take all columns of a block; returns the cost of the surviving beams ``[r, K]``."""
     rows, width = cost.shape
-    scale, zero = grid.columns(start, start + len(pivots))
+    scale, zero = grid.scale_of(start, start + len(pivots))
     table = grid.grid
     branches = min(width, len(table.levels))
     first_beam = torch.arange(rows, device=cost.device)[:, None] * width

@@ -7,6 +7,13 @@ Minimises ``||(T - Q) X~||^2 = ||E U||_F^2 = sum_j U_jj^2 (w_j - q_j)^2`` greedi
 With T = W this is GPTQ (LDLQ; Babai's nearest plane), with T = the mismatch-corrected target it is CoreQ. GPTAQ is the
 same sweep with a target that drifts: ``T_j`` is replaced by ``T_j + sum_{k before j} w_k P_kj``.
 
+A grid may round several neighbouring columns of a row together (a vector codebook): the compensated columns of such a
+tuple are then
+
+    w_T = T_T + (sum_{k before T} (T_k - Q_k) U_kT) U_TT^-1 ,        q_T = the codebook's entry nearest to w_T,
+
+and the tuple is processed as one step, in the original order inside it.
+
 Work: products of m n^2 / 2 multiply-adds in blocks within blocks, plus a few vector operations a column.
 """
 
@@ -19,6 +26,7 @@ import torch
 from torch import Tensor
 
 from calib.precision import product
+from ptq.errors import UsageError
 from ptq.grids import Grid, ScaledGrid
 from ptq.solvers.cholesky import Factor
 from ptq.solvers.cpu_threads import one_thread
@@ -55,6 +63,8 @@ def successive_rounding(
     Returns:
         Codes uint8 ``[m, n]`` in the original column order, and the grid they belong to.
     """
+    if grid.columns > 1:
+        return _round_tuples(target, grid, factor, drift, refit)
     order = factor.order
     wanted = target.index_select(1, order).T.contiguous()  # [n, m]: a column of the weight is a contiguous row here
     grid = grid.permuted(order)
@@ -69,6 +79,29 @@ def successive_rounding(
         with one_thread(columns):
             codes[start:stop] = sweep.round_block(columns, start, grid)
     return _restore(codes, order), grid
+
+
+def _round_tuples(
+    target: Tensor, grid: ScaledGrid, factor: Factor, drift: Tensor | None, refit: GridFitter | None
+) -> tuple[Tensor, ScaledGrid]:
+    """`successive_rounding` for grids that round ``grid.columns`` columns together; codes ``[m, n / columns]``."""
+    size, width = grid.columns, target.shape[1]
+    if drift is not None or refit is not None:
+        raise UsageError("a grid that rounds columns together takes neither a drifting target nor scales refitted.")
+    if width % size or not torch.equal(factor.order, torch.arange(width, device=factor.order.device)):
+        raise UsageError(
+            f"a grid that rounds {size} columns together needs columns in their natural order and a multiple of {size} "
+            f"of them, got {width}: set the option that orders columns to natural (act_order=false, order=natural)."
+        )
+    codes = torch.empty(len(target), width // size, dtype=torch.uint8, device=target.device)
+    errors = torch.zeros_like(target)
+    for start in range(0, width, size):
+        part = slice(start, start + size)
+        taken = product(errors[:, :start], factor.upper[:start, part])
+        step = torch.linalg.solve_triangular(factor.upper[part, part], taken, upper=True, left=False)
+        codes[:, start // size] = grid.round_columns(target[:, part] + step, start)
+        errors[:, part] = target[:, part] - grid.value_columns(codes[:, start // size], start)
+    return codes, grid
 
 
 def sweep_flops(rows: int, width: int) -> int:
@@ -231,7 +264,7 @@ def coordinate_descent(
 def _descend_block(
     difference: Tensor, gradient: Tensor, codes: Tensor, wanted: Tensor, grid: ScaledGrid, start: int, local: Tensor
 ) -> None:
-    scale, zero = (part.T.contiguous() for part in grid.columns(start, start + len(codes)))
+    scale, zero = (part.T.contiguous() for part in grid.scale_of(start, start + len(codes)))
     for j in range(len(codes)):
         best = wanted[j] + difference[j] - gradient[j] / local[j, j]
         codes[j] = grid.grid.nearest(best / scale[j] + zero[j])

@@ -135,7 +135,7 @@ def test_gptaq_is_its_column_formula() -> None:
     codes = torch.empty(w.shape, dtype=torch.uint8)
     permuted = grid.permuted(factor.order)
     for i in range(w.shape[1]):
-        scale, zero = permuted.columns(i, i + 1)
+        scale, zero = permuted.scale_of(i, i + 1)
         codes[:, i : i + 1] = permuted.grid.nearest(w[:, i : i + 1].float() / scale + zero)
         q = ((codes[:, i : i + 1].float() - zero) * scale).double()
         current = w[:, i : i + 1].clone()

@@ -15,23 +15,22 @@ import ptq
 from calib.checkpoint.reader import open_model
 from calib.data.tokens import Calibration
 from ptq.errors import ModelError, NumericalError, OutputError, UsageError
+from ptq.methods import METHODS, LayerMethod
 from ptq.report import Report
 from ptq.runtime.linear import QuantLinear
 from tests.support.tiny_models import EXPERT_FAMILIES, FAMILIES, MIXTURES, ODD_FAMILIES, tiny_model
 
 TOKENS = torch.randint(2, 400, (6, 32), generator=torch.Generator().manual_seed(1))
 CALIBRATION = Calibration(TOKENS, "test", 1, "none")
-METHODS: dict[str, dict[str, Any]] = {
-    "rtn": {},
-    "gptq": {},
-    "gptaq": {},
-    "coreq": {},
-    "coreq-beam": {"method": "coreq", "beam": 3, "cd_passes": 1},
-}
+VARIANTS: dict[str, dict[str, Any]] = {"coreq-beam": {"method": "coreq", "beam": 3, "cd_passes": 1}}
+INTEGER_METHODS = [
+    name for name, m in METHODS.items() if isinstance(m, LayerMethod) and m.unsupported_reason(ptq.Scheme()) is None
+]
+"""From the table itself, so that no method is without the common tests (learned ones: test_windowed.py)."""
 
 
 def run(model: Any, out: Path, method: str = "coreq", **fields: Any) -> Report:
-    options = {"method": method, "group_size": 16, **METHODS.get(method, {}), **fields}
+    options = {"method": method, "group_size": 16, **VARIANTS.get(method, {}), **fields}
     return ptq.quantize(model, out=out, calibration=CALIBRATION, device="cpu", **options)
 
 
@@ -56,7 +55,7 @@ def dense_twin(model: Any, packed: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*INTEGER_METHODS, *VARIANTS])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("bits", "group_size", "dtype"),
@@ -85,7 +84,7 @@ def test_matrix(
 
 
 @pytest.mark.parametrize("family", FAMILIES | EXPERT_FAMILIES)
-@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "coreq"])
+@pytest.mark.parametrize("method", INTEGER_METHODS)
 def test_families(method: str, family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "model")

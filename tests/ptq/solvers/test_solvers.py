@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
-from ptq.errors import NumericalError
+from ptq.errors import NumericalError, UsageError
 from ptq.grids import Grid, ScaledGrid, fit_scales, uniform_grid
 from ptq.scheme import Scheme
 from ptq.solvers import (
@@ -248,7 +249,7 @@ def test_a_sweep_over_several_blocks_is_the_column_formula(make: object) -> None
     codes, _ = successive_rounding(weight, grid, factor)
     for j in range(200):
         column = wanted[:, j] + errors[:, :j] @ upper[:j, j] / upper[j, j]
-        scale, zero = permuted.columns(j, j + 1)
+        scale, zero = permuted.scale_of(j, j + 1)
         nearest_code = grid.grid.nearest(column.float()[:, None] / scale + zero)
         found = codes[:, factor.order[j], None]
         close += int((found != nearest_code).sum())  # a tie that float32 and float64 decide differently
@@ -261,3 +262,56 @@ def test_operations_grow_as_they_should() -> None:
     assert solve_flops(10, 30) == 2 * sweep_flops(10, 30)
     assert factorize_flops(30) == 9000
     assert beam_flops(10, 30, 4) > beam_flops(10, 30, 2) > sweep_flops(10, 30)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairGrid(ScaledGrid):
+    """A codebook of pairs: entry ``[K, 2]``, one scale for all."""
+
+    table: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, 2))
+
+    @property
+    def columns(self) -> int:
+        return 2
+
+    def round_columns(self, values: Tensor, start: int) -> Tensor:
+        return torch.cdist(values, self.table).argmin(1).to(torch.uint8)
+
+    def value_columns(self, codes: Tensor, start: int) -> Tensor:
+        return self.table[codes.long()]
+
+
+def test_columns_that_are_rounded_together_take_over_errors_together() -> None:
+    """A codebook of pairs against the slow formula: each pair is the entry nearest to the exact minimiser of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    target, inputs = torch.randn(64, 8, generator=generator), torch.randn(64, 8, generator=generator)
+    inputs = inputs @ torch.randn(8, 8, generator=generator)
+    factor = factorize(inputs.T @ inputs, 0.01, "natural")
+    table = torch.randn(64, 2, generator=generator)
+    one = torch.ones(64, 1)
+    grid = PairGrid(uniform_grid(2), one, one, torch.zeros(8, dtype=torch.int64), {}, table)
+    codes, _ = successive_rounding(target, grid, factor)
+    assert codes.shape == (64, 4)
+
+    hessian = factor.hessian.double()
+    found = torch.zeros(64, 8, dtype=torch.float64)
+    for start in range(0, 8, 2):
+        done, rest = slice(0, start), slice(start, 8)
+        # with the columns before held, the real-valued minimiser of (T - Q) H (T - Q)^T over the rest
+        error = target[:, done].double() - found[:, done]
+        best = target[:, rest].double() + torch.linalg.solve(hessian[rest, rest], hessian[rest, done] @ error.T).T
+        pick = torch.cdist(best[:, :2].float(), table).argmin(1)
+        assert torch.equal(pick.to(torch.uint8), codes[:, start // 2])
+        found[:, start : start + 2] = table[pick].double()
+    alone = torch.cat([table[torch.cdist(target[:, i : i + 2], table).argmin(1)] for i in range(0, 8, 2)], 1)
+    assert quadratic(target - found.float(), factor).sum() < quadratic(target - alone, factor).sum()
+
+
+def test_a_drifting_target_is_refused_where_columns_are_rounded_together() -> None:
+    one = torch.ones(2, 1)
+    grid = PairGrid(uniform_grid(2), one, one, torch.zeros(8, dtype=torch.int64), {}, torch.randn(4, 2))
+    factor = factorize(torch.eye(8), 0.01, "natural")
+    with pytest.raises(UsageError, match="neither a drifting target"):
+        successive_rounding(torch.randn(2, 8), grid, factor, drift=torch.zeros(8, 8))
+    with pytest.raises(UsageError, match="natural order"):
+        successive_rounding(torch.randn(2, 7), grid, factorize(torch.eye(7), 0.01, "natural"))

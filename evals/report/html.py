@@ -1,79 +1,85 @@
-"""HTML from Python: every text is escaped unless it is `Html` already, so that a name can never become markup."""
+"""HTML from the templates beside this file; every text is escaped unless it is `Html` already."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup as Html
+
 from evals.report.charts.figure import clean
+from evals.report.theme import DARK, LIGHT, css_variables
 
-__all__ = ["Cell", "Html", "bullets", "data_list", "details", "join", "table", "tag"]
-
-
-class Html(str):
-    """Text that is markup and may stand in a page as it is."""
+__all__ = ["Html", "bullets", "data_list", "details", "marked", "page", "paragraph", "pictures", "table", "tiles"]
 
 
-Cell = object  # what `str` makes a text of; None is shown as a dash
+def _printable(value: object) -> object:
+    """What cannot be printed becomes a replacement character; markup stays as it is."""
+    return value if isinstance(value, Html) else clean(value)
 
 
-def tag(name: str, *children: object, **attributes: object) -> Html:
-    """An element; children that are not `Html` are escaped. ``class_`` is the attribute ``class``."""
-    words = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(clean(value))}"' for key, value in attributes.items()
-    )
-    return Html(f"<{name}{words}>{join(children)}</{name}>")
+_TEMPLATES = Environment(
+    loader=PackageLoader("evals.report", "templates"), autoescape=True, finalize=_printable, trim_blocks=True
+)
+_PARTS: Any = _TEMPLATES.get_template("parts.html").module
 
 
-def join(children: Iterable[object]) -> Html:
-    """Children one after the other, escaped where needed."""
-    return Html("".join(child if isinstance(child, Html) else html.escape(clean(child)) for child in children))
-
-
-def bullets(items: Iterable[object]) -> Html:
-    return tag("ul", *(tag("li", item) for item in items))
-
-
-def details(summary: str, *children: object, long: bool = False) -> Html:
-    """A part that can be unfolded. On paper it is open, unless it is ``long`` and the reader left it folded."""
-    body = join([tag("summary", summary), tag("div", *children, class_="folded")])
-    return tag("details", body, class_="long" if long else "short")
+def page(**content: object) -> str:
+    """The whole page; the fields of ``page.html`` by name."""
+    colours = {"light": Html(css_variables(LIGHT)), "dark": Html(css_variables(DARK))}
+    return _TEMPLATES.get_template("page.html").render(colours | content) + "\n"
 
 
 def table(
-    caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]], *, words: Sequence[int] = (0,)
+    caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]], *, words: Sequence[int] = (0,)
 ) -> Html:
     """A table that scrolls sideways by itself where it is too wide.
 
     Args:
-        caption: above it.
+        caption: above the table.
         headings: one per column.
-        rows: their cells; the first of each is the row's name.
-        words: columns that hold words and are aligned left; the others hold figures.
+        rows: their cells; the first cell of each row is its name, and ``None`` is shown as a dash.
+        words: columns of text, aligned left; all others hold figures.
     """
-    head = tag("tr", *(_cell("th", h, i, words, scope="col") for i, h in enumerate(headings)))
-    body = [_row(row, words) for row in rows]
-    found = tag("table", tag("thead", head), tag("tbody", *body), aria_label=caption)
-    scroll = tag("div", found, class_="scroll", role="region", aria_label=caption, tabindex=0)
-    return join([tag("p", caption, class_="caption"), scroll])  # outside, so that it does not scroll away
+    return Html(_PARTS.table(caption, headings, list(rows), words))
 
 
-def _row(row: Sequence[Cell], words: Sequence[int]) -> Html:
-    first = _cell("th", row[0], 0, words, scope="row")
-    return tag("tr", first, *(_cell("td", value, i, words) for i, value in enumerate(row[1:], 1)))
+def details(summary: str, *children: object, long: bool = False) -> Html:
+    """A part that can be unfolded. On paper it is open, unless it is ``long`` and the reader left it folded."""
+    return Html(_PARTS.details(summary, [_printable(child) for child in children], long))
 
 
-def _cell(name: str, value: Cell, column: int, words: Sequence[int], **attributes: str) -> Html:
-    shown = "\N{EN DASH}" if value is None else value
-    return tag(name, shown, **attributes, **({"class_": "w"} if column in words else {}))
+def bullets(items: Iterable[object]) -> Html:
+    """A list with bullets."""
+    return Html(_PARTS.bullets(list(items)))
+
+
+def tiles(rows: Iterable[tuple[str, str, str]]) -> Html:
+    """The figures at the top: name, value, and a line below the value."""
+    return Html(_PARTS.tiles(list(rows)))
+
+
+def paragraph(text: str, kind: str = "") -> Html:
+    """A paragraph; ``kind`` is a class of the style sheet."""
+    return Html(_PARTS.paragraph(text, kind))
+
+
+def marked(text: str, kind: str) -> Html:
+    """Text of a class of the style sheet."""
+    return Html(_PARTS.marked(text, kind))
+
+
+def pictures(figures: Iterable[tuple[Html, str]]) -> Html:
+    """Drawings with their captions, in columns."""
+    return Html(_PARTS.pictures(list(figures)))
 
 
 def data_list(data: Mapping[str, Any]) -> Html:
     """JSON data as names and values, inner objects joined by dots; empty values are left out."""
-    pairs = [(name, value) for name, value in _flat(data, "") if value not in (None, "", [], {}, ())]
-    return tag("dl", *(join([tag("dt", name), tag("dd", _shown(value))]) for name, value in pairs))
+    pairs = [(name, _shown(value)) for name, value in _flat(data, "") if value not in (None, "", [], {}, ())]
+    return Html(_PARTS.data_list(pairs))
 
 
 def _flat(data: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:

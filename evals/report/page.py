@@ -1,7 +1,7 @@
 """One self-contained HTML page about a quantized model, its evaluations, or a comparison.
 
 The page has no script and loads nothing, which its content security policy states. It follows the reader from light to
-dark, from a wide screen to a phone, and onto paper. All that comes from files is escaped (`markup`).
+dark, from a wide screen to a phone, and onto paper. All that comes from files is escaped (`evals.report.html`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from evals.comparison.conclusions import sentences_on
 from evals.comparison.types import Comparison
 from evals.record import Record
 from evals.report.charts.differences import difference_pictures, divergences, kl_pictures
-from evals.report.charts.figure import Picture, clean, inline_svg
+from evals.report.charts.figure import Picture, inline_svg
 from evals.report.charts.layers import layer_pictures
 from evals.report.charts.quality import comparison_panels, quality_pictures, record_panels
-from evals.report.html import Html, bullets, details, join, tag
+from evals.report.html import Html, bullets, details, page, paragraph, pictures
 from evals.report.labels import label_records, with_bases
-from evals.report.style import STYLE
 from evals.report.tables_eval import (
     candidate_table,
     certificate,
@@ -34,7 +33,6 @@ __all__ = ["GENERATOR", "report_page"]
 
 GENERATOR = "ptq report"
 _MOST_SENTENCES = 10  # more are folded
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def report_page(
@@ -57,40 +55,23 @@ def report_page(
     everything = with_bases(records)
     labels = label_records(everything, comparison)
     sections = [
-        _section("Significant differences", _established(comparison)),
-        _section("Pictures", _pictures(report, everything, labels, comparison)),
-        _section("Differences", difference_tables(comparison) if comparison else []),
-        _section("Texts", text_tables(everything, labels)),
-        _section("Tasks", [*task_tables(everything, labels), harness_table(everything, labels)]),
-        _section("Layers", [layer_table(report), kept_table(report)] if report else []),
-        _section("Where the figures come from", _origins(report, everything, labels)),
-        _section("Notes", _notes(report, comparison)),
+        ("Significant differences", _established(comparison)),
+        ("Pictures", _pictures(report, everything, labels, comparison)),
+        ("Differences", difference_tables(comparison) if comparison else []),
+        ("Texts", text_tables(everything, labels)),
+        ("Tasks", [*task_tables(everything, labels), harness_table(everything, labels)]),
+        ("Layers", [layer_table(report), kept_table(report)] if report else []),
+        ("Where the figures come from", _origins(report, everything, labels)),
+        ("Notes", _notes(report, comparison)),
     ]
-    head = tag("header", tag("h1", title), tag("p", _subtitle(report, everything, comparison), class_="quiet"))
-    tiles = [tile_list(report, own_record(report, records))] if report else []
-    warnings = [tag("p", note, class_="warning") for note in notes]
-    foot = tag("footer", tag("p", "Made by ptq report. This page needs no network.", class_="quiet"))
-    return _document(title, join([head, tag("main", *warnings, *tiles, *sections), foot]))
-
-
-def _document(title: str, body: Html) -> str:
-    lines = (
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta name="generator" content="{GENERATOR}">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        tag("title", title),
-        f"<style>\n{STYLE}</style></head>",
-        f"<body>{body}</body></html>",
+    return page(
+        generator=GENERATOR,
+        title=title,
+        subtitle=_subtitle(report, everything, comparison),
+        warnings=notes,
+        tiles=tile_list(report, own_record(report, records)) if report else Html(""),
+        sections=[(heading, [part for part in parts if part]) for heading, parts in sections],
     )
-    return "\n".join(lines) + "\n"
-
-
-def _section(heading: str, parts: Sequence[Html]) -> Html:
-    """A section with a heading; nothing if there is nothing in it."""
-    parts = [part for part in parts if part]
-    return tag("section", tag("h2", heading), *parts) if parts else Html("")
 
 
 def _subtitle(report: Mapping[str, Any] | None, records: Sequence[Record], comparison: Comparison | None) -> str:
@@ -114,7 +95,7 @@ def _established(comparison: Comparison | None) -> list[Html]:
     about = [sentence for sentence in comparison.sentences if sentence in first]
     others = [sentence for sentence in comparison.sentences if sentence not in first]
     open_words = "n.s.: not significant, which does not mean that there is no difference."
-    parts = [conclusion_table(comparison), tag("p", open_words, class_="quiet")]
+    parts = [conclusion_table(comparison), paragraph(open_words, "quiet")]
     for summary, sentences in ((f"against {reference}", about), ("between the others", others)):
         if sentences:
             long = len(comparison.sentences) > _MOST_SENTENCES
@@ -126,16 +107,11 @@ def _established(comparison: Comparison | None) -> list[Html]:
 def _pictures(
     report: Mapping[str, Any] | None, records: Sequence[Record], labels: Sequence[str], comparison: Comparison | None
 ) -> list[Html]:
-    pictures: list[Picture] = []
-    pictures += quality_pictures(comparison_panels(comparison) if comparison else record_panels(records))
-    pictures += difference_pictures(comparison) if comparison else []
-    pictures += kl_pictures(divergences(records, labels))
-    pictures += layer_pictures(report) if report else []
-    return [tag("div", *map(_figure, pictures), class_="pictures")] if pictures else []
-
-
-def _figure(picture: Picture) -> Html:
-    return tag("figure", Html(inline_svg(picture)), tag("figcaption", picture.caption))
+    drawn: list[Picture] = quality_pictures(comparison_panels(comparison) if comparison else record_panels(records))
+    drawn += difference_pictures(comparison) if comparison else []
+    drawn += kl_pictures(divergences(records, labels))
+    drawn += layer_pictures(report) if report else []
+    return [pictures((Html(inline_svg(one)), one.caption) for one in drawn)] if drawn else []
 
 
 def _origins(report: Mapping[str, Any] | None, records: Sequence[Record], labels: Sequence[str]) -> list[Html]:
@@ -145,4 +121,4 @@ def _origins(report: Mapping[str, Any] | None, records: Sequence[Record], labels
 
 def _notes(report: Mapping[str, Any] | None, comparison: Comparison | None) -> list[Html]:
     notes = [*(report.get("warnings", ()) if report else ()), *(comparison.notes if comparison else ())]
-    return [bullets(clean(note) for note in notes)] if notes else []
+    return [bullets(notes)] if notes else []

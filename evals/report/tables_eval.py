@@ -8,7 +8,7 @@ from typing import Any
 from evals.comparison.conclusions import figure, in_points, p_words
 from evals.comparison.types import Comparison, Difference
 from evals.record import Divergence, Record, TaskResult, TextResult
-from evals.report.html import Html, bullets, data_list, details, join, table, tag
+from evals.report.html import Html, bullets, data_list, details, marked, table
 
 __all__ = [
     "candidate_table",
@@ -192,9 +192,7 @@ def _conclusion(found: Difference | None) -> Html | None:
         return None
     shown = figure(found, found.difference, sign=True)
     word = _conclusion_word(found)
-    return tag(
-        "span", f"{shown} {word}", class_={"better": "better", "worse": "worse"}.get(word or "", "not-significant")
-    )
+    return marked(f"{shown} {word}", {"better": "better", "worse": "worse"}.get(word or "", "not-significant"))
 
 
 def difference_tables(comparison: Comparison) -> list[Html]:
@@ -300,7 +298,7 @@ def certificate(record: Record, label: str) -> Html:
     }
     results: list[TextResult | TaskResult] = [*record.texts, *record.tasks]
     notes = [*record.notes, *(f"{result.name}: {note}" for result in results for note in result.notes)]
-    return details(label, join([data_list(data), bullets(notes) if notes else ""]))
+    return details(label, data_list(data), bullets(notes) if notes else "")
 
 
 def _origin(source: str, sha256: str | None, items: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evals.record import Record, TextResult
-from evals.report.html import Html, bullets, data_list, details, join, table, tag
+from evals.report.html import Html, bullets, data_list, details, paragraph, table, tiles
 from evals.report.tables_eval import megabytes
 
 __all__ = ["kept_table", "layer_table", "model_certificate", "own_record", "scheme_words", "tile_list"]
@@ -36,14 +36,14 @@ def tile_list(report: Mapping[str, Any], record: Record | None) -> Html:
     before = totals["source_bytes"]
     ratio = f"{before / after:.2f} times smaller than {megabytes(before)}" if after else ""
     quantized = f"of {totals['quantized_parameters']:,} weights in {len(report['layers'])} linears"
-    tiles = [
+    rows = [
         ("method", recipe.get("method", "unknown"), scheme_words(recipe.get("scheme", {}))),
         ("bits per weight", f"{totals['bits_per_weight']:.3f}", quantized),
         ("weights", megabytes(after), ratio),
     ]
     for text in record.texts if record else ():
-        tiles += _text_tiles(text)
-    return tag("dl", *(_tile(*tile) for tile in tiles), class_="tiles")
+        rows += _text_tiles(text)
+    return tiles(rows)
 
 
 def _text_tiles(text: TextResult) -> list[tuple[str, str, str]]:
@@ -60,10 +60,6 @@ def _text_tiles(text: TextResult) -> list[tuple[str, str, str]]:
         agreement = f"{error_words}top-1 agreement {100 * found.top1_agreement:.1f} %"
         tiles.append((f"KL to the base, {where}", f"{found.kl_mean:.4f}", agreement))
     return tiles
-
-
-def _tile(name: str, value: str, more: str) -> Html:
-    return tag("div", tag("dt", name), tag("dd", value, tag("small", more)), class_="tile")
 
 
 def layer_table(report: Mapping[str, Any]) -> Html:
@@ -111,7 +107,7 @@ def kept_table(report: Mapping[str, Any]) -> Html:
     """What stayed in full precision, the largest first."""
     kept = sorted(report["kept"], key=lambda tensor: -tensor["bytes"])
     if not kept:
-        return tag("p", "Nothing was kept in full precision.")
+        return paragraph("Nothing was kept in full precision.")
     total = max(report["totals"]["payload_bytes"] + report["totals"]["kept_bytes"], 1)
     rows = [(t["name"], t["reason"], f"{t['bytes']:,}", f"{t['bytes'] / total:.1%}") for t in kept]
     shown = table("Kept in full precision", ("tensor", "why", "bytes", "share of all"), rows, words=(0, 1))
@@ -134,4 +130,4 @@ def model_certificate(report: Mapping[str, Any]) -> Html:
     files = dict(list(report.get("files", {}).items())[:_FILE_ROWS])
     data = {name: report[name] for name in names if report.get(name) is not None}
     hashes = {f"file {name}": file["sha256"] for name, file in files.items()}
-    return details("The quantized model", join([data_list(data | hashes)]))
+    return details("The quantized model", data_list(data | hashes))

@@ -11,7 +11,7 @@ import pytest
 
 from evals.comparison.compare import compare
 from evals.record import Record
-from evals.report.html import Html, data_list, details, join, table, tag
+from evals.report.html import bullets, data_list, details, marked, paragraph, table
 from evals.report.page import GENERATOR, report_page
 from ptq.report import Report
 from tests.support.record_factory import made_divergence, made_record, made_task, made_text, recipe
@@ -236,12 +236,12 @@ def test_it_says_who_made_it() -> None:
 
 
 def test_markup_escapes_all_but_markup() -> None:
-    inner = tag("b", "<i>")
-    assert inner == "<b>&lt;i&gt;</b>"
-    assert tag("p", inner, '"<', class_='"x') == '<p class="&quot;x"><b>&lt;i&gt;</b>&quot;&lt;</p>'
-    assert join(["a<", Html("<br>")]) == "a&lt;<br>"
-    assert details("a", "b", long=True) == (
-        '<details class="long"><summary>a</summary><div class="folded">b</div></details>'
+    inner = marked("<i>", '"x')
+    assert inner == '<span class="&#34;x">&lt;i&gt;</span>'
+    assert paragraph("a<\x00", "quiet") == '<p class="quiet">a&lt;\ufffd</p>'
+    assert bullets([inner, "<b>"]) == f"<ul><li>{inner}</li><li>&lt;b&gt;</li></ul>"
+    assert details("a", "b<", inner, long=True) == (
+        f'<details class="long"><summary>a</summary><div class="folded">b&lt;{inner}</div></details>'
     )
 
 

@@ -282,7 +282,7 @@ class PairGrid(ScaledGrid):
 
 
 def test_columns_that_are_rounded_together_take_over_errors_together() -> None:
-    """A codebook of pairs against the slow formula: each pair is the entry nearest to the exact minimiser of the rest."""
+    """A codebook of pairs against the slow formula: each pair is nearest to the exact minimiser of the rest."""
     generator = torch.Generator().manual_seed(0)
     target, inputs = torch.randn(64, 8, generator=generator), torch.randn(64, 8, generator=generator)
     inputs = inputs @ torch.randn(8, 8, generator=generator)

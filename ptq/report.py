@@ -28,7 +28,7 @@ STAGING = ".ptq_partial"  # where a run writes until it is finished
 REPORT_VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerRecord:
     """What happened to one linear; one row of ``ptq_report.json``.
 
@@ -71,7 +71,7 @@ class KeptTensor:
     bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """The record of one run. Everything in it is plain data.
 
@@ -193,7 +193,7 @@ def canonical_json(data: Any) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class PartRecord:
     """One part of a run.
 
@@ -202,9 +202,9 @@ class PartRecord:
         kept: what passes through unchanged, by name; kept_parameters: how many numbers that is.
         warnings: sentences for the user.
         timing: seconds, and flops: floating-point operations, by kind of work; seconds: of the whole part.
-        container, container_reason: in which it was written; a resumed run goes on in the same.
         windows: what was learned in windows that its blocks were in, a record a stage (`ptq.learning.training`).
         changed: tensors that are not quantized but no longer the checkpoint's: parameter -> key in the shard.
+        reasons: why linears that a scheme was assigned to stay in full precision, as the run has found.
     """
 
     layers: list[LayerRecord] = dataclasses.field(default_factory=list)
@@ -214,10 +214,9 @@ class PartRecord:
     timing: dict[str, float] = dataclasses.field(default_factory=dict)
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
-    container: str = ""
-    container_reason: str = ""
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     changed: dict[str, str] = dataclasses.field(default_factory=dict)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def keep(self, name: str, reason: str, numbers: int, size: int) -> None:
         """Note a tensor that stays as it is; tensors under one name are added up."""
@@ -250,6 +249,7 @@ def merge(parts: Iterable[PartRecord]) -> PartRecord:
         total.seconds += part.seconds
         total.windows += [row for row in part.windows if row not in total.windows]
         total.changed |= part.changed
+        total.reasons |= part.reasons
         for name, tensor in part.kept.items():
             before = total.kept[name].bytes if name in total.kept else 0
             total.kept[name] = dataclasses.replace(tensor, bytes=before + tensor.bytes)

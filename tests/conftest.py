@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,5 +128,6 @@ def small_report() -> Report:
     )
 
 
-def _record(name: str, scheme: Scheme, **figures: object) -> LayerRecord:
-    return LayerRecord(name, "coreq", scheme.record(), (64, 64), 3.25, 1664, seconds=0.5, **figures)  # type: ignore[arg-type]
+def _record(name: str, scheme: Scheme, **fields: Any) -> LayerRecord:
+    known: dict[str, Any] = {"method": "coreq", "scheme": scheme.record(), "shape": (64, 64), "seconds": 0.5}
+    return LayerRecord(name=name, bits_per_weight=3.25, payload_bytes=1664, **known, **fields)

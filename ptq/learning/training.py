@@ -33,7 +33,7 @@ _TOLD = {1.0: "the rates that were asked for", 0.25: "a quarter of the rates"}
 _CHECK_EVERY = 64  # steps between looks at the loss: on a GPU each waits for it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowRecord:
     """What one stage of one window did.
 
@@ -156,17 +156,17 @@ class _Stage:
         span = self.window.span
         seconds = time.perf_counter() - start
         return WindowRecord(
-            self.sweep,
-            self.window.number,
-            span.start,
-            span.stop,
-            share,
-            before,
-            after,
-            done,
-            seconds,
-            captured,
-            notes,
+            sweep=self.sweep,
+            window=self.window.number,
+            start=span.start,
+            stop=span.stop,
+            share=share,
+            loss_before=before,
+            loss_after=after,
+            steps=done,
+            seconds=seconds,
+            captured=captured,
+            notes=notes,
         )
 
     def _loss(self) -> float:

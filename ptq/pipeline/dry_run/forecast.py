@@ -7,6 +7,7 @@ another kind than the measured ones count by their parameters.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import tempfile
@@ -22,10 +23,15 @@ from calib.precision import strict_float32
 from calib.runner.activation_store import free_memory
 from calib.runner.runner import CalibrationRunner, batch_size
 from ptq.learning import LearnedConfig
+from ptq.pipeline.costs import Costs
 from ptq.pipeline.dry_run.windows import forecast_windows
+from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
+from ptq.pipeline.job import Job
+from ptq.pipeline.loops.layerwise import BlockSolver
+from ptq.pipeline.output.unquantized import outside_parts
+from ptq.pipeline.preparation.finished import output_obstacles
 from ptq.pipeline.preparation.preflight import check_disk, peak_memory, stream_bytes
 from ptq.pipeline.preparation.sizes import Sizes, dense_experts
-from ptq.pipeline.run import Run
 from ptq.report import KeptTensor, PartRecord
 
 __all__ = ["Forecast", "forecast"]
@@ -36,12 +42,12 @@ _WRITE_RATE = 5e8  # bytes a second, where nothing is known of the disk
 _ALIVE = 6  # hidden states that a suspended pass holds: residual, norm, queries, keys and values, output of attention
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a run will take and give. Sizes in bytes, times in seconds; everything is plain data.
 
     Args:
-        model: name and class; format: of the output, and why.
+        model: name and class; container: of the output, and why.
         blocks, linears: how many are quantized; quantized_parameters, kept_parameters: likewise.
         bits_per_weight: of the quantized linears, with scales and zero points.
         payload_bytes: of those; kept_bytes: of everything else; file_bytes: of all weight files; source_bytes: before.
@@ -89,95 +95,107 @@ class Forecast:
         return dataclasses.asdict(self)
 
 
-def forecast(run: Run) -> Forecast:
-    """Measure shortly, and say what ``run`` will take.
+def forecast(job: Job) -> Forecast:
+    """Measure shortly, and say what ``job`` will take.
 
     Raises:
-        PtqError: whatever the run itself would meet in the measured blocks.
+        PtqError: Whatever the run itself would meet in the measured blocks.
     """
-    sizes = run.sizes()
-    tokens = None if run.calibration is None else run.calibration.tokens
-    if isinstance(run.config, LearnedConfig) and tokens is not None:
-        return _learned(run, run.config, sizes, tokens)
-    return _layerwise(run, sizes, tokens)
+    costs, sizes = Costs(), job.sizes()
+    if job.method.learned is not None and job.tokens is not None:
+        found = _learned(job, job.method.learned, costs, sizes, job.tokens)
+    else:
+        found = _layerwise(job, costs, sizes)
+    obstacles = output_obstacles(job.out, job.recipe, job.conditions(), job.fingerprint, job.calibration)
+    return dataclasses.replace(found, warnings=(*obstacles, *_warnings(found)))
 
 
-def _learned(run: Run, config: LearnedConfig, sizes: Sizes, tokens: Tensor) -> Forecast:
+def _learned(job: Job, config: LearnedConfig, costs: Costs, sizes: Sizes, tokens: Tensor) -> Forecast:
     """The forecast of a learned method: that of what it starts from, and its windows."""
-    start = _layerwise(run, sizes, tokens)
+    start = _layerwise(job, costs, sizes)
     with tempfile.TemporaryDirectory(prefix="ptq-forecast-") as folder:
-        found = forecast_windows(run, config, tokens, Path(folder))
+        found = forecast_windows(job, config, costs, tokens, Path(folder))
     timing = start.timing | {"learning": found.seconds}
-    if run.layer_method is None:
+    if job.method.solver is None:
         del timing["passes"]  # those of the streams belong to the sweeps that learn
-    on_gpu = run.device.type == "cuda"
-    more = found.bytes_a_block * found.largest + (0 if run.offload != "none" else _stream(run, tokens))
-    changed = dataclasses.replace(
+    more = found.bytes_a_block * found.largest + (0 if job.offload != "none" else _targets(job, tokens))
+    return dataclasses.replace(
         start,
         timing=timing,
         seconds=sum(timing.values()),
-        peak_memory=start.peak_memory + (0 if on_gpu else more),
+        peak_memory=start.peak_memory + (0 if job.device.type == "cuda" else more),
         peak_device=None if start.peak_device is None else start.peak_device + more,
         learning=dataclasses.asdict(found),
     )
-    return dataclasses.replace(changed, warnings=(*run.obstacles(), *_warnings(changed)))
 
 
-def _stream(run: Run, tokens: Tensor) -> int:
+def _targets(job: Job, tokens: Tensor) -> int:
     """Bytes of a window's targets, kept where the streams are."""
-    return stream_bytes(run.source.skeleton, tokens.numel() // run.workers.size, run.dtype) // 2
+    return stream_bytes(job.source.skeleton, tokens.numel() // job.workers.size, job.dtype) // 2
 
 
-def _layerwise(run: Run, sizes: Sizes, tokens: Tensor | None) -> Forecast:
+def _layerwise(job: Job, costs: Costs, sizes: Sizes) -> Forecast:
     """The forecast of one pass from block to block."""
-    size = 1 if tokens is None else batch_size(len(tokens), tokens.shape[1], run.device)
-    batches = 1 if tokens is None else math.ceil(len(tokens) / size / run.workers.size)
-    sample = None if tokens is None else tokens[: _MEASURED_BATCHES * size * run.workers.size]
+    tokens, processes = job.tokens, job.workers.size
+    size = 1 if tokens is None else batch_size(len(tokens), tokens.shape[1], job.device)
+    batches = 1 if tokens is None else math.ceil(len(tokens) / size)
+    sample = None if tokens is None else tokens[: _MEASURED_BATCHES * size * processes]
     with tempfile.TemporaryDirectory(prefix="ptq-forecast-") as folder:
-        measured = _measure(run, sample, size, Path(folder))
-    scale = batches / max(1, min(batches, _MEASURED_BATCHES))
-    runner = run.make_runner()
-    lockstep = tokens is None or runner.fits_lockstep(measured.groups, tokens.numel() // run.workers.size)
-    timing = _extrapolate(run, measured, scale, sizes, lockstep=lockstep)
-    extra = (
-        0 if tokens is None else _extra_memory(run, runner, measured, tokens.numel(), size * tokens.shape[1], lockstep)
-    )
-    on_gpu = run.device.type == "cuda"
-    base = peak_memory()
-    host = base + (extra if not on_gpu else 0) + (0 if tokens is None or not on_gpu else _host_streams(run, tokens))
-    host = max(host, measured.resident + run.largest_part_outside(runner.tensors_outside_blocks()))
-    device = torch.cuda.max_memory_allocated(run.device) + extra if on_gpu else None
-    free = check_disk(run.out, 0)
-    result = Forecast(
-        run.source.name,
-        type(run.source.skeleton).__name__,
-        run.container,
-        run.container_reason,
-        len(run.plan.blocks),
-        sizes.linears,
-        sizes.quantized,
-        sizes.kept_parameters,
-        8 * sizes.payload / sizes.quantized,
-        sizes.payload,
-        sizes.kept_bytes,
-        sizes.file_bytes,
-        (sizes.quantized + sizes.kept_parameters) * run.source.dtype.itemsize,
-        sizes.kept,
-        measured.shared,
-        None
+        measured = _measure(job, costs, sample, size, Path(folder))
+    runner = job.make_runner(costs)
+    lockstep = tokens is None or runner.fits_lockstep(measured.groups, tokens.numel() // processes)
+    timing = _extrapolate(job, measured, math.ceil(batches / processes), sizes, lockstep=lockstep)
+    host, device = _peaks(job, runner, measured, size, lockstep=lockstep)
+    return Forecast(
+        model=job.source.name,
+        architecture=type(job.source.skeleton).__name__,
+        container=job.container.name,
+        container_reason=job.container.reason,
+        blocks=len(job.blocks),
+        linears=sizes.linears,
+        quantized_parameters=sizes.quantized,
+        kept_parameters=sizes.kept_parameters,
+        bits_per_weight=8 * sizes.payload / sizes.quantized,
+        payload_bytes=sizes.payload,
+        kept_bytes=sizes.kept_bytes,
+        file_bytes=sizes.file_bytes,
+        source_bytes=(sizes.quantized + sizes.kept_parameters) * job.source.dtype.itemsize,
+        kept=sizes.kept,
+        shared=measured.shared,
+        calibration=None
         if tokens is None
-        else {"sequences": len(tokens), "seqlen": tokens.shape[1], "batches": math.ceil(len(tokens) / size)},
-        run.offload,
-        lockstep,
-        sum(timing.values()),
-        timing,
-        host,
-        device,
-        free,
-        free_memory(torch.device("cpu")),
-        free_memory(run.device) if on_gpu else None,
+        else {"sequences": len(tokens), "seqlen": tokens.shape[1], "batches": batches},
+        offload=job.offload,
+        lockstep=lockstep,
+        seconds=sum(timing.values()),
+        timing=timing,
+        peak_memory=host,
+        peak_device=device,
+        free_disk=check_disk(job.out, 0),
+        free_memory=free_memory(torch.device("cpu")),
+        free_device=free_memory(job.device) if job.device.type == "cuda" else None,
     )
-    return dataclasses.replace(result, warnings=(*run.obstacles(), *_warnings(result)))
+
+
+def _peaks(
+    job: Job, runner: CalibrationRunner, measured: _Measured, size: int, *, lockstep: bool
+) -> tuple[int, int | None]:
+    """Largest memory of the process, and of the GPU if the run is on one."""
+    base, tokens, on_gpu = peak_memory(), job.tokens, job.device.type == "cuda"
+    extra = (
+        0 if tokens is None else _extra_memory(job, runner, measured, tokens.numel(), size * tokens.shape[1], lockstep)
+    )
+    host = base + (extra if not on_gpu else 0)
+    if tokens is not None and on_gpu and job.offload == "memory":  # streams of a run on a GPU
+        host += stream_bytes(job.source.skeleton, tokens.numel(), job.dtype)
+    host = max(host, measured.resident + _largest_outside(job))
+    return host, torch.cuda.max_memory_allocated(job.device) + extra if on_gpu else None
+
+
+def _largest_outside(job: Job) -> int:
+    """Bytes of the largest part that is written after the blocks."""
+    parts = outside_parts(job.source.skeleton, job.outside_blocks()).values()
+    return max(sum(size for _, _, size in job.source.stored_sizes(names)) for names in parts)
 
 
 def _warnings(result: Forecast) -> tuple[str, ...]:
@@ -214,51 +232,51 @@ class _Measured:
     resident: int
 
 
-def _measure(run: Run, tokens: Tensor | None, size: int, folder: Path) -> _Measured:
+def _measure(job: Job, costs: Costs, tokens: Tensor | None, size: int, folder: Path) -> _Measured:
     """Quantize the first block that has something to quantize, or the first two if that is quick, on few tokens.
 
     Activations on disk go to ``folder``: the output's own may belong to a run that is under way.
     """
-    runner, done = run.make_runner(tokens=tokens, batch=size, folder=folder), 0
+    runner, done = job.make_runner(costs, tokens=tokens, batch=size, folder=folder), 0
+    inputs = QuantizedInputs(job.source.skeleton, job.assignment, job.key_values)
+    solver = None if job.method.solver is None else BlockSolver(job, job.method.solver, costs, inputs)
     start: dict[str, float] = {}
     with torch.no_grad(), strict_float32():
         earlier = 0.0
         for context in runner:
-            start = start or dict(run.timing)
-            before, part = dict(run.timing), PartRecord()
+            start = start or dict(costs.timing)
+            before, part = dict(costs.timing), PartRecord()
             read, earlier = before.get("read", 0.0) - earlier, before.get("read", 0.0)
-            if run.layer_method is not None:
-                run.quantize_block(context, part, packed=True)
+            if solver is not None:
+                collections.deque(solver.solve(context, part), maxlen=0)
             context.close()
             map_ = runner.map_of(context)
             if part.layers or not done:
-                block = {name: value - before.get(name, 0.0) for name, value in run.timing.items()}
+                block = {name: value - before.get(name, 0.0) for name, value in costs.timing.items()}
                 block["read"] = read  # over when the block is handed out; for the first one with the embedding
-                parameters = _parameters(run, context.name)
-            done += bool(part.layers) or run.layer_method is None
-            if run.workers.broadcast_object(done == 2 or (done == 1 and sum(block.values()) > _WARM_UP_SECONDS)):
+                parameters = _parameters(job, context.name)
+            done += bool(part.layers) or solver is None
+            if job.workers.broadcast_object(done == 2 or (done == 1 and sum(block.values()) > _WARM_UP_SECONDS)):
                 break  # the first process decides for all
     shared = tuple(g.linears for g in map_.groups if len(g.linears) > 1 and not g.experts)
-    return _Measured(start, block, parameters, map_.groups, map_.flops, shared, _resident())
+    resident = int(psutil.Process().memory_info().rss)
+    return _Measured(start, block, parameters, map_.groups, map_.flops, shared, resident)
 
 
-def _resident() -> int:
-    return int(psutil.Process().memory_info().rss)
+def _parameters(job: Job, block: str) -> int:
+    return sum(p.numel() for p in job.source.skeleton.get_submodule(block).parameters())
 
 
-def _parameters(run: Run, block: str) -> int:
-    return sum(p.numel() for p in run.source.skeleton.get_submodule(block).parameters())
-
-
-def _extrapolate(run: Run, measured: _Measured, scale: float, sizes: Sizes, *, lockstep: bool) -> dict[str, float]:
+def _extrapolate(job: Job, measured: _Measured, batches: int, sizes: Sizes, *, lockstep: bool) -> dict[str, float]:
     """Seconds by kind of work, of the whole run."""
-    blocks = sum(_parameters(run, block) for block in run.plan.blocks) / measured.parameters
+    scale = batches / max(1, min(batches, _MEASURED_BATCHES))
+    blocks = sum(_parameters(job, block) for block in job.blocks) / measured.parameters
     repeats = 1.0
     if not lockstep and measured.flops:
         points = {group.point: group.flops for group in measured.groups}  # all experts share one
         repeats = 1 + sum(points.values()) / measured.flops
-    share = run.workers.size
-    factors = {"passes": scale * repeats, "statistics": scale, "solve": 1 / share, "losses": 1 / share, "read": 1.0}
+    fraction = 1 / job.workers.size
+    factors = {"passes": scale * repeats, "statistics": scale, "solve": fraction, "losses": fraction, "read": 1.0}
     timing = {name: value * blocks * factors.get(name, 1.0) for name, value in measured.block.items()}
     timing["read"] += measured.start.get("read", 0.0)
     timing["passes"] = timing.get("passes", 0.0) + measured.start.get("passes", 0.0)  # mostly the first call of all
@@ -267,17 +285,12 @@ def _extrapolate(run: Run, measured: _Measured, scale: float, sizes: Sizes, *, l
 
 
 def _extra_memory(
-    run: Run, runner: CalibrationRunner, measured: _Measured, tokens: int, batch: int, lockstep: bool
+    job: Job, runner: CalibrationRunner, measured: _Measured, tokens: int, batch: int, lockstep: bool
 ) -> int:
     """Bytes that the tokens beyond the measured ones add on the device: streams, and what suspended passes hold."""
-    more = max(0, tokens // run.workers.size - _MEASURED_BATCHES * batch)
-    width = int(run.source.skeleton.config.get_text_config().hidden_size)
+    more = max(0, tokens // job.workers.size - _MEASURED_BATCHES * batch)
+    width = int(job.source.skeleton.config.get_text_config().hidden_size)
     streams = 2 if runner.two_streams else 1
-    kept = width if run.offload == "none" else 0
+    kept = width if job.offload == "none" else 0
     alive = max(_ALIVE * width, 2 * width + max(group.width for group in measured.groups)) if lockstep else 0
-    return more * streams * (kept + alive) * run.dtype.itemsize
-
-
-def _host_streams(run: Run, tokens: Tensor) -> int:
-    """Bytes of streams that a run on a GPU keeps in memory."""
-    return stream_bytes(run.source.skeleton, tokens.numel(), run.dtype) if run.offload == "memory" else 0
+    return more * streams * (kept + alive) * job.dtype.itemsize

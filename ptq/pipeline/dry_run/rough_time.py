@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.learning import LearnedConfig
-from ptq.methods import LayerMethod, WindowMethod
+from ptq.pipeline.preparation.method_setup import MethodSetup
 from ptq.pipeline.preparation.scheme_assignment import Plan
 
 __all__ = ["LONG_SECONDS", "long_run_notices", "rough_operations"]
@@ -26,29 +25,26 @@ _SHARED = 4 / 7  # input groups per linear in a block of the Llama kind
 _TRAINING = 3  # forward, and backward to inputs and weights
 
 
-def long_run_notices(
-    model: nn.Module, plan: Plan, method: LayerMethod | WindowMethod, config: Any, samples: int, seqlen: int
-) -> list[str]:
+def long_run_notices(model: nn.Module, plan: Plan, method: MethodSetup, samples: int, seqlen: int) -> list[str]:
     """A sentence for a run without a GPU that takes longer than `LONG_SECONDS`, with cheaper settings; else none.
 
     Args:
         model: the skeleton.
         plan: what to do to its linears.
-        method: the method.
-        config: its options.
+        method: the method with its options.
         samples: calibration sequences.
         seqlen: tokens in each.
     """
     rate = _EFFICIENCY * _operations_per_second()
-    seconds = rough_operations(model, plan, method, config, samples, seqlen) / rate
+    seconds = rough_operations(model, plan, method, samples, seqlen) / rate
     if seconds <= LONG_SECONDS:
         return []
     cheap = (min(samples, _CHEAP_SAMPLES), min(seqlen, _CHEAP_SEQLEN))
-    cheaper = rough_operations(model, plan, method, config, *cheap) / rate
+    cheaper = rough_operations(model, plan, method, *cheap) / rate
     ways = []
     if cheaper < seconds / 2:
         ways.append(f"--calib-samples {cheap[0]} --calib-seqlen {cheap[1]} takes about {_words(cheaper)}")
-    if isinstance(method, WindowMethod):
+    if method.learned is not None:
         ways.append("--method coreq learns nothing and takes a small part of it")
     ways.append("--method rtn needs no calibration and takes minutes")
     return [
@@ -57,13 +53,12 @@ def long_run_notices(
     ]
 
 
-def rough_operations(
-    model: nn.Module, plan: Plan, method: LayerMethod | WindowMethod, config: Any, samples: int, seqlen: int
-) -> float:
+def rough_operations(model: nn.Module, plan: Plan, method: MethodSetup, samples: int, seqlen: int) -> float:
     """Floating-point operations of a run, within a factor of about two."""
     tokens, shapes = samples * seqlen, [_shape(model, name) for name, scheme in plan.schemes.items() if scheme]
     weights = sum(out * width for out, width in shapes) * _active(model)
-    if isinstance(config, LearnedConfig):
+    config = method.learned
+    if config is not None:
         blocks = len(plan.blocks)
         visits = sum(len(window) for window in config.windows(blocks)) / blocks
         bits = [scheme.bits for scheme in plan.schemes.values() if scheme is not None]
@@ -71,7 +66,7 @@ def rough_operations(
         steps = config.steps(batches, bits) * sum(len(sweep) for sweep in config.sweeps)
         seen = steps * config.batch * config.grad_accum * seqlen
         return 2.0 * weights * (_TRAINING * visits * seen + 3 * tokens)
-    needs = len(method.needs(config)) if isinstance(method, LayerMethod) else 0
+    needs = 0 if method.solver is None else len(method.solver.needs)
     if not needs:
         return 0.0
     statistics = sum(_SHARED * 2.0 * tokens * width**2 for _, width in shapes) * needs * _active(model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +23,16 @@ from calib.checkpoint.reader import ModelSource
 from calib.model.structure import find_blocks, find_linears, linear_weight
 from calib.precision import strict_float32
 from calib.runner.activation_store import free_memory
-from calib.runner.runner import BlockWindow, CalibrationRunner
+from calib.runner.runner import BlockWindow
 from calib.runner.window_schedule import Window, describe_windows
 from ptq.errors import UsageError
 from ptq.learning import LearnedConfig
+from ptq.pipeline.costs import Costs
+from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
+from ptq.pipeline.job import Job
+from ptq.pipeline.loops.windowed import WindowedLoop
+from ptq.pipeline.output.block_writer import BlockWriter
 from ptq.pipeline.preparation.preflight import peak_memory
-from ptq.pipeline.windowed import Host, WindowRun
 
 __all__ = ["Surroundings", "WindowForecast", "check_learning", "forecast_windows", "learning_bytes"]
 
@@ -46,7 +51,7 @@ class Surroundings:
     processes: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowForecast:
     """Args:
     schedule: in words; windows: how many; visits: of blocks, over all sweeps and stages.
@@ -63,29 +68,39 @@ class WindowForecast:
     largest: int
 
 
-def forecast_windows(run: Host, config: LearnedConfig, tokens: Tensor, folder: Path) -> WindowForecast:
+def forecast_windows(job: Job, config: LearnedConfig, costs: Costs, tokens: Tensor, folder: Path) -> WindowForecast:
     """Measure the first window of a learned run on a part of its data.
 
     Args:
-        run: the run; config: of its method; tokens: all of its calibration data; folder: for what is on disk meanwhile.
+        job: The run.
+        config: Of its method.
+        costs: Its clock.
+        tokens: All of its calibration data.
+        folder: For what is on disk meanwhile.
 
     Raises:
-        PtqError: whatever the run would meet in its first window.
+        PtqError: Whatever the run would meet in its first window.
     """
-    windows = config.windows(len(run.plan.blocks))
-    bits = [scheme.bits for scheme in run.plan.schemes.values() if scheme is not None]
-    batches = math.ceil(math.ceil(len(tokens) / config.batch) / run.workers.size)
+    windows = config.windows(len(job.blocks))
+    bits = [scheme.bits for scheme in job.assignment.schemes.values() if scheme is not None]
+    batches = math.ceil(math.ceil(len(tokens) / config.batch) / job.workers.size)
     steps = config.steps(batches, bits)
     stages = sum(len(shares) for shares in config.sweeps)
     few = dataclasses.replace(config, epochs=0, iters=_STEPS, intra="off", init="none")
     with torch.no_grad(), strict_float32():
-        one = _measure(run, few, tokens[: 2 * config.batch * run.workers.size], windows, folder)
+        one = _measure(job, few, costs, tokens[: 2 * config.batch * job.workers.size], windows, folder)
     per_visit = batches * one.forward * (2 + 1 / max(1, stages // len(config.sweeps))) + steps * one.step
     visits = stages * sum(len(window) for window in windows)
-    moves = len(config.sweeps) * len(run.plan.blocks) * 2 * batches * one.forward
+    moves = len(config.sweeps) * len(job.blocks) * 2 * batches * one.forward
     seconds = visits * per_visit + moves + len(windows) * stages * one.fixed
     return WindowForecast(
-        describe_windows(windows), len(windows), visits, steps, seconds, one.bytes_a_block, max(map(len, windows))
+        schedule=describe_windows(windows),
+        windows=len(windows),
+        visits=visits,
+        steps=steps,
+        seconds=seconds,
+        bytes_a_block=one.bytes_a_block,
+        largest=max(map(len, windows)),
     )
 
 
@@ -99,14 +114,16 @@ class _Measured:
     bytes_a_block: int
 
 
-def _measure(run: Host, few: LearnedConfig, tokens: Tensor, windows: tuple[Window, ...], folder: Path) -> _Measured:
-    runner: CalibrationRunner = run.make_runner(tokens=tokens, batch=few.batch, folder=folder)
-    start = _used(run)
+def _measure(
+    job: Job, few: LearnedConfig, costs: Costs, tokens: Tensor, windows: tuple[Window, ...], folder: Path
+) -> _Measured:
+    runner = job.make_runner(costs, tokens=tokens, batch=few.batch, folder=folder)
+    start = _used(job.device)
     for window in runner.windows(windows):
-        _clock(run, lambda: window.run(0, full=True))  # noqa: B023  # called at once; the first call warms up
-        forward = _clock(run, lambda: window.run(0, full=True)) / len(window.blocks)  # noqa: B023
-        first = _train(run, few, window, folder)
-        longer = _train(run, dataclasses.replace(few, iters=3 * few.iters), window, folder)
+        _clock(job.device, lambda: window.run(0, full=True))  # noqa: B023  # called at once; the first call warms up
+        forward = _clock(job.device, lambda: window.run(0, full=True)) / len(window.blocks)  # noqa: B023
+        first = _train(job, few, costs, window, folder)
+        longer = _train(job, dataclasses.replace(few, iters=3 * few.iters), costs, window, folder)
         break
     step = max(1e-6, (longer - first) / (2 * _STEPS) / len(window.blocks))
     passes = len(runner.batches) * forward * 3 * len(window.blocks)
@@ -114,27 +131,28 @@ def _measure(run: Host, few: LearnedConfig, tokens: Tensor, windows: tuple[Windo
         forward,
         step,
         max(0.0, first - passes - _STEPS * step * len(window.blocks)),
-        max(0, _used(run) - start) // len(window.blocks),
+        max(0, _used(job.device) - start) // len(window.blocks),
     )
 
 
-def _train(run: Host, few: LearnedConfig, window: BlockWindow, folder: Path) -> float:
+def _train(job: Job, few: LearnedConfig, costs: Costs, window: BlockWindow, folder: Path) -> float:
     """Seconds of one window's training, whose result is dropped."""
-    trial = WindowRun(run, few, {}, {}, None, folder=folder / "work")
-    return _clock(run, lambda: trial.try_window(window))
+    inputs = QuantizedInputs(job.source.skeleton, job.assignment, job.key_values)
+    blocks = BlockWriter(job, costs, None)
+    trial = WindowedLoop(job, few, costs, inputs, blocks, folder=folder / "work")
+    return _clock(job.device, lambda: trial.try_window(window))
 
 
-def _clock(run: Host, work: object) -> float:
-    assert callable(work)
+def _clock(device: torch.device, work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def _used(run: Host) -> int:
-    return torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else peak_memory()
+def _used(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def learning_bytes(parameters: int, hidden: int, widest: int, tokens: int, itemsize: int, config: LearnedConfig) -> int:

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ptq.learning import LearnedConfig
-from ptq.methods import LayerMethod, find_method, make_config
+from ptq.pipeline.preparation.method_setup import set_up_method
 from ptq.recipe import CalibrationSpec, Recipe
 
 __all__ = ["without_effect"]
@@ -68,11 +67,9 @@ def without_effect(names: Iterable[str], recipe: Recipe) -> dict[str, str]:
     Raises:
         UsageError: the recipe's method or options do not exist.
     """
-    method = find_method(recipe.method)
-    config = make_config(method, recipe.options)
-    reads_data = bool(method.needs(config)) if isinstance(method, LayerMethod) else True
-    facts = _Facts(recipe, config, reads_data)
-    needs = (*_NEEDS, *(_LEARNED_NEEDS if isinstance(config, LearnedConfig) else ()))
+    method = set_up_method(recipe)
+    facts = _Facts(recipe, method.config, method.needs_data)
+    needs = (*_NEEDS, *(_LEARNED_NEEDS if method.learned is not None else ()))
     given = set(names)
     return {
         name: need.reason.format(method=method.name)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from calib.data.tokens import Calibration
-from ptq.checkpoint.journal import JOURNAL_NAME, changed_conditions, flatten
+from ptq.checkpoint.journal import JOURNAL_NAME, Journal, changed_conditions, flatten
 from ptq.errors import OutputError, UsageError
 from ptq.pipeline.events import Event, Listener
 from ptq.recipe import Recipe
 from ptq.report import REPORT_NAME, STAGING, Report
 
-__all__ = ["Finished", "find_finished", "finished_obstacles"]
+__all__ = ["Finished", "find_finished", "output_obstacles"]
 
 _SHOWN = 3  # differences in a message
 
@@ -136,8 +136,26 @@ def find_finished(out: Path) -> Finished | None:
         ) from error
 
 
-def finished_obstacles(out: Path, recipe: Recipe, fingerprint: str, calibration: Calibration | None) -> list[str]:
-    """What a run would say of a finished result in its folder, for a forecast; empty if there is none."""
+def output_obstacles(
+    out: Path, recipe: Recipe, conditions: dict[str, Any], fingerprint: str, calibration: Calibration | None
+) -> list[str]:
+    """Why a run would refuse its output folder, or has nothing to do, as far as it can be seen without a lock.
+
+    Args:
+        out: The folder.
+        recipe: Of the run.
+        conditions: Everything that decides its bytes.
+        fingerprint: Of its model.
+        calibration: Its tokens.
+    """
+    journal = Journal.read_only(out / STAGING)
+    if journal is None:
+        return _finished_obstacles(out, recipe, fingerprint, calibration)
+    changed = [] if journal.conditions is None else changed_conditions(journal.conditions, conditions)
+    return [f"{out} holds an unfinished run of other settings ({'; '.join(changed)}): --restart"] if changed else []
+
+
+def _finished_obstacles(out: Path, recipe: Recipe, fingerprint: str, calibration: Calibration | None) -> list[str]:
     try:
         found = find_finished(out)
         if found is None:

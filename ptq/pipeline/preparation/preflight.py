@@ -28,6 +28,7 @@ __all__ = [
     "clashing_schemes",
     "cpu_name",
     "peak_memory",
+    "resolve_device",
     "stream_bytes",
 ]
 
@@ -143,3 +144,23 @@ def _clash(schemes: Mapping[str, Scheme | None]) -> str:
     other = next((name, scheme) for name, scheme in schemes.items() if scheme != first[1])
     shown = [f"{name} ({'full precision' if scheme is None else scheme.describe()})" for name, scheme in (first, other)]
     return f"{shown[0]} and {shown[1]} are one kernel in runtimes such as vLLM and need one scheme"
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:i`` as a device that is there.
+
+    Raises:
+        UsageError: another name, or a GPU that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0, cuda:1, ...") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:i.")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UsageError(f"there is no device {device!r}: this machine shows {count} CUDA device(s) to PyTorch.")
+    return found

@@ -1,4 +1,4 @@
-"""Which linears of a model end its blocks, and a plan in which their inputs are rotated at run time."""
+"""An assignment in which the inputs of the linears that end every block's MLP are rotated at run time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import dataclasses
 import torch
 
 from calib.checkpoint.reader import ModelSource
-from calib.model.structure import find_linears
-from calib.precision import strict_float32
-from calib.runner.block import BlockContext
-from calib.runner.runner import CalibrationRunner
+from calib.model.input_groups import InputGroup
+from ptq.pipeline.preparation.block_maps import trace_block_kinds
 from ptq.pipeline.preparation.scheme_assignment import Plan
 
 __all__ = ["rotate_last_inputs"]
@@ -20,19 +18,20 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
     """The plan with a randomised Hadamard rotation of the input of the linears that end every block: what the MLP's
     activation leaves has the largest outliers of all inputs.
 
-    The first block of every kind is run on a few made-up tokens; its last input group says which linears end it (of a
+    The first block of every kind is run on a few dummy tokens; its last input group says which linears end it (of a
     mixture, the last of every expert as well).
 
     Args:
-        plan: schemes; source: the model; seed: of the rotation's signs.
-        device, dtype: of the pass.
+        plan: Schemes.
+        source: The model.
+        seed: Of the rotation's signs.
+        device: Where blocks are run.
+        dtype: Of the pass.
 
     Raises:
-        ModelError: a block cannot be run.
+        ModelError: A block cannot be run.
     """
-    with torch.no_grad(), strict_float32():
-        runner = CalibrationRunner(source, None, device=device, dtype=dtype)
-        ends = _ends(runner)
+    ends = {name for groups in trace_block_kinds(source, device, dtype).values() for name in _last(groups)}
     schemes = {
         name: dataclasses.replace(scheme, input_rotation=seed) if scheme is not None and _inside(name, ends) else scheme
         for name, scheme in plan.schemes.items()
@@ -40,23 +39,8 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
     return dataclasses.replace(plan, schemes=schemes)
 
 
-def _ends(runner: CalibrationRunner) -> set[str]:
-    """Names, in their block, of the linears that end a block, from the first block of every kind."""
-    blocks = [runner.source.skeleton.get_submodule(name) for name in runner.block_names]
-    left = {(type(block), tuple(find_linears(block))) for block in blocks}
-    found: set[str] = set()
-    for context in runner:
-        kind = (type(context.block), tuple(context.linears))
-        if kind in left:
-            found |= _last(context)
-            left.discard(kind)
-        if not left:
-            break
-    return found
-
-
-def _last(context: BlockContext) -> set[str]:
-    groups = context.runner.map_of(context).groups
+def _last(groups: tuple[InputGroup, ...]) -> set[str]:
+    """Names, in their block, of the linears that end it."""
     last = [group for group in groups if not group.experts][-1:] or list(groups[-1:])
     experts = {group.expert: group.linears for group in groups if group.expert}  # the last group of each stays
     return {name for group in last for name in group.linears} | {name for names in experts.values() for name in names}

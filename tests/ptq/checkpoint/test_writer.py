@@ -24,6 +24,7 @@ from ptq.checkpoint.verify import verify_files
 from ptq.checkpoint.writer import LOCK, STAGING, CheckpointWriter
 from ptq.errors import OutputError
 from ptq.report import REPORT_NAME, Report
+from tests.support.reports import empty_report
 
 CONDITIONS = {"recipe.scheme.bits": 3, "threads": 1}
 PARTS = ("block.0", "block.1", "rest")
@@ -49,7 +50,7 @@ def complete(out: Path, parts: dict[str, dict[str, Tensor]] = NEW, **options: An
         (checkpoint.companions / "tokenizer.json").write_text("{}")
         (checkpoint.companions / "templates").mkdir()
         (checkpoint.companions / "templates" / "tool.jinja").write_text("x")
-        report = Report({}, {}, None, "native", "", (), (), {}, {}, {}, files=checkpoint.files())
+        report = empty_report("native", files=checkpoint.files())
         checkpoint.finish({"model_type": "llama"}, {"quant_method": "ptq"}, report)
     return found
 

@@ -28,6 +28,7 @@ from ptq.quantized import QuantizedWeight
 from ptq.report import REPORT_NAME, Report
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 from tests.support.integer_weights import integer_weight
+from tests.support.reports import empty_report
 from tests.support.tiny_models import tiny_model
 
 SYM, ASYM = (
@@ -35,7 +36,7 @@ SYM, ASYM = (
     Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16"),
 )
 CONFIG = {"model_type": "llama", "dtype": "float32", "quantization_config": {"quant_method": "old"}}
-REPORT = Report({}, {}, None, "native", "", (), (), {}, {}, {})
+REPORT = empty_report("native")
 
 
 def random_weight(scheme: Scheme, out: int = 40, width: int = 96) -> QuantizedWeight:

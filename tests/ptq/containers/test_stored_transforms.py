@@ -15,7 +15,7 @@ from torch import Tensor
 import ptq
 from calib.data.tokens import Calibration
 from ptq.methods import METHODS, WindowMethod
-from ptq.pipeline.run import Run
+from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.transforms.hadamard import InputRotation
 from tests.support.independent_reader import dense_tensors, rotation_matrix
 from tests.support.tiny_models import tiny_model
@@ -92,7 +92,7 @@ def test_resumed_without_data_the_transform_is_applied(tmp_path: Path) -> None:
 
 
 def test_a_transform_that_was_not_applied_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "transform_inputs", lambda *_: None)
+    monkeypatch.setattr(QuantizedInputs, "apply", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"down_proj was quantized as .* would be stored as .* rotated"):
         quantize(tiny_model("llama"), tmp_path / "out", "rtn", calibration=None, rotate=["down"])
     assert not (tmp_path / "out" / "config.json").exists()

@@ -43,6 +43,7 @@ from ptq.runtime.linear import QuantLinear
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
 from tests.support.integer_weights import integer_weight, zero_of
+from tests.support.reports import empty_report
 
 SYM = Scheme(bits=3, group_size=32, scale_dtype="float16")
 ASYM = Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16")
@@ -113,7 +114,7 @@ def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def report() -> Report:
-    return Report({}, {}, None, "test", "", (), (), {}, {}, {})
+    return empty_report("test")
 
 
 def write(

@@ -27,7 +27,7 @@ from ptq.learning.losses import output_loss
 from ptq.learning.optimizer import Optimizer, decayed
 from ptq.learning.training import WindowRecord, _order, train_window
 from ptq.methods import METHODS, find_method, make_config
-from ptq.pipeline.input_transforms import transform_block_inputs
+from ptq.pipeline.inputs.input_transforms import transform_block_inputs
 from ptq.scheme import KeyValueScheme, Scheme
 from tests.support.tiny_models import tiny_model
 
@@ -610,6 +610,18 @@ def test_every_learned_method_is_a_config() -> None:
 
 
 def test_a_record_survives_json() -> None:
-    record = WindowRecord(1, 2, 3, 5, 0.5, 0.25, 0.125, 7, 1.5, False, ("said",))
+    record = WindowRecord(
+        sweep=1,
+        window=2,
+        start=3,
+        stop=5,
+        share=0.5,
+        loss_before=0.25,
+        loss_after=0.125,
+        steps=7,
+        seconds=1.5,
+        captured=False,
+        notes=("said",),
+    )
     assert WindowRecord.from_dict(record.to_dict()) == record
     assert record.to_dict()["notes"] == ["said"]

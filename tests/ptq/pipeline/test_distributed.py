@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ptq.pipeline.layerwise import owners
+from ptq.pipeline.loops.layerwise import owners
 from tests.support.tiny_models import tiny_model
 
 

@@ -225,7 +225,7 @@ def test_a_sweep_goes_on_where_the_last_one_left_every_block(tmp_path: Path, mon
         newest.update({learner.context.index: learner.state() for learner in learners})
         return records
 
-    monkeypatch.setattr("ptq.pipeline.windowed.train_window", watched)
+    monkeypatch.setattr("ptq.pipeline.loops.windowed.train_window", watched)
     run(tiny_model("llama", num_hidden_layers=4), tmp_path / "out", iters=8)
     assert met == {0, 1, 2, 3}
 

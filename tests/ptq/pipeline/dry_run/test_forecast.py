@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,13 @@ def test_sizes_are_those_of_the_stored_dtypes(tmp_path: Path) -> None:
     assert forecast.kept_bytes == report.totals["kept_bytes"]
 
 
-def test_a_clash_in_a_later_kind_of_block_is_refused(tmp_path: Path) -> None:
+def test_a_clash_in_a_later_kind_of_block_is_seen_before_the_run(tmp_path: Path) -> None:
     recipe = Recipe(
         "rtn", scheme=Scheme(bits=3, group_size=16), overrides=(("*.k_proj", Scheme(bits=8, group_size=16)),)
     )
-    with pytest.raises(
-        UsageError, match=r"k_proj.*--container native"
-    ):  # the first block of this model has no attention
-        ptq.quantize(tiny_model("lfm2"), recipe, out=tmp_path / "out")
+    model = tiny_model("lfm2")  # whose first block has no attention
+    report = ptq.quantize(model, recipe, out=tmp_path / "out")
+    assert report.container == "native"
+    assert "k_proj (int8 sym g16)" in report.container_reason
+    with pytest.raises(UsageError, match=r"k_proj.*--container native"):
+        ptq.quantize(model, dataclasses.replace(recipe, container="compressed-tensors"), out=tmp_path / "strict")

@@ -11,27 +11,27 @@ import torch
 import ptq
 import ptq.pipeline.dry_run.rough_time
 from calib.data.tokens import Calibration
-from ptq.methods import find_method, make_config
 from ptq.pipeline.dry_run.rough_time import long_run_notices, rough_operations
 from ptq.pipeline.events import Event
+from ptq.pipeline.preparation.method_setup import set_up_method
 from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.recipe import Recipe
 from tests.support.tiny_models import tiny_model
 
 
 def parts(method: str, **options: Any) -> tuple[Any, ...]:
-    model, found = tiny_model("llama"), find_method(method)
-    return model, make_plan(model, Recipe(method), torch.float32), found, make_config(found, options)
+    model, recipe = tiny_model("llama"), Recipe(method, options=options)
+    return model, make_plan(model, recipe, torch.float32), set_up_method(recipe)
 
 
 def test_operations_of_passes_statistics_and_solves() -> None:
-    model, plan, method, config = parts("gptq")
+    model, plan, method = parts("gptq")
     shapes = [tuple(model.get_submodule(name).weight.shape) for name in plan.schemes]
     tokens = 8 * 16
     passes = 4 * tokens * sum(out * width for out, width in shapes)
     statistics = 4 / 7 * 2 * tokens * sum(width**2 for _, width in shapes)
     solves = sum(2 * out * width**2 + width**3 for out, width in shapes)
-    assert rough_operations(model, plan, method, config, 8, 16) == pytest.approx(passes + statistics + solves)
+    assert rough_operations(model, plan, method, 8, 16) == pytest.approx(passes + statistics + solves)
     assert rough_operations(*parts("rtn"), 8, 16) == 0
 
 

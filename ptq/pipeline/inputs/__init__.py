@@ -1,0 +1,1 @@
+"""What the quantized model does to inputs, keys and values, applied while a model is quantized."""

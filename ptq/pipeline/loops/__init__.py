@@ -1,0 +1,1 @@
+"""The loops over the blocks: linear by linear, and window by window."""

@@ -1,0 +1,1 @@
+"""Where the results of a run go: shards of finished blocks, what passes through, the report."""

@@ -1,0 +1,89 @@
+"""The container of an output, decided once: what was begun in, what loads, and what runtimes read into one kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from calib.checkpoint.reader import ModelSource
+from calib.model.input_groups import InputGroup
+from ptq.checkpoint.journal import Journal
+from ptq.errors import UsageError
+from ptq.pipeline.preparation.block_maps import trace_block_kinds
+from ptq.pipeline.preparation.preflight import clashing_schemes
+from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.proof import FormatChoice, settle_format
+from ptq.recipe import Recipe
+from ptq.report import STAGING
+from ptq.scheme import KeyValueScheme
+
+__all__ = ["CONTAINER_CONDITION", "choose_container", "key_values_of"]
+
+CONTAINER_CONDITION = "container"
+"""Name in the conditions of a journal, which hold the container and the reason for it."""
+
+
+def choose_container(
+    source: ModelSource,
+    assignment: Plan,
+    recipe: Recipe,
+    *,
+    out: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> FormatChoice:
+    """The container of an output.
+
+    Args:
+        source: The model.
+        assignment: What will be done to its linears.
+        recipe: The container that is asked for.
+        out: The output folder, whose unfinished run goes on in the container that it began with; ``None`` starts over.
+        device: Where blocks are run to see which linears read the same input.
+        dtype: Of that pass.
+        trust_remote_code: Run modelling code that ships with the model.
+
+    Raises:
+        UsageError: The container that is asked for cannot carry the result, or linears that runtimes fuse have
+            different schemes in it.
+        ModelError: Not even the native container loads.
+    """
+    settled = settle_format(
+        recipe.container, assignment.schemes, source, key_values_of(recipe), trust_remote_code=trust_remote_code
+    )
+    begun = None if out is None else _begun(out)
+    if begun is not None:
+        return dataclasses.replace(settled, name=begun[0], reason=begun[1])
+    if settled.name == "native" or len(set(assignment.schemes.values())) == 1:
+        return settled
+    return _without_clashes(settled, assignment, recipe, trace_block_kinds(source, device, dtype).values())
+
+
+def key_values_of(recipe: Recipe) -> KeyValueScheme | None:
+    """How keys and values are rounded at run time; ``None`` leaves them as they are."""
+    return None if recipe.kv_bits is None else KeyValueScheme(recipe.kv_bits, recipe.kv_symmetric)
+
+
+def _without_clashes(
+    choice: FormatChoice, assignment: Plan, recipe: Recipe, maps: Iterable[tuple[InputGroup, ...]]
+) -> FormatChoice:
+    """The choice, or the native container where linears that runtimes fuse into one kernel have different schemes."""
+    clashes = [clash for groups in maps for clash in clashing_schemes(assignment, groups)]
+    if not clashes:
+        return choice
+    if recipe.container == "auto":
+        return choice.native_instead(clashes[0])
+    raise UsageError(f"{clashes[0]} ({len(clashes)} such sets). Give them one, or say --container native.")
+
+
+def _begun(out: Path) -> tuple[str, str] | None:
+    """Container and reason of an unfinished run in the output folder."""
+    journal = Journal.read_only(out / STAGING)
+    if journal is None or journal.conditions is None:
+        return None
+    name, reason = (journal.conditions.get(f"{CONTAINER_CONDITION}.{key}") for key in ("name", "reason"))
+    return None if name is None else (str(name), str(reason))

@@ -1,0 +1,82 @@
+"""The method of a run, and everything that follows from its kind: which loop, which statistics, which data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from calib.stats import TWO_STREAMS, Stat
+from ptq.learning import LearnedConfig
+from ptq.methods import LayerMethod, find_method, make_config
+from ptq.recipe import Recipe
+
+__all__ = ["LayerSolver", "MethodSetup", "set_up_method"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSolver:
+    """A layer-wise method with its options.
+
+    Args:
+        method: The method.
+        config: Its options.
+        needs: The statistics that it reads.
+    """
+
+    method: LayerMethod
+    config: Any
+    needs: frozenset[Stat]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSetup:
+    """The method of a run.
+
+    Args:
+        name: What users type.
+        config: Its options.
+        solver: What quantizes linear by linear: the method itself, or what a learned method starts from, if anything.
+        learned: The options of a method that learns over windows of blocks; ``None`` for a layer-wise method.
+    """
+
+    name: str
+    config: Any
+    solver: LayerSolver | None
+    learned: LearnedConfig | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method reads calibration text."""
+        return self.learned is not None or (self.solver is not None and bool(self.solver.needs))
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether the full-precision model's activations are kept beside the quantized model's."""
+        return self.learned is not None or (self.solver is not None and bool(self.solver.needs & TWO_STREAMS))
+
+    @property
+    def stores(self) -> int:
+        """How many hidden states per token are kept: of both models, and the targets of a learned method's window."""
+        return 2 if self.learned is None else 3
+
+
+def set_up_method(recipe: Recipe) -> MethodSetup:
+    """The method that a recipe names, with its options.
+
+    Raises:
+        UsageError: there is no such method, or an option does not exist or has a value that is refused.
+    """
+    method = find_method(recipe.method)
+    config = make_config(method, recipe.options)
+    if isinstance(method, LayerMethod):
+        return MethodSetup(name=method.name, config=config, solver=_solver(method, config))
+    start = None if config.init == "none" else find_method(config.init)
+    if start is None:
+        return MethodSetup(name=method.name, config=config, solver=None, learned=config)
+    assert isinstance(start, LayerMethod)
+    solver = _solver(start, make_config(start, {}))
+    return MethodSetup(name=method.name, config=config, solver=solver, learned=config)
+
+
+def _solver(method: LayerMethod, config: Any) -> LayerSolver:
+    return LayerSolver(method=method, config=config, needs=method.needs(config))

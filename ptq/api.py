@@ -37,6 +37,7 @@ from ptq.pipeline.preparation.preflight import check_path_names, check_vocabular
 from ptq.pipeline.preparation.rotated_assignment import rotate_last_inputs
 from ptq.pipeline.preparation.scheme_assignment import make_plan
 from ptq.pipeline.run import Run
+from ptq.presets import find_preset
 from ptq.proof import settle_format
 from ptq.recipe import CONTAINER_NAMES, CalibrationSpec, Recipe
 from ptq.recipe_files.other_names import other_name
@@ -216,7 +217,7 @@ def _prepare(
         else []
     )
     (choice,) = workers.broadcast_object(settled)
-    needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
+    needs_data = isinstance(method, WindowMethod) or bool(method.needs(config)) or plan.calibrates_inputs
     if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
         return finished.kept(source.fingerprint(), calibration if needs_data else None, listener), tokenizer
     tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
@@ -272,8 +273,10 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
     """A recipe from flat names.
 
     Args:
-        fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``), ``calib``,
-            ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, and options of the method
+        fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``, ``format``,
+            ``act_format``, ...), ``preset`` (a name of `ptq.presets.PRESETS`: fields of the scheme, which others given
+            here win over), ``calib``, ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``,
+            and options of the method
             (``beam``, ``damping``, ...).
         base: what the fields change; default ``Recipe()``.
 
@@ -281,6 +284,8 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
         UsageError: a name that is none of these, or a value that does not fit.
     """
     base = base or Recipe()
+    if "preset" in fields:
+        fields = {**find_preset(fields["preset"]), **{k: v for k, v in fields.items() if k != "preset"}}
     own = {field.name for field in dataclasses.fields(Recipe)} - {"scheme", "calibration", "options"}
     scheme_names = {field.name for field in dataclasses.fields(Scheme)}
     method = find_method(fields.get("method", base.method))

@@ -42,7 +42,8 @@ from ptq.errors import ModelError, UsageError
 from ptq.learning import LearnedConfig
 from ptq.methods import LayerMethod, WindowMethod, find_method, make_config
 from ptq.pipeline.events import Event, Listener
-from ptq.pipeline.input_transforms import transform_block_inputs
+from ptq.pipeline.input_ranges import fit_static_inputs
+from ptq.pipeline.input_transforms import input_params, transform_block_inputs
 from ptq.pipeline.layerwise import solve_group
 from ptq.pipeline.preparation.finished import finished_obstacles
 from ptq.pipeline.preparation.preflight import (
@@ -363,6 +364,7 @@ class Run:
         schemes = self.plan.in_block(context.name)
         self.check_kernels(context)
         self.transform_inputs(context)
+        self.warn(part, *fit_static_inputs(context, schemes))
         assert self.layer_method is not None
         for group in context.groups(self.needs, frozenset(schemes)):
             self.emit(Event("layer", name=group.full_name(group.names[0])))
@@ -445,7 +447,9 @@ class Run:
             rows, columns = row["shape"]
             scheme = Scheme.from_dict(row["scheme"])
             weight = self._format.read_layer(row["name"], tensors, scheme, (rows, columns)).to(self.device)
-            context.replace(row["name"].removeprefix(f"{context.name}."), weight.dequantize(self.dtype))
+            name = row["name"].removeprefix(f"{context.name}.")
+            context.replace(name, weight.dequantize(self.dtype))
+            input_params(context, name, weight.input_params)
         for name, key in part.payload.get("changed", {}).items():
             context.replace_parameter(name.removeprefix(f"{context.name}."), tensors[key])
 

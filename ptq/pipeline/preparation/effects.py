@@ -70,7 +70,9 @@ def without_effect(names: Iterable[str], recipe: Recipe) -> dict[str, str]:
     """
     method = find_method(recipe.method)
     config = make_config(method, recipe.options)
-    reads_data = bool(method.needs(config)) if isinstance(method, LayerMethod) else True
+    schemes = (recipe.scheme, *(scheme for _, scheme in recipe.overrides))
+    static = any(scheme.calibrates_input for scheme in schemes)
+    reads_data = static or (bool(method.needs(config)) if isinstance(method, LayerMethod) else True)
     facts = _Facts(recipe, config, reads_data)
     needs = (*_NEEDS, *(_LEARNED_NEEDS if isinstance(config, LearnedConfig) else ()))
     given = set(names)

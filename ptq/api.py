@@ -308,7 +308,9 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
             answer = other_name("python", name)
             if answer is not None:
                 raise UsageError(f"unknown argument {name!r}. {answer}")
-            raise unknown_name("argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | option_names)
+            raise unknown_name(
+                "argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | {"preset"} | option_names
+            )
     return dataclasses.replace(
         base,
         scheme=_scheme(base, method, parts["scheme"]),

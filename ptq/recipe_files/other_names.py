@@ -32,7 +32,7 @@ _OURS = {
     "symmetric": Ours("--sym or --asym", "symmetric (True or False)", "scheme.symmetric (true or false)"),
     "scheme": Ours(
         "--preset W4A16, or --bits, --group-size and --act-bits (W4A16 is --bits 4 --group-size 128)",
-        "preset, or bits, group_size and act_bits (W4A16 is bits=4, group_size=128)",
+        "bits, group_size and act_bits (W4A16 is bits=4, group_size=128)",
         "scheme.bits, scheme.group_size and scheme.act_bits",
     ),
     "act_bits": Ours("--act-bits", "act_bits", "scheme.act_bits"),

@@ -85,7 +85,7 @@ class QuantizedWeight:
         try:
             codes, params = scheme.number_format.unpack(tensors, scheme, out_features, in_features)
         except ValueError as error:
-            raise OutputError(f"{where}: {error}: the checkpoint is damaged, quantize again.") from error
+            raise OutputError(f"{prefix}weight: {error}; the checkpoint is damaged, quantize again.") from error
         return cls(codes, params, scheme, {key: tensors[key] for key in inputs})
 
     def tensors(self, name: str = "") -> dict[str, Tensor]:

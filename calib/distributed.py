@@ -55,6 +55,12 @@ class Workers:
             with _partners():
                 dist.all_reduce(tensor)
 
+    def maximum_(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by its elementwise maximum over all processes."""
+        if self.size > 1:
+            with _partners():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
     def broadcast_(self, tensor: Tensor, source: int) -> None:
         """Replace ``tensor`` by that of process ``source``."""
         if self.size > 1:

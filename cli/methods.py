@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-__all__ = ["command", "describe_formats", "describe_methods"]
+__all__ = ["command", "describe_formats", "describe_inputs", "describe_methods"]
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON on stdout (docs/json.md).")
 def command(as_json: bool) -> None:
-    """List the quantization methods and the number formats. Set options with -O KEY=VALUE in ptq quantize.
+    """List the quantization methods, the formats and the presets. Set options with -O KEY=VALUE in ptq quantize.
 
     \b
     Examples:
@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
 
     rows = describe_methods()
     if as_json:
-        echo(json.dumps({"methods": rows, "number_formats": describe_formats()}, indent=1))
+        echo(json.dumps({"methods": rows, "number_formats": describe_formats(), **describe_inputs()}, indent=1))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -43,7 +43,15 @@ def command(as_json: bool) -> None:
     formats.add_column("methods")
     for row in describe_formats():
         formats.add_row(row["name"], row["summary"], ", ".join(row["methods"]))
-    console().print(table, "", formats)
+    tables = [table, "", formats]
+    for title, names in describe_inputs().items():
+        more = Table(box=None, pad_edge=False)
+        more.add_column(title.replace("_", " ").removesuffix("s"), no_wrap=True)
+        more.add_column("what it is")
+        for name, text in names.items():
+            more.add_row(name, text)
+        tables += ["", more]
+    console().print(*tables)
 
 
 def describe_formats() -> list[dict[str, Any]]:
@@ -61,6 +69,18 @@ def describe_formats() -> list[dict[str, Any]]:
         }
         for name, record in FORMATS.items()
     ]
+
+
+def describe_inputs() -> dict[str, dict[str, str]]:
+    """The formats of activations and the presets as plain data: a line by name."""
+    from ptq.activation_formats import ACTIVATION_FORMATS
+    from ptq.presets import PRESETS
+    from ptq.scheme import Scheme
+
+    return {
+        "activation_formats": {name: record.summary for name, record in ACTIVATION_FORMATS.items()},
+        "presets": {name: Scheme.of(**fields).describe() for name, fields in PRESETS.items()},
+    }
 
 
 def describe_methods() -> list[dict[str, Any]]:

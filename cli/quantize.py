@@ -32,6 +32,12 @@ __all__ = ["command"]
     metavar="NAME",
     help="Number format of weights: int, nvfp4, mxfp4, fp8, ...; see ptq methods.  [default: int]",
 )
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="Formats of weights and activations by the names of compressed-tensors: NVFP4, NVFP4A16, MXFP4, FP8, "
+    "FP8_DYNAMIC, W4A16, W8A8, ...; options beside it override it.",
+)
 @click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
 @click.option(
     "--group-size", type=int, help="Input channels per scale; 0 is one scale per output channel.  [default: 64]"
@@ -73,6 +79,11 @@ __all__ = ["command"]
     help="Quantize activations (inputs of linears) dynamically per token; 0: off.  [default: 0]",
 )
 @click.option(
+    "--act-format",
+    metavar="NAME",
+    help="Format of activations, e.g. nvfp4 or fp8; ptq methods lists them; none to undo a recipe's.",
+)
+@click.option(
     "--act-sym/--act-asym",
     "act_symmetric",
     default=None,
@@ -97,7 +108,7 @@ __all__ = ["command"]
     "--override",
     "overrides",
     multiple=True,
-    metavar="PATTERN=bits|format[,gN][,asym][,aN]",
+    metavar="PATTERN=bits|format[,gN][,asym][,aN|a-NAME]",
     help="Different scheme for matching linears, e.g. '*.down_proj=4,g32,a8' (a8: inputs of 8 bits, a0: inputs as "
     "they are) or '*.o_proj=fp4'; repeat, the first match wins.",
 )
@@ -149,7 +160,8 @@ def command(
       ptq quantize --bits 2 --beam 4 --calib my_text.txt --calib-samples 64 MODEL
       ptq quantize --bits 4 --act-bits 8 --kv-bits 8 --override '*.down_proj=8,a0' MODEL
       ptq quantize --override '*.down_proj=4' --ignore '*.layers.0.*' MODEL
-      ptq quantize --method gptq --format fp4 MODEL
+      ptq quantize --method gptq --format nvfp4 --act-format nvfp4 MODEL
+      ptq quantize --method rtn --preset FP8_DYNAMIC MODEL
       ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
       ptq quantize --dry-run MODEL
       torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT

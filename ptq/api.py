@@ -23,6 +23,7 @@ from ptq.pipeline.job import Job
 from ptq.pipeline.preparation.preflight import resolve_device
 from ptq.pipeline.prepare import Request, prepare
 from ptq.pipeline.run import execute
+from ptq.presets import find_preset
 from ptq.recipe import CONTAINER_NAMES, Recipe
 from ptq.recipe_files.other_names import other_name
 from ptq.report import Report
@@ -161,15 +162,18 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
     """A recipe from flat names.
 
     Args:
-        fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``), ``calib``,
-            ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, and options of the method
-            (``beam``, ``damping``, ...).
+        fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``, ``format``,
+            ``act_format``, ...), ``preset`` (a name of `ptq.presets.PRESETS`: fields of the scheme, which others given
+            here win over), ``calib``, ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``,
+            and options of the method (``beam``, ``damping``, ...).
         base: what the fields change; default ``Recipe()``.
 
     Raises:
         UsageError: a name that is none of these, or a value that does not fit.
     """
     base = base or Recipe()
+    if "preset" in fields:
+        fields = {**find_preset(fields["preset"]), **{k: v for k, v in fields.items() if k != "preset"}}
     own = {field.name for field in dataclasses.fields(Recipe)} - {"scheme", "calibration", "options"}
     scheme_names = {field.name for field in dataclasses.fields(Scheme)}
     method = find_method(fields.get("method", base.method))
@@ -192,7 +196,9 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
             answer = other_name("python", name)
             if answer is not None:
                 raise UsageError(f"unknown argument {name!r}. {answer}")
-            raise unknown_name("argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | option_names)
+            raise unknown_name(
+                "argument", name, own | scheme_names | set(_CALIBRATION_FIELDS) | {"preset"} | option_names
+            )
     return dataclasses.replace(
         base,
         scheme=_scheme(base, method, parts["scheme"]),

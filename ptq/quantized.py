@@ -23,12 +23,15 @@ class QuantizedWeight:
         codes: uint8 ``[out, in]``, one code per byte (packing belongs to the number format).
         params: the format's parameters by name, exactly the values that will be stored: for integers ``scale``
             ``[out, groups]`` in the scheme's ``scale_dtype`` and, if asymmetric, ``zero`` uint8 ``[out, groups]``.
-        scheme: the number format and its layout.
+        scheme: the number format and its layout, and how the input is rounded.
+        input_params: the parameters of the input's format by the names they are stored under, for formats that keep
+            some from calibration (`ptq.activation_formats.ActivationFormat.tensor_specs`).
     """
 
     codes: Tensor
     params: Mapping[str, Tensor]
     scheme: Scheme
+    input_params: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_grid(cls, codes: Tensor, grid: ScaledGrid, scheme: Scheme) -> QuantizedWeight:
@@ -63,7 +66,9 @@ class QuantizedWeight:
             OutputError: a tensor is missing or has another shape, dtype or content than ``scheme`` says.
         """
         prefix, (out_features, in_features) = f"{where}." if where else "", shape
-        for key, (size, dtype) in scheme.number_format.tensor_specs(out_features, in_features, scheme).items():
+        inputs = scheme.input_specs(in_features)
+        specs = scheme.number_format.tensor_specs(out_features, in_features, scheme) | inputs
+        for key, (size, dtype) in specs.items():
             tensor = tensors.get(key)
             if tensor is None or tuple(tensor.shape) != size or tensor.dtype != dtype:
                 found = "missing" if tensor is None else _show(tensor)
@@ -77,8 +82,11 @@ class QuantizedWeight:
                 f"{prefix}weight_shape says {said.tolist()}, but the linear is {out_features} x {in_features}: the "
                 "checkpoint is damaged, quantize again."
             )
-        codes, params = scheme.number_format.unpack(tensors, scheme, out_features, in_features)
-        return cls(codes, params, scheme)
+        try:
+            codes, params = scheme.number_format.unpack(tensors, scheme, out_features, in_features)
+        except ValueError as error:
+            raise OutputError(f"{prefix}weight: {error}; the checkpoint is damaged, quantize again.") from error
+        return cls(codes, params, scheme, {key: tensors[key] for key in inputs})
 
     def tensors(self, name: str = "") -> dict[str, Tensor]:
         """The tensors to store, on the CPU, contiguous: by full name for linear ``name``, else by bare names.
@@ -91,7 +99,8 @@ class QuantizedWeight:
             tensors = scheme.number_format.pack(self.codes, self.params, scheme)
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name else str(error)) from error
-        specs = scheme.number_format.tensor_specs(*self.shape, scheme)
+        tensors = tensors | dict(self.input_params)
+        specs = scheme.number_format.tensor_specs(*self.shape, scheme) | scheme.input_specs(self.shape[1])
         if tensors.keys() != specs.keys():
             raise ValueError(f"{name}: {scheme.describe()} stores {sorted(specs)}, got {sorted(tensors)}")
         for key, (shape, dtype) in specs.items():
@@ -127,7 +136,8 @@ class QuantizedWeight:
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
         params = {name: tensor.to(device) for name, tensor in self.params.items()}
-        return dataclasses.replace(self, codes=self.codes.to(device), params=params)
+        inputs = {name: tensor.to(device) for name, tensor in self.input_params.items()}
+        return dataclasses.replace(self, codes=self.codes.to(device), params=params, input_params=inputs)
 
 
 def _show(tensor: Tensor) -> str:

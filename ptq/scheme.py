@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ptq.activation_formats import ActivationFormat, find_activation_format
 from ptq.errors import UsageError
 from ptq.grids.storage import MAX_BITS, MIN_BITS, SCALE_DTYPES
-from ptq.number_formats import NumberFormat, find_number_format
+from ptq.number_formats import NumberFormat, TensorSpec, find_number_format
 
 __all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "KeyValueScheme", "Scheme", "check_dynamic"]
 
@@ -36,6 +37,8 @@ class Scheme:
         input_rotation: seed of the randomised Hadamard rotation of the input; the weight is stored rotated, so that
             the product is the same. ``None`` is no rotation.
         format: the number format, a name of `ptq.number_formats.FORMATS`; `Scheme.of` starts from its defaults.
+        act_format: how the input is rounded at run time, a name of `ptq.activation_formats.ACTIVATION_FORMATS`;
+            ``None`` leaves it to ``act_bits``, which cannot be given beside it.
 
     Raises:
         UsageError: a value outside the limits above.
@@ -49,6 +52,7 @@ class Scheme:
     act_symmetric: bool = False
     input_rotation: int | None = None
     format: str = "int"
+    act_format: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.symmetric, bool):
@@ -69,6 +73,13 @@ class Scheme:
             )
         if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}.")
+        if self.act_format is not None:
+            find_activation_format(self.act_format)
+            if self.act_bits is not None:
+                raise UsageError(
+                    f"act_format={self.act_format!r} and act_bits={self.act_bits!r} both say how inputs are rounded: "
+                    "give one of them."
+                )
         self.number_format.check(self)
 
     @classmethod
@@ -84,6 +95,20 @@ class Scheme:
     def number_format(self) -> NumberFormat:
         """The record of the weight's number format."""
         return find_number_format(self.format)
+
+    @property
+    def activation_format(self) -> ActivationFormat | None:
+        """The record of the input's format, if ``act_format`` names one."""
+        return None if self.act_format is None else find_activation_format(self.act_format)
+
+    @property
+    def calibrates_input(self) -> bool:
+        """Whether parameters of the input's format come from calibration."""
+        return self.activation_format is not None and self.activation_format.static
+
+    def input_specs(self, in_features: int) -> dict[str, TensorSpec]:
+        """Shape and dtype of the stored parameters of the input's format, by bare name."""
+        return {} if self.activation_format is None else self.activation_format.tensor_specs(in_features)
 
     def resolved(self, model_dtype: torch.dtype) -> Scheme:
         """The scheme with ``scale_dtype`` settled for a model of that dtype."""
@@ -105,12 +130,19 @@ class Scheme:
         text = self.number_format.describe(self)
         if self.act_bits is not None:
             text += f" a{self.act_bits}{' sym' if self.act_symmetric else ''}"
+        if self.act_format is not None:
+            text += f" a-{self.act_format}"
         return text if self.input_rotation is None else f"{text} rotated"
 
     @property
     def transforms_input(self) -> bool:
         """Whether the runtime must do anything to the linear's input: quantize it or rotate it."""
-        return self.act_bits is not None or self.input_rotation is not None
+        return self.rounds_input or self.input_rotation is not None
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether the linear's input is rounded at run time."""
+        return self.act_bits is not None or self.act_format is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: all fields."""

@@ -31,6 +31,7 @@ DIRECT = (
     "format",
     "container",
     "text_only",
+    "preset",
 )
 
 
@@ -41,8 +42,8 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
         flags: ``method``, ``bits``, ``group_size`` (0 is per channel), ``symmetric``, ``scale_dtype``, ``calib``,
             ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, the names of
             `METHOD_FLAGS`, ``options`` (``KEY=VALUE`` strings), ``overrides`` (see `parse_override`), ``ignore``,
-            ``dtype``, ``format``, ``act_bits`` and ``kv_bits`` (0 is none), ``act_symmetric``, ``kv_symmetric``,
-            ``rotate`` (names, or several with commas), ``text_only``.
+            ``dtype``, ``format``, ``preset``, ``act_format`` (``"none"`` is none), ``act_bits`` and ``kv_bits`` (0 is
+            none), ``act_symmetric``, ``kv_symmetric``, ``rotate`` (names, or several with commas), ``text_only``.
 
     Raises:
         UsageError: an unknown method, option or format, or a value that a field refuses.
@@ -64,10 +65,11 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
 
 
 def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
-    """``PATTERN=[format|bits][,gN][,asym|sym][,aN]`` as a pattern and ``base`` with these fields changed.
+    """``PATTERN=[format|bits][,gN][,asym|sym][,aN|a-NAME]`` as a pattern and ``base`` with these fields changed.
 
     A name of a number format brings its defaults along, e.g. ``fp4,g16``; a number alone is a width of integers.
-    ``g0`` is per channel; ``a8`` rounds inputs to 8 bits, ``a0`` leaves them as they are.
+    ``g0`` is per channel; ``a8`` rounds inputs to 8 bits, ``a-nvfp4`` to an activation format, ``a0`` leaves them as
+    they are.
 
     Raises:
         UsageError: the text has another form, or the scheme refuses a value.
@@ -80,7 +82,9 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
         if part.strip() in FORMATS:
             fields |= {**FORMATS[part.strip()].defaults, "format": part.strip()}
             continue
-        match = re.fullmatch(r"(?P<bits>\d+)|g(?P<group>\d+)|a(?P<act>\d+)|(?P<sign>a?sym)", part.strip())
+        match = re.fullmatch(
+            r"(?P<bits>\d+)|g(?P<group>\d+)|a(?P<act>\d+)|a-(?P<name>[\w-]+)|(?P<sign>a?sym)", part.strip()
+        )
         if match is None:
             raise _bad_override(text)
         if match["bits"]:
@@ -89,7 +93,9 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
         elif match["group"]:
             fields["group_size"] = int(match["group"]) or None
         elif match["act"]:
-            fields |= _width("act", int(match["act"]))
+            fields |= {**_width("act", int(match["act"])), "act_format": None}
+        elif match["name"]:
+            fields |= {**_width("act", 0), "act_format": match["name"]}
         else:
             fields["symmetric"] = match["sign"] == "sym"
     return pattern, dataclasses.replace(base, **fields)
@@ -97,8 +103,8 @@ def parse_override(text: str, base: Scheme) -> tuple[str, Scheme]:
 
 def _bad_override(text: str) -> UsageError:
     return UsageError(
-        f"--override needs PATTERN=bits[,gN][,asym][,aN] or PATTERN=number format[,gN], e.g. '*.down_proj=4,g32,asym'; "
-        f"got {text!r}."
+        f"--override needs PATTERN=bits[,gN][,asym][,aN|a-NAME] or PATTERN=number format[,gN], e.g. "
+        f"'*.down_proj=4,g32,asym'; got {text!r}."
     )
 
 
@@ -108,6 +114,8 @@ def _dynamic(given: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("act", "kv"):
         fields |= _width(kind, given[f"{kind}_bits"]) if f"{kind}_bits" in given else {}
         fields |= {key: given[key] for key in (f"{kind}_symmetric",) if key in given}
+    if "act_format" in given:
+        fields["act_format"] = None if given["act_format"] == "none" else given["act_format"]
     if "rotate" in given:
         names = [name.strip() for text in given["rotate"] for name in text.split(",")]
         fields["rotate"] = () if names == ["none"] else tuple(names)

@@ -85,8 +85,9 @@ def _linear_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, 
             continue
         if scheme.format != "int":
             return f"{name} is {scheme.describe()}, which is written natively only"
-        if scheme.act_bits is not None:
-            return f"the input of {name} is rounded to {scheme.act_bits} bits at run time, which only ptq does"
+        if scheme.rounds_input:
+            kind = f"{scheme.act_bits} bits" if scheme.act_format is None else scheme.act_format
+            return f"the input of {name} is rounded to {kind} at run time, which only ptq does"
         if scheme.input_rotation is not None:
             return f"the input of {name} is rotated at run time, which only ptq does"
         linear = linears[name]

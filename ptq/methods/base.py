@@ -49,7 +49,11 @@ def any_scheme(scheme: Scheme) -> str | None:
 
 def integers_only(scheme: Scheme) -> str | None:
     """The answer of methods that compute with integer codes."""
-    return None if scheme.format == "int" else "it computes with integer codes"
+    if scheme.format != "int":
+        return "it computes with integer codes"
+    if scheme.act_format is not None:
+        return f"it learns with inputs of --act-bits and not of the activation format {scheme.act_format}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,7 +246,7 @@ def _fit_groups(schemes: Mapping[str, Scheme | None], model: nn.Module) -> dict[
     """Group sizes that divide the small model's widths where those of the large one did."""
     fitting: dict[Scheme, int] = {}
     for name, scheme in schemes.items():
-        if scheme is not None and scheme.group_size is not None:
+        if scheme is not None and scheme.group_size is not None and not scheme.number_format.fixed_groups:
             width = linear_weight(model.get_submodule(name)).shape[1]
             fitting[scheme] = math.gcd(fitting.get(scheme, scheme.group_size), width)
     return {
@@ -262,4 +262,6 @@ def _draw(linear: nn.Module, scheme: Scheme, seed: int) -> QuantizedWeight:
     weight = torch.randn(rows, columns, generator=generator) * columns**-0.5
     record = scheme.number_format
     grid = record.grid(record.fit(weight, scheme, "minmax"), scheme, columns)
-    return QuantizedWeight.from_grid(grid.round(weight), grid, scheme)
+    quantized = QuantizedWeight.from_grid(grid.round(weight), grid, scheme)
+    inputs = scheme.activation_format
+    return quantized if inputs is None else dataclasses.replace(quantized, input_params=inputs.fit(torch.ones(columns)))

@@ -31,7 +31,7 @@ _OURS = {
     "group_size": Ours("--group-size (0 is per channel)", "group_size", "scheme.group_size"),
     "symmetric": Ours("--sym or --asym", "symmetric (True or False)", "scheme.symmetric (true or false)"),
     "scheme": Ours(
-        "--bits, --group-size and --act-bits (W4A16 is --bits 4 --group-size 128, W8A8 is --bits 8 --act-bits 8)",
+        "--preset W4A16, or --bits, --group-size and --act-bits (W4A16 is --bits 4 --group-size 128)",
         "bits, group_size and act_bits (W4A16 is bits=4, group_size=128)",
         "scheme.bits, scheme.group_size and scheme.act_bits",
     ),

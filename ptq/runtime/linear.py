@@ -82,7 +82,7 @@ class QuantLinear(nn.Linear):
         self._activations = dtype or torch.get_default_dtype()
         self._scheme = scheme
         self._rotation: InputRotation | None = None  # made at the first forward: here may be a skeleton on meta
-        specs = scheme.number_format.tensor_specs(out_features, in_features, scheme)
+        specs = scheme.number_format.tensor_specs(out_features, in_features, scheme) | scheme.input_specs(in_features)
         self._stored = tuple(specs)
         for key, (shape, stored) in specs.items():
             self.register_buffer(key, torch.empty(shape, dtype=stored, device=device))
@@ -150,6 +150,8 @@ class QuantLinear(nn.Linear):
             if self._rotation is None:
                 self._rotation = InputRotation(self.in_features, scheme.input_rotation)
             x = self._rotation(x)
+        if scheme.activation_format is not None:
+            return scheme.activation_format.quantize(x, self._tensors())
         return x if scheme.act_bits is None else quantize_tokens(x, scheme.act_bits, scheme.act_symmetric)
 
     def _tensors(self) -> dict[str, Tensor]:

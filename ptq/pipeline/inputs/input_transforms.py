@@ -17,7 +17,7 @@ from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["SchemeInputTransform", "stored_scheme", "transform_block_inputs"]
+__all__ = ["SchemeInputTransform", "input_params", "stored_scheme", "transform_block_inputs"]
 
 
 class SchemeInputTransform:
@@ -31,11 +31,20 @@ class SchemeInputTransform:
     def __init__(self, scheme: Scheme, width: int, share: Callable[[], float]) -> None:
         self._scheme, self._share = scheme, share
         self._rotation = None if scheme.input_rotation is None else InputRotation(width, scheme.input_rotation)
+        self.params: Mapping[str, Tensor] = {}
+        """The parameters of a static format, once they are known (`ptq.pipeline.inputs.input_ranges`)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.full(x)
-        bits = self._scheme.act_bits
+        record, bits = self._scheme.activation_format, self._scheme.act_bits
+        if record is not None:
+            return record.quantize(x, self.params)
         return x if bits is None else quantize_tokens(x, bits, self._scheme.act_symmetric, self._share())
+
+    def missing_params(self) -> list[str]:
+        """Names of parameters that the format stores and that are not known."""
+        record = self._scheme.activation_format
+        return [] if record is None else sorted(record.tensor_specs(record.block or 1).keys() - self.params.keys())
 
     def full(self, x: Tensor) -> Tensor:
         """The input, rotated only."""
@@ -52,6 +61,7 @@ class SchemeInputTransform:
             scheme,
             act_bits=own.act_bits,
             act_symmetric=own.act_symmetric,
+            act_format=own.act_format,
             input_rotation=None if self._rotation is None else self._rotation.seed,
         )
 
@@ -70,7 +80,7 @@ def stored_scheme(context: BlockContext, name: str, scheme: Scheme) -> Scheme:
     Raises:
         RuntimeError: the plan asks for a transform that was not applied, or the reverse.
     """
-    plain = dataclasses.replace(scheme, act_bits=None, act_symmetric=False, input_rotation=None)
+    plain = dataclasses.replace(scheme, act_bits=None, act_symmetric=False, act_format=None, input_rotation=None)
     transform = context.input_transform(name)
     applied = plain if transform is None else transform.on_scheme(plain)  # type: ignore[attr-defined]
     if applied != scheme:
@@ -79,6 +89,27 @@ def stored_scheme(context: BlockContext, name: str, scheme: Scheme) -> Scheme:
             f"{scheme.describe()!r}: its input transform was not applied. Please report this."
         )
     return applied
+
+
+def input_params(context: BlockContext, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The stored parameters of a linear's input format: what its method ``found``, else what was calibrated.
+
+    What a method found is also what the quantized stream rounds with from now on.
+
+    Raises:
+        RuntimeError: the format is static and has no parameters.
+    """
+    transform = context.input_transform(name)
+    if not isinstance(transform, SchemeInputTransform):
+        return found
+    if found:
+        transform.params = found
+    missing = transform.missing_params()
+    if missing:
+        raise RuntimeError(
+            f"{context.name}.{name}: the input format's {missing} were not calibrated. Please report this."
+        )
+    return transform.params
 
 
 def transform_block_inputs(

@@ -17,7 +17,8 @@ from calib.stats import GroupStatistics
 from ptq.errors import NumericalError, PtqError
 from ptq.pipeline.costs import Costs
 from ptq.pipeline.events import Event
-from ptq.pipeline.inputs.input_transforms import stored_scheme
+from ptq.pipeline.inputs.input_ranges import fit_static_inputs
+from ptq.pipeline.inputs.input_transforms import input_params, stored_scheme
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
 from ptq.pipeline.output.block_writer import BlockWriter
@@ -84,6 +85,7 @@ class BlockSolver:
         """
         job, schemes = self._job, self._job.assignment.in_block(context.name)
         self._inputs.apply(context)
+        job.warn(part, *fit_static_inputs(context, schemes))
         for group in context.groups(self._solver.needs, frozenset(schemes)):
             job.listener(Event("layer", name=group.full_name(group.names[0])))
             stats = group.statistics()
@@ -199,7 +201,11 @@ def _solve(
     with timing.part("solve", device), _named(full):
         check_energy(weight, own)
         result = solver.method.quantize(weight, own, scheme, solver.config, shared)
-    quantized = dataclasses.replace(result.weight, scheme=stored_scheme(group.block, name, result.weight.scheme))
+    quantized = dataclasses.replace(
+        result.weight,
+        scheme=stored_scheme(group.block, name, result.weight.scheme),
+        input_params=input_params(group.block, name, result.weight.input_params),
+    )
     with timing.part("losses", device), _named(full):
         nearest, loss = layer_losses(weight, quantized, own)
     checked = 0 if own is None else losses_flops(*quantized.shape, mismatch=own.has_mismatch)
@@ -239,13 +245,16 @@ def _exchange(mine: Solved | None, owner: int, workers: Workers, device: torch.d
     plain: Any = None
     tensors: dict[str, Tensor] = {}
     if mine is not None:
-        tensors = {"codes": mine.weight.codes, **mine.weight.params}
+        inputs = mine.weight.input_params
+        tensors = {"codes": mine.weight.codes, **mine.weight.params, **inputs}
         shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-        plain = (mine.weight.scheme, shapes, mine.record, mine.flops)
-    scheme, shapes, record, flops = workers.broadcast_object(plain, owner)
+        plain = (mine.weight.scheme, shapes, tuple(inputs), mine.record, mine.flops)
+    scheme, shapes, of_inputs, record, flops = workers.broadcast_object(plain, owner)
     found: dict[str, Tensor] = {}
     for name, (shape, dtype) in shapes.items():
         buffer = tensors[name].to(workers.device) if mine else torch.empty(shape, dtype=dtype, device=workers.device)
-        workers.broadcast_(buffer, owner)
+        small = buffer.itemsize == 1  # the collectives do not know 8-bit floating point
+        workers.broadcast_(buffer.view(torch.uint8) if small else buffer, owner)
         found[name] = buffer.to(device)
-    return Solved(QuantizedWeight(found.pop("codes"), found, scheme), record, flops)
+    params = {name: found.pop(name) for name in of_inputs}
+    return Solved(QuantizedWeight(found.pop("codes"), found, scheme, params), record, flops)

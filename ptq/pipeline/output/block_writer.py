@@ -19,6 +19,7 @@ from ptq.checkpoint.writer import CheckpointWriter, read_shard
 from ptq.containers.select import CONTAINERS
 from ptq.errors import ModelError
 from ptq.pipeline.costs import Costs
+from ptq.pipeline.inputs.input_transforms import input_params
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
 from ptq.pipeline.output.unquantized import carried_parts, outside_parts, read_tensors
@@ -109,7 +110,9 @@ class BlockWriter:
             rows, columns = row["shape"]
             scheme = Scheme.from_dict(row["scheme"])
             weight = self._container.read_layer(row["name"], tensors, scheme, (rows, columns)).to(self._job.device)
-            context.replace(row["name"].removeprefix(f"{context.name}."), weight.dequantize(self._job.dtype))
+            name = row["name"].removeprefix(f"{context.name}.")
+            context.replace(name, weight.dequantize(self._job.dtype))
+            input_params(context, name, weight.input_params)
         for name, key in part.payload["changed"].items():
             context.replace_parameter(name.removeprefix(f"{context.name}."), tensors[key])
 

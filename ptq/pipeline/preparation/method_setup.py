@@ -37,17 +37,20 @@ class MethodSetup:
         config: Its options.
         solver: What quantizes linear by linear: the method itself, or what a learned method starts from, if anything.
         learned: The options of a method that learns over windows of blocks; ``None`` for a layer-wise method.
+        calibrates_inputs: Whether a scheme has inputs whose ranges are measured on calibration text.
     """
 
     name: str
     config: Any
     solver: LayerSolver | None
     learned: LearnedConfig | None = None
+    calibrates_inputs: bool = False
 
     @property
     def needs_data(self) -> bool:
-        """Whether the method reads calibration text."""
-        return self.learned is not None or (self.solver is not None and bool(self.solver.needs))
+        """Whether the run reads calibration text."""
+        of_solver = self.solver is not None and bool(self.solver.needs)
+        return self.learned is not None or of_solver or self.calibrates_inputs
 
     @property
     def two_streams(self) -> bool:
@@ -68,8 +71,10 @@ def set_up_method(recipe: Recipe) -> MethodSetup:
     """
     method = find_method(recipe.method)
     config = make_config(method, recipe.options)
+    static = any(scheme.calibrates_input for scheme in (recipe.scheme, *(scheme for _, scheme in recipe.overrides)))
     if isinstance(method, LayerMethod):
-        return MethodSetup(name=method.name, config=config, solver=_solver(method, config))
+        solver = _solver(method, config)
+        return MethodSetup(name=method.name, config=config, solver=solver, calibrates_inputs=static)
     start = None if config.init == "none" else find_method(config.init)
     if start is None:
         return MethodSetup(name=method.name, config=config, solver=None, learned=config)

@@ -35,6 +35,11 @@ class Plan:
     schemes: dict[str, Scheme | None]
     reasons: dict[str, str]
 
+    @property
+    def calibrates_inputs(self) -> bool:
+        """Whether any linear's input has a format with parameters from calibration."""
+        return any(scheme is not None and scheme.calibrates_input for scheme in self.schemes.values())
+
     def in_block(self, block: str) -> dict[str, Scheme]:
         """Schemes of the linears that will be quantized, by name in the block."""
         prefix = f"{block}."
@@ -88,6 +93,13 @@ def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:
         raise UsageError(
             f"{name} ({shape[0]} x {shape[1]}) cannot be stored as {scheme.describe()}: {problem}. Give it another "
             f"scheme (--override '{name}=8') or leave it in full precision (--ignore '{name}')."
+        )
+    record = scheme.activation_format
+    problem = None if record is None else record.unsupported_reason(shape[1])
+    if problem is not None:
+        raise UsageError(
+            f"{name} ({shape[0]} x {shape[1]}) cannot have inputs as {scheme.act_format}: {problem}. Leave it in full "
+            f"precision (--ignore '{name}'), or take --act-format fp8, which takes every width."
         )
 
 

@@ -62,8 +62,8 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
         rows, columns = linear_weight(model.get_submodule(name)).shape
         quantized, linears = quantized + rows * columns, linears + 1
         payload += (scheme.number_format.payload_bits(rows, columns, scheme) + 7) // 8
-        specs = scheme.number_format.tensor_specs(rows, columns, scheme).values()
-        packed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+        specs = scheme.number_format.tensor_specs(rows, columns, scheme) | scheme.input_specs(columns)
+        packed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
         taken.add(f"{name}.weight")
     part = PartRecord()
     for name, shape, size in source.stored_sizes(source.tensor_names() - taken):

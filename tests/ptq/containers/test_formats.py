@@ -200,6 +200,7 @@ def test_the_config_names_every_field_of_a_scheme() -> None:
                 "act_bits": None,
                 "act_symmetric": False,
                 "input_rotation": None,
+                "act_format": None,
             }
         },
         "layers": {"a": "int3-asym-g32-float16"},

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 
-from ptq.errors import NumericalError, UsageError
+from ptq.errors import NumericalError, OutputError, UsageError
 from ptq.number_formats import FORMATS
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
@@ -134,8 +134,8 @@ def test_widths_that_are_no_multiple_of_a_block(name: str, multiple: int) -> Non
 def test_a_damaged_exponent_and_a_damaged_number_are_refused() -> None:
     tensors = quantized("mxfp8", random(8, 32)).tensors()
     damaged = tensors | {"weight_scale": torch.full((8, 1), 255, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match="255"):
+    with pytest.raises(OutputError, match="255"):
         QuantizedWeight.from_tensors(damaged, Scheme.of("mxfp8"), (8, 32))
     damaged = tensors | {"weight_packed": torch.full((8, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)}
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(OutputError, match="NaN"):
         QuantizedWeight.from_tensors(damaged, Scheme.of("mxfp8"), (8, 32))

@@ -79,3 +79,72 @@ def test_a_width_that_no_block_divides_names_the_linear(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"q_proj .* cannot be stored as nvfp4: it has 40 input channels") as caught:
         run(tiny_model("llama", hidden_size=40), tmp_path / "out", method="rtn", format="nvfp4")
     assert "--ignore" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "fp8", "fp8-tensor", "int8"])
+@pytest.mark.parametrize("method", ["rtn", "coreq"])
+def test_inputs_are_rounded_as_the_run_saw_them(name: str, method: str, tmp_path: Path) -> None:
+    """The loaded layer rounds what it is given with the record of its format and the parameters of its calibration."""
+    run(tiny_model("llama"), tmp_path / "out", method=method, bits=8, group_size=32, act_format=name)
+    loaded = ptq.load(tmp_path / "out")
+    layers = quantized_linears(loaded)
+    largest: dict[str, torch.Tensor] = {}
+    for key, layer in layers.items():
+        record = layer.scheme.activation_format
+        assert record is not None
+        assert record.name == name
+        params = {spec: layer.get_buffer(spec) for spec in record.tensor_specs(layer.in_features)}
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(2))
+        wanted = record.round(x, params) @ layer.dequantize().T + (0 if layer.bias is None else layer.bias)
+        torch.testing.assert_close(layer(x), wanted)
+        if params:
+            (largest[key],) = params.values()
+    if largest:
+        model = tiny_model("llama")
+        first = model.model.layers[0]
+        hidden = first.input_layernorm(model.model.embed_tokens(TOKENS)).detach()
+        record = layers["model.layers.0.self_attn.q_proj"].scheme.activation_format
+        assert record is not None
+        (wanted,) = record.fit(hidden.abs().amax((0, 1))).values()
+        for key in ("q_proj", "k_proj", "v_proj"):
+            torch.testing.assert_close(largest[f"model.layers.0.self_attn.{key}"], wanted)
+
+
+def test_experts_without_tokens_take_the_ranges_of_the_others(tmp_path: Path) -> None:
+    few = Calibration(TOKENS[:1, :4], "test", 1, "none")
+    report = ptq.quantize(
+        tiny_model("qwen3_moe"), out=tmp_path / "out", calibration=few, device="cpu", method="rtn", format="nvfp4",
+        act_format="nvfp4",
+    )  # fmt: skip
+    assert any("no token reached it; the range" in text for text in report.warnings)
+    for layer in quantized_linears(ptq.load(tmp_path / "out")).values():
+        assert float(layer.get_buffer("input_global_scale")) < 1e6
+
+
+def test_a_killed_run_goes_on_with_the_same_input_ranges(tmp_path: Path) -> None:
+    """The blocks after a finished one see its linears with the calibrated inputs that are stored."""
+    fields: dict[str, Any] = {"method": "gptq", "format": "nvfp4", "act_format": "nvfp4"}
+    run(tiny_model("llama"), tmp_path / "whole", **fields)
+
+    def stop(event: Any) -> None:
+        if event.kind == "block_done" and event.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model("llama"), tmp_path / "out", on_event=stop, **fields)
+    run(tiny_model("llama"), tmp_path / "out", **fields)
+    whole, again = (quantized_linears(ptq.load(tmp_path / name)) for name in ("whole", "out"))
+    for name, layer in whole.items():
+        assert all(torch.equal(value, again[name].get_buffer(key)) for key, value in layer.named_buffers())
+
+
+def test_inputs_that_cannot_be_rounded_are_refused(tmp_path: Path) -> None:
+    for fields, message in (
+        ({"act_format": "nvfp4", "act_bits": 8}, "give one of them"),
+        ({"act_format": "nvfp"}, "Did you mean 'nvfp4'"),
+        ({"method": "omniquant", "act_format": "fp8", "symmetric": False}, "learns with inputs of --act-bits"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(tiny_model("llama"), tmp_path / "out", **fields)
+    with pytest.raises(UsageError, match=r"q_proj .* cannot have inputs as nvfp4: its input has 40 channels"):
+        run(tiny_model("llama", hidden_size=40), tmp_path / "out", method="rtn", act_format="nvfp4")

@@ -44,7 +44,15 @@ from ptq.report import Report
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.rotation.residual import rotate_residual
 
-__all__ = ["default_output", "forecast", "make_recipe", "quantize", "resolve_device"]
+__all__ = [
+    "default_output",
+    "forecast",
+    "load_tokenizer",
+    "make_recipe",
+    "quantize",
+    "read_calibration",
+    "resolve_device",
+]
 
 _CALIBRATION_FIELDS = {
     "calib": "source",
@@ -219,7 +227,7 @@ def _prepare(
     needs_data = isinstance(method, WindowMethod) or bool(method.needs(config))
     if finished is not None and (calibration is not None or not finished.needs_tokens(recipe)):
         return finished.kept(source.fingerprint(), calibration if needs_data else None, listener), tokenizer
-    tokenizer = tokenizer or _load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code, required=needs_data and calibration is None)
     if needs_data and torch_device.type == "cpu":
         spec = recipe.calibration
         shape = (spec.samples, spec.seqlen) if calibration is None else tuple(calibration.tokens.shape)
@@ -228,7 +236,7 @@ def _prepare(
     if not needs_data:
         calibration = None
     elif calibration is None and workers.is_main_process:
-        calibration = _calibrate(source, recipe.calibration, tokenizer, listener, trust_remote_code)
+        calibration = read_calibration(source, recipe.calibration, tokenizer, listener, trust_remote_code)
     calibration = workers.broadcast_object(calibration)  # all processes work on the first one's tokens
     if finished is not None:
         return finished.kept(source.fingerprint(), calibration, listener), tokenizer
@@ -362,7 +370,7 @@ def _rotated(source: ModelSource, recipe: Recipe, listener: Listener) -> ModelSo
     return rotated
 
 
-def _load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bool) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; ``None`` for a model in memory or where it is not needed and not there."""
     path = Path(source.name)
     try:
@@ -382,13 +390,18 @@ def _load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: b
     return None
 
 
-def _calibrate(
+def read_calibration(
     source: ModelSource,
     spec: CalibrationSpec,
     tokenizer: PreTrainedTokenizerBase | None,
     listener: Listener,
     trust_remote_code: bool,
 ) -> Calibration:
+    """The tokens that a specification describes; the listener gets what a reader must know of them.
+
+    Raises:
+        PtqError: the text cannot be read, or is too short.
+    """
     listener(Event("message", f"calibration: {spec.samples} x {spec.seqlen} tokens of {spec.source}, seed {spec.seed}"))
 
     def sample(samples: int, seqlen: int, seed: int) -> Tensor:

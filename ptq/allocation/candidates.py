@@ -81,7 +81,7 @@ def _candidate(name: str, base: Scheme) -> Candidate:
         integer = {"scale_dtype": base.scale_dtype, "act_bits": base.act_bits, "act_symmetric": base.act_symmetric}
         own = {"symmetric": base.symmetric, "group_size": base.group_size} if base.format == "int" else {}
         return Candidate(name, Scheme.of("int", **{**integer, **own, **changes}))
-    match = re.fullmatch(r"(?P<format>[a-z][\w]*?)(?:-g(?P<group>\d+))?", name)
+    match = re.fullmatch(r"(?P<format>.+?)(?:-g(?P<group>\d+))?", name)
     if match is None or match["format"] not in FORMATS:
         known = ", ".join(format for format in FORMATS if format != "int")
         raise UsageError(

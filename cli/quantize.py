@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.shared.method_flags import method_flags
+from cli.shared.plan_flags import plan_flags, planned_output, planned_recipe
 
 if TYPE_CHECKING:
     from ptq.recipe import Recipe
@@ -112,6 +113,7 @@ __all__ = ["command"]
     help="Different scheme for matching linears, e.g. '*.down_proj=4,g32,a8' (a8: inputs of 8 bits, a0: inputs as "
     "they are) or '*.o_proj=fp4'; repeat, the first match wins.",
 )
+@plan_flags
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears to leave unquantized; repeatable.")
 @click.option(
     "--recipe", "recipe_file", metavar="FILE.yaml", help="YAML recipe; options on the command line override it."
@@ -162,6 +164,7 @@ def command(
       ptq quantize --override '*.down_proj=4' --ignore '*.layers.0.*' MODEL
       ptq quantize --method gptq --format nvfp4 --act-format nvfp4 MODEL
       ptq quantize --method rtn --preset FP8_DYNAMIC MODEL
+      ptq quantize --method coreq --plan plan.yaml MODEL
       ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
       ptq quantize --dry-run MODEL
       torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT
@@ -182,7 +185,7 @@ def command(
 
     base = Recipe.from_yaml(recipe_file) if recipe_file else Recipe()
     recipe = build_recipe(base, flags)
-    target = Path(out) if out else default_output(model, recipe)
+    target = Path(out) if out else planned_output(model, recipe, flags) or default_output(model, recipe)
     is_main_process = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
     arguments: dict[str, Any] = {
         "out": target,
@@ -197,6 +200,7 @@ def command(
             listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
         for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)) if is_main_process else ():
             listener.say(sentence)
+        recipe = planned_recipe(model, recipe, flags, listener, device=device, trust_remote_code=trust_remote_code)
         if dry_run:
             forecast = ptq.forecast(model, recipe, on_event=listener, **arguments)
         else:

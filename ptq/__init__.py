@@ -1,6 +1,7 @@
 """ptq: post-training quantization of causal language models. These names are promised; everything else may move."""
 
 from calib.data.tokens import Calibration, load_calibration
+from ptq.allocation import Plan, plan
 from ptq.api import forecast, quantize
 from ptq.errors import PtqError
 from ptq.integration.loading import load
@@ -21,6 +22,7 @@ __all__ = [
     "Forecast",
     "LayerMethod",
     "LayerRecord",
+    "Plan",
     "PtqError",
     "QuantizedWeight",
     "Recipe",
@@ -29,6 +31,7 @@ __all__ = [
     "forecast",
     "load",
     "load_calibration",
+    "plan",
     "quantize",
 ]
 

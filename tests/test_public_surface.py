@@ -24,6 +24,7 @@ PROMISED = {
     "Forecast",
     "LayerMethod",
     "LayerRecord",
+    "Plan",
     "PtqError",
     "QuantizedWeight",
     "Recipe",
@@ -32,6 +33,7 @@ PROMISED = {
     "forecast",
     "load",
     "load_calibration",
+    "plan",
     "quantize",
 }
 

@@ -1,0 +1,216 @@
+"""`plan`: from a model and a budget to a `Plan`, the call behind ``ptq plan``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from calib.checkpoint.reader import ModelSource, open_model
+from calib.data.tokens import Calibration
+from calib.model.structure import find_blocks
+from calib.runner.forward import pass_dtype
+from ptq.allocation.budget import Budget
+from ptq.allocation.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
+from ptq.allocation.groups import parse_limit
+from ptq.allocation.items import linears_of
+from ptq.allocation.plan import Plan
+from ptq.allocation.planner import Planner, Setting
+from ptq.allocation.score_cache import default_cache
+from ptq.allocation.scores import find_score
+from ptq.api import resolve_device
+from ptq.errors import UsageError
+from ptq.pipeline.events import Event, Listener, ignore_events
+from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer
+from ptq.pipeline.preparation.preflight import check_vocabulary
+from ptq.pipeline.preparation.scheme_assignment import make_plan
+from ptq.pipeline.preparation.sizes import plan_sizes
+from ptq.recipe import CalibrationSpec, Recipe
+from ptq.scheme import Scheme
+
+__all__ = ["PlanOptions", "make_planner", "plan"]
+
+_HELD_OUT = 4  # one sequence in so many, at least 2, is drawn besides for measuring
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What decides a plan, besides model and budget.
+
+    Args:
+        candidates: names of formats (`ptq.allocation.candidates.parse_candidates`).
+        base: what a candidate's name does not say: groups, sign, dtype of the scales.
+        score: a name of `ptq.allocation.scores.SCORES`.
+        limits: conditions such as ``*.down_proj>=4``.
+        ignore: patterns of linears that stay in full precision and out of the budget.
+        fused: linears that runtimes such as vLLM compute in one kernel share a format.
+        calibration: the text that scores read.
+        compute_dtype: of passes, as in a recipe.
+        probes: Hutchinson probes and power iterations.
+    """
+
+    candidates: str = DEFAULT_CANDIDATES
+    base: Scheme = dataclasses.field(default_factory=Scheme)
+    score: str = "fisher"
+    limits: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    fused: bool = False
+    calibration: CalibrationSpec = dataclasses.field(default_factory=lambda: CalibrationSpec(samples=32, seqlen=512))
+    compute_dtype: str = "auto"
+    probes: int = 16
+
+
+def plan(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    target_bpw: float | None = None,
+    target_size: int | None = None,
+    max_kl: float | None = None,
+    fraction: float | None = None,
+    bitops: float | None = None,
+    solver: str = "milp",
+    check: bool = True,
+    options: PlanOptions | None = None,
+    **planner: Any,
+) -> Plan:
+    """Choose a format for every linear.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or a transformers model in memory.
+        target_bpw: real bits per weight of the linears, scales and zero points included.
+        target_size: bytes of all weight files, instead.
+        max_kl: predicted KL divergence in nats per token that the smallest plan may cost, instead.
+        fraction: of the blocks at the higher of two candidates, instead (scores that rank blocks).
+        bitops: also limit bit operations to this fraction of the way from the fewest to the most.
+        solver: ``milp``, ``lagrangian`` or ``greedy``.
+        check: measure the plan's KL on held-out tokens and write it into the plan.
+        options: everything else.
+        planner: further arguments of `make_planner`: ``tokenizer``, ``calibration``, ``device``, ``on_event``,
+            ``trust_remote_code``, ``cache``.
+
+    Raises:
+        PtqError: see `ptq.errors`.
+    """
+    budget = Budget(target_bpw, target_size, max_kl, fraction, bitops)
+    made = make_planner(model, options, **planner)
+    allocation = made.allocate(budget, solver)
+    found = made.plan(allocation, budget.describe())
+    if not check or made.setting.held_out is None:
+        return found
+    return dataclasses.replace(found, about={**found.about, **made.measured(allocation)})
+
+
+def make_planner(
+    model: str | os.PathLike[str] | nn.Module,
+    options: PlanOptions | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    on_event: Listener | None = None,
+    trust_remote_code: bool = False,
+    cache: str | os.PathLike[str] | None = "",
+) -> Planner:
+    """A `Planner` for a model, from which plans for several budgets can be made.
+
+    Args:
+        model: as in `plan`.
+        options: what decides the plan.
+        tokenizer: needed with a model in memory, unless ``calibration`` is given.
+        calibration: tokens to use instead of the options' text; the last of them are held out for measuring.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
+        on_event: called with sentences for the log and after every block.
+        trust_remote_code: run modelling code that ships with the model.
+        cache: folder for scores; empty is ``$PTQ_CACHE`` or the user's cache folder, ``None`` keeps none.
+    """
+    options, listener = options or PlanOptions(), on_event or ignore_events
+    score, limits = find_score(options.score), tuple(parse_limit(text) for text in options.limits)
+    candidates = parse_candidates(options.candidates, options.base)
+    where = resolve_device(device)
+    source = open_model(
+        model if isinstance(model, nn.Module) else os.fspath(model), trust_remote_code=trust_remote_code
+    )
+    candidates = tuple(
+        Candidate(c.label, None if c.scheme is None else c.scheme.resolved(source.dtype)) for c in candidates
+    )
+    assigned = make_plan(source.skeleton, Recipe(ignore=options.ignore), source.dtype)
+    names = tuple(name for name, scheme in assigned.schemes.items() if scheme is not None)
+    kept = plan_sizes(source, assigned, lambda name, _: (name, "")).kept_bytes
+    tokens, held_out = _tokens(source, options, score.reads_tokens, tokenizer, calibration, listener, trust_remote_code)
+    setting = Setting(
+        source,
+        linears_of(source.skeleton, names),
+        candidates,
+        kept,
+        score,
+        tokens,
+        held_out,
+        where,
+        _dtype(options.compute_dtype, source.dtype, where),
+        options.calibration.seed,
+        options.probes,
+    )
+    return Planner(
+        setting,
+        limits=limits,
+        fused=options.fused,
+        cache=default_cache() if cache == "" else None if cache is None else Path(cache),
+        say=lambda text: listener(Event("message", text)),
+        step=_stepper(listener, len(find_blocks(source.skeleton))),
+    )
+
+
+def _stepper(listener: Listener, total: int) -> Any:
+    """Progress over blocks, as events."""
+    done = 0
+
+    def step(name: str) -> None:
+        nonlocal done
+        if done % total == 0:
+            listener(Event("blocks", "blocks", total=total))
+        done += 1
+        listener(Event("block_done", name=name, done=(done - 1) % total + 1, total=total))
+
+    return step
+
+
+def _dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """As for the passes of a quantization; never float16, in which small gradients vanish."""
+    found = pass_dtype(asked, stored, device)
+    if found != torch.float16:
+        return found
+    if asked == "float16":
+        raise UsageError("gradients vanish in float16: take --dtype bfloat16 or float32.")
+    return pass_dtype("auto", torch.bfloat16, device)
+
+
+def _tokens(
+    source: ModelSource,
+    options: PlanOptions,
+    reads: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | None,
+    listener: Listener,
+    trust_remote_code: bool,
+) -> tuple[Calibration | None, torch.Tensor | None]:
+    """The tokens of scores and those that are held out, which are drawn together and do not overlap."""
+    spec = options.calibration
+    if calibration is None:
+        if not reads:
+            return None, None
+        more = max(2, spec.samples // _HELD_OUT)
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code, required=True)
+        drawn = dataclasses.replace(spec, samples=spec.samples + more)
+        calibration = draw_calibration(source, drawn, tokenizer, listener, trust_remote_code)
+    else:
+        more = max(1, len(calibration.tokens) // (_HELD_OUT + 1))
+    if len(calibration.tokens) <= more:
+        raise UsageError("a plan needs at least two sequences: one for scores, one held out.")
+    check_vocabulary(source.skeleton, calibration.tokens)
+    scored, held_out = calibration.tokens[:-more], calibration.tokens[-more:]
+    return (dataclasses.replace(calibration, tokens=scored) if reads else None), held_out

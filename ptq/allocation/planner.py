@@ -1,0 +1,300 @@
+"""`Planner`: one model and its scores, from which plans for any budget are made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calib.checkpoint.reader import ModelSource
+from calib.data.tokens import Calibration
+from calib.gradients import NewStore
+from calib.model.experts import expert_lists
+from calib.model.structure import find_blocks
+from calib.precision import strict_float32
+from calib.runner.activation_store import ActivationStore, settle_offload
+from ptq.allocation.budget import Budget, budget_limit, fit_budget
+from ptq.allocation.candidates import STAND_IN, Candidate, rounding_errors
+from ptq.allocation.groups import Limit, allowed_formats, group_linears
+from ptq.allocation.items import Item, Linear, Table
+from ptq.allocation.layerwise import two_levels
+from ptq.allocation.measure import measure_kl
+from ptq.allocation.plan import Plan
+from ptq.allocation.score_cache import ScoreCache
+from ptq.allocation.scores import Context, Score, ScoreValues
+from ptq.allocation.solver import Allocation
+from ptq.errors import UsageError
+
+__all__ = ["Planner", "Setting"]
+
+Progress = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is planned for.
+
+    Args:
+        source: the model.
+        linears: those that a format is chosen for.
+        candidates: the formats, with the dtype of their scales settled.
+        kept_bytes: stored bytes of everything else.
+        score: how sensitivity is measured.
+        calibration: the tokens of scores; ``None`` where none are read.
+        held_out: tokens for measuring, which no score reads.
+        device: where to work.
+        dtype: of passes.
+        seed: of what is drawn.
+        probes: Hutchinson probes and power iterations.
+    """
+
+    source: ModelSource
+    linears: tuple[Linear, ...]
+    candidates: tuple[Candidate, ...]
+    kept_bytes: int
+    score: Score
+    calibration: Calibration | None
+    held_out: Tensor | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int = 0
+    probes: int = 16
+
+
+class Planner:
+    """Scores once, then plans for any budget.
+
+    Args:
+        setting: the model and what is chosen from.
+        limits: conditions on the bits of linears.
+        fused: linears that runtimes such as vLLM compute in one kernel share a format.
+        cache: folder for scores; ``None`` keeps none.
+        say: called with sentences for the log.
+        step: called after every block of a pass, with its name.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        limits: Sequence[Limit] = (),
+        fused: bool = False,
+        cache: Path | None = None,
+        say: Progress = lambda _: None,
+        step: Progress = lambda _: None,
+    ) -> None:
+        self.setting, self._say, self._step, self._cache = setting, say, step, cache
+        self.items: tuple[Item, ...] = group_linears(setting.source, setting.linears, fused=fused)
+        self._allowed = allowed_formats(self.items, setting.candidates, limits)
+        self._limits = limits
+        self.values: ScoreValues | None = None
+        self.notes: list[str] = []
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def score(self) -> ScoreValues:
+        """The scores, from the cache where they are there."""
+        if self.values is not None:
+            return self.values
+        cache = None if self._cache is None else ScoreCache(self._cache, self._conditions())
+        values = None if cache is None else cache.read()
+        if values is not None:
+            self._say(f"scores of an earlier run are used again ({cache.path if cache else ''})")
+        else:
+            with self._stores() as new_store, strict_float32():
+                values = self.setting.score.compute(self._context(new_store))
+            problem = cache.write(values) if cache is not None else None
+            if problem is not None:
+                self._say(problem)
+        table, notes = _repaired(values.table)
+        self.notes += [*values.notes, *notes]
+        self.values = dataclasses.replace(values, table=table)
+        return self.values
+
+    def _context(self, new_store: NewStore) -> Context:
+        s = self.setting
+        return Context(
+            s.source,
+            tuple(one.name for one in s.linears),
+            s.candidates,
+            None if s.calibration is None else s.calibration.tokens,
+            s.device,
+            s.dtype,
+            s.seed,
+            lambda weight: rounding_errors(weight, s.candidates),
+            new_store,
+            self._step,
+            s.probes,
+        )
+
+    def _conditions(self) -> dict[str, Any]:
+        s = self.setting
+        return {
+            "model": s.source.fingerprint(),
+            "score": s.score.name,
+            "candidates": [None if c.scheme is None else c.scheme.to_dict() for c in s.candidates],
+            "errors": STAND_IN,
+            "tokens": None if s.calibration is None else s.calibration.fingerprint,
+            "linears": [one.name for one in s.linears],
+            "dtype": str(s.dtype),
+            "seed": s.seed,
+            "probes": s.probes,
+        }
+
+    @contextlib.contextmanager
+    def _stores(self) -> Iterator[NewStore]:
+        """Makes stores of hidden states: on the device where all blocks' fit, else in memory or on disk."""
+        s = self.setting
+        tokens = s.held_out if s.calibration is None else s.calibration.tokens
+        width = int(s.source.skeleton.config.get_text_config().hidden_size)
+        blocks = len(find_blocks(s.source.skeleton)) + 2
+        size = 0 if tokens is None else blocks * tokens.numel() * width * s.dtype.itemsize
+        target = settle_offload("auto", size, s.device)
+        with tempfile.TemporaryDirectory(prefix="ptq-plan-") as folder:
+            yield lambda name: ActivationStore(s.device, target, Path(folder) / name)
+
+    # -- plans -------------------------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Table:
+        """Scores and costs of all items; infinite scores where limits exclude a format."""
+        values = self.score()
+        zeros = [0.0] * len(self.setting.candidates)
+        scores = values.table or {one.name: zeros for one in self.setting.linears}
+        table = Table.make(self.items, self.setting.candidates, scores)
+        return table.with_scores(np.where(self._allowed, table.scores, np.inf))
+
+    def allocate(self, budget: Budget, solver: str = "milp") -> Allocation:
+        """The best choice within a budget.
+
+        Raises:
+            UsageError: the budget cannot be met; says what is feasible.
+        """
+        if self.setting.score.unit != "order":
+            return fit_budget(self.table, budget, self.setting.kept_bytes, solver)
+        if budget.max_kl is not None:
+            raise UsageError(
+                f"--max-kl needs a score that predicts KL, and {self.setting.score.name!r} only ranks blocks: take "
+                f"fisher, hawq or kl."
+            )
+        blocks = find_blocks(self.setting.source.skeleton)
+        table = self.table
+        if budget.size is not None:
+            table = dataclasses.replace(table, bits=table.stored)
+        limit = None if budget.fraction is not None else budget_limit(table, budget, self.setting.kept_bytes)
+        return two_levels(table, self.score().blocks, blocks, limit, budget.fraction)
+
+    def plan(self, allocation: Allocation, asked: Mapping[str, Any]) -> Plan:
+        """An allocation as a plan.
+
+        Args:
+            allocation: of the items.
+            asked: what it was made for, plain data.
+        """
+        s, table = self.setting, self.table
+        rows = np.arange(len(self.items))
+        chosen = allocation.choice
+        bits = float(table.bits[rows, chosen].sum())
+        used = [column for column in range(len(s.candidates)) if (chosen == column).any()]
+        about: dict[str, Any] = {
+            "model": s.source.name,
+            "fingerprint": s.source.fingerprint(),
+            "score": s.score.name,
+            "target": dict(asked),
+            "solver": allocation.solver,
+            "bits_per_weight": round(bits / float(table.sizes.sum()), 6),
+            "file_bytes": int(float(table.stored[rows, chosen].sum()) / 8) + s.kept_bytes,
+            "candidates": [candidate.label for candidate in s.candidates],
+            "errors": f"of {STAND_IN} with searched scales, which stands for the method",
+        }
+        if s.score.unit == "nats":
+            about["predicted_kl"] = float(f"{allocation.score:.6g}")
+        if self._limits:
+            about["limits"] = [str(limit) for limit in self._limits]
+        if s.calibration is not None:
+            about["tokens"] = {k: s.calibration.describe()[k] for k in ("source", "seed", "sequences", "seqlen")}
+        if self.notes:
+            about["notes"] = list(dict.fromkeys(self.notes))
+        formats = {s.candidates[column].label: s.candidates[column].scheme for column in used}
+        return Plan(formats, self._labels(chosen), about)
+
+    def _labels(self, chosen: NDArray[np.int64]) -> dict[str, str]:
+        """Labels by name of a linear, in the model's order; experts of a block, which share one, by a pattern."""
+        owner = {one.name: row for row, item in enumerate(self.items) for one in item.linears}
+        experts = tuple(f"{name}." for name in expert_lists(self.setting.source.skeleton))
+        labels: dict[str, str] = {}
+        for linear in self.setting.linears:
+            inside = next((prefix for prefix in experts if linear.name.startswith(prefix)), None)
+            key = linear.name if inside is None else f"{inside}*"
+            labels[key] = self.setting.candidates[int(chosen[owner[linear.name]])].label
+        return labels
+
+    def candidates_of(self, allocation: Allocation) -> dict[str, Candidate]:
+        """By full name of a linear, its format."""
+        return {
+            one.name: self.setting.candidates[int(column)]
+            for item, column in zip(self.items, allocation.choice, strict=True)
+            for one in item.linears
+        }
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    def measure(self, allocation: Allocation) -> NDArray[np.float64]:
+        """KL per held-out token ``[sequences, tokens]`` of an allocation, rounded by the stand-in method."""
+        s = self.setting
+        if s.held_out is None:
+            raise UsageError("measuring needs tokens, and this plan reads none: give calibration text (--calib).")
+        with self._stores() as new_store, strict_float32():
+            return measure_kl(
+                s.source,
+                s.held_out,
+                self.candidates_of(allocation),
+                device=s.device,
+                dtype=s.dtype,
+                new_store=new_store,
+                on_step=self._step,
+            )
+
+    def measured(self, allocation: Allocation) -> dict[str, Any]:
+        """The KL of an allocation on held-out tokens, as plain data for a plan."""
+        kl = self.measure(allocation)
+        error = kl.mean(1).std(ddof=1) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
+        shown: dict[str, Any] = {"measured_kl": float(f"{kl.mean():.6g}"), "held_out_tokens": int(kl.size)}
+        return shown | ({} if np.isnan(error) else {"measured_kl_se": float(f"{error:.3g}")})
+
+
+def _repaired(table: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[float]], list[str]]:
+    """Scores that are not finite become the worst of their column, negative ones zero; sentences that say so."""
+    if not table:
+        return {}, []
+    names, values = list(table), np.array([list(row) for row in table.values()], dtype=np.float64)
+    notes = []
+    bad = ~np.isfinite(values)
+    if bad.all(0).any():
+        raise UsageError(
+            "a format's scores are not finite for any linear: try --dtype float32, or leave the format out."
+        )
+    if bad.any():
+        worst = np.where(bad, -np.inf, values).max(0)
+        values = np.where(bad, worst, values)
+        first = names[int(np.flatnonzero(bad.any(1))[0])]
+        notes.append(
+            f"{int(bad.any(1).sum())} linears had scores that are not finite, taken as the worst, e.g. {first}"
+        )
+    below = values < 0
+    if below.any():
+        first = names[int(np.flatnonzero(below.any(1))[0])]
+        notes.append(
+            f"{int(below.any(1).sum())} linears had negative scores, taken as zero, e.g. {first}: more tokens or "
+            f"probes help"
+        )
+        values = np.maximum(values, 0.0)
+    return {name: [float(value) for value in row] for name, row in zip(names, values, strict=True)}, notes

@@ -30,7 +30,7 @@ class SchemeInputTransform:
 
     def __init__(self, scheme: Scheme, width: int, share: Callable[[], float]) -> None:
         self._scheme, self._share = scheme, share
-        self._rotation = None if scheme.input_rotation is None else InputRotation(width, scheme.input_rotation)
+        self._rotation = None if scheme.input_rotation is None else InputRotation.of(scheme.input_rotation, width)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.full(x)
@@ -52,7 +52,7 @@ class SchemeInputTransform:
             scheme,
             act_bits=own.act_bits,
             act_symmetric=own.act_symmetric,
-            input_rotation=None if self._rotation is None else self._rotation.seed,
+            input_rotation=own.input_rotation,
         )
 
 

@@ -121,7 +121,13 @@ def test_a_block_that_is_no_power_of_two_is_refused(block: int) -> None:
 
 @pytest.mark.parametrize(
     ("width", "block", "sizes"),
-    [(576, 256, (256, 256, 64)), (300, 256, (256, 32, 8, 4)), (96, 64, (64, 32)), (64, 256, (64,)), (512, 32, (32,) * 16)],
+    [
+        (576, 256, (256, 256, 64)),
+        (300, 256, (256, 32, 8, 4)),
+        (96, 64, (64, 32)),
+        (64, 256, (64,)),
+        (512, 32, (32,) * 16),
+    ],
 )
 def test_what_a_block_leaves_is_cut_smaller(
     width: int, block: int, sizes: tuple[int, ...], matrices: dict[int, Tensor]

@@ -11,11 +11,66 @@ import torch
 from torch import Tensor
 
 from ptq.activation_formats import ActivationFormat, find_activation_format
-from ptq.errors import UsageError
+from ptq.errors import UsageError, unknown_name
 from ptq.grids.storage import MAX_BITS, MIN_BITS, SCALE_DTYPES
 from ptq.number_formats import NumberFormat, TensorSpec, find_number_format
 
-__all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "KeyValueScheme", "Scheme", "check_dynamic"]
+__all__ = ["MAX_BITS", "MIN_BITS", "SCALE_DTYPES", "KeyValueScheme", "Rotation", "Scheme", "check_dynamic"]
+
+ROTATION_KINDS = ("hadamard", "hadamard-unsigned")
+ROTATION_BLOCKS = (32, 64, 128, 256, 512, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """The rotation of a linear's input as data (`ptq.transforms.hadamard.InputRotation` computes it).
+
+    Args:
+        seed: of the random signs; linears that read the same input have the same one.
+        block: the largest block, a power of two from 32 to 1024; what it leaves of a width is cut into smaller powers
+            of two. ``None`` takes the largest blocks that divide the width.
+        kind: ``hadamard``, a Walsh-Hadamard transform of inputs with random signs, or ``hadamard-unsigned``, the same
+            without signs (its seed is 0).
+
+    Raises:
+        UsageError: a value outside the limits above.
+    """
+
+    seed: int = 0
+    block: int | None = None
+    kind: str = "hadamard"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROTATION_KINDS:
+            raise unknown_name("kind of input rotation", str(self.kind), ROTATION_KINDS)
+        seed, block = self.seed, self.block
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise UsageError(
+                f"input_rotation must be a seed from 0 to 2^63 - 1, or None for no rotation; got {seed!r}."
+            )
+        if block is not None and (block not in ROTATION_BLOCKS or isinstance(block, bool)):
+            raise UsageError(
+                f"the block of a rotation (--rotate-block) must be one of {', '.join(map(str, ROTATION_BLOCKS))}; got "
+                f"{block!r}."
+            )
+        if self.kind == "hadamard-unsigned" and seed:
+            raise UsageError(f"a rotation without signs has the seed 0, got {seed!r}.")
+
+    @classmethod
+    def of(cls, data: object) -> Rotation | None:
+        """A rotation from a seed or from plain data; rotations and ``None`` as they are.
+
+        Raises:
+            UsageError: a key or value that a rotation does not have.
+        """
+        if data is None or isinstance(data, Rotation):
+            return data
+        if not isinstance(data, Mapping):
+            return cls(data)  # type: ignore[arg-type]  # checked there
+        for key in data:
+            if key not in ("seed", "block", "kind"):
+                raise unknown_name("key of input_rotation", str(key), ("seed", "block", "kind"))
+        return cls(**data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +89,8 @@ class Scheme:
         act_bits: width, 2 to 8, to which every input vector is rounded at run time, with a range of its own
             (`ptq.runtime.activations.quantize_tokens`); ``None`` leaves inputs as they are.
         act_symmetric: the inputs' grid has its zero in the middle; otherwise an integer zero point a vector.
-        input_rotation: seed of the randomised Hadamard rotation of the input; the weight is stored rotated, so that
-            the product is the same. ``None`` is no rotation.
+        input_rotation: rotation of the input at run time; the weight is stored rotated, so that the product is the
+            same. A seed alone or plain data is taken, too; ``None`` is no rotation.
         format: the number format, a name of `ptq.number_formats.FORMATS`; `Scheme.of` starts from its defaults.
         act_format: how the input is rounded at run time, a name of `ptq.activation_formats.ACTIVATION_FORMATS`;
             ``None`` leaves it to ``act_bits``, which cannot be given beside it.
@@ -50,7 +105,7 @@ class Scheme:
     scale_dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     act_bits: int | None = None
     act_symmetric: bool = False
-    input_rotation: int | None = None
+    input_rotation: Rotation | None = None
     format: str = "int"
     act_format: str | None = None
 
@@ -60,11 +115,7 @@ class Scheme:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {self.bits!r}.")
         check_dynamic("act", "the inputs of linears", self.act_bits, self.act_symmetric)
-        seed = self.input_rotation
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
-            raise UsageError(
-                f"input_rotation must be a seed from 0 to 2^63 - 1, or None for no rotation; got {seed!r}."
-            )
+        object.__setattr__(self, "input_rotation", Rotation.of(self.input_rotation))
         size = self.group_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise UsageError(

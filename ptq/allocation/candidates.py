@@ -117,5 +117,5 @@ def rounding_errors(weight: Tensor, candidates: Sequence[Candidate]) -> Iterator
         elif scheme.input_rotation is None:
             yield rounded(weight, scheme) - weight
         else:
-            rotation = InputRotation(weight.shape[1], scheme.input_rotation)
+            rotation = InputRotation.of(scheme.input_rotation, weight.shape[1])
             yield rotation.inverse(rounded(rotation.on_weight(weight), scheme)) - weight

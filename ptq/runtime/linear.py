@@ -148,8 +148,8 @@ class QuantLinear(nn.Linear):
         scheme = self._scheme
         if scheme.input_rotation is not None:
             if self._rotation is None:
-                self._rotation = InputRotation(self.in_features, scheme.input_rotation)
-            x = self._rotation(x)
+                self._rotation = InputRotation.of(scheme.input_rotation, self.in_features)
+            x = self._rotation.once(x)
         if scheme.activation_format is not None:
             return scheme.activation_format.quantize(x, self._tensors())
         return x if scheme.act_bits is None else quantize_tokens(x, scheme.act_bits, scheme.act_symmetric)

@@ -12,10 +12,14 @@ Sources: QuaRot (arXiv 2404.00456), sections 3 and 4; QuIP# (arXiv 2402.04396), 
 
 from __future__ import annotations
 
+import itertools
+import weakref
+
 import torch
 from torch import Tensor
 
 from calib.errors import UsageError
+from ptq.scheme import Rotation
 
 __all__ = ["InputRotation", "ResidualRotation", "hadamard", "hadamard_blocks", "random_orthogonal"]
 
@@ -25,27 +29,32 @@ _EQUAL_BLOCKS_FROM = 64  # smaller equal blocks would mix too few channels
 def hadamard_blocks(width: int, block: int | None = None) -> tuple[int, ...]:
     """The sizes of consecutive blocks, powers of two, that make up ``width``.
 
-    A width whose largest power-of-two divisor is 64 or more has equal blocks of that divisor (4096: one block; 14336:
-    seven of 2048). Any other width is cut greedily from the largest power of two (300: 256 + 32 + 8 + 4).
+    With a ``block``, as many of that size as fit, and smaller ones for what is left (576 in blocks of 256: 256 + 256 +
+    64). Without, a width whose largest power-of-two divisor is 64 or more has equal blocks of that divisor (4096: one
+    block; 14336: seven of 2048), and any other width is cut greedily from the largest power of two (300: 256 + 32 + 8 +
+    4).
 
     Args:
-        width: of the vectors; block: equal blocks of this size instead.
+        width: of the vectors.
+        block: the largest block, a power of two.
 
     Raises:
-        UsageError: a width below one; a block that is no power of two or does not divide the width.
+        UsageError: a width below one; a block that is no power of two.
     """
     if width < 1:
         raise UsageError(f"a Hadamard transform of width {width}: the width must be at least 1.")
-    divisor = width & -width
     if block is not None:
-        if block < 1 or block & (block - 1) or width % block:
-            raise UsageError(
-                f"Hadamard blocks of {block} in a width of {width}: the block must be a power of two that divides the "
-                f"width, at most {divisor} here."
-            )
-        return (block,) * (width // block)
+        if block < 1 or block & (block - 1):
+            raise UsageError(f"Hadamard blocks of {block}: the size of a block must be a power of two, at least 1.")
+        return (block,) * (width // block) + _powers(width % block)
+    divisor = width & -width
     if divisor >= _EQUAL_BLOCKS_FROM:
         return (divisor,) * (width // divisor)
+    return _powers(width)
+
+
+def _powers(width: int) -> tuple[int, ...]:
+    """The powers of two that add up to ``width``, the largest first."""
     return tuple(1 << bit for bit in reversed(range(width.bit_length())) if width >> bit & 1)
 
 
@@ -55,7 +64,8 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     It is symmetric and its own inverse. Half precision is computed in float32; gradients flow.
 
     Args:
-        x: ``[..., n]``; block: as in `hadamard_blocks`.
+        x: ``[..., n]``.
+        block: as in `hadamard_blocks`.
 
     Returns:
         ``[..., n]`` in the dtype of ``x``.
@@ -63,13 +73,13 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     Raises:
         UsageError: a block that does not fit.
     """
-    sizes = hadamard_blocks(x.shape[-1], block)
     work = x if x.dtype == torch.float64 else x.float()
-    if len(set(sizes)) == 1:
-        done = _butterflies(work.reshape(*x.shape[:-1], -1, sizes[0])).flatten(-2)
-    else:
-        done = torch.cat([_butterflies(part) for part in torch.split(work, list(sizes), -1)], -1)
-    return done.to(x.dtype)
+    done = []
+    for size, same in itertools.groupby(hadamard_blocks(x.shape[-1], block)):
+        count = len(list(same))
+        part, work = work[..., : count * size], work[..., count * size :]
+        done.append(_butterflies(part.reshape(*x.shape[:-1], count, size)).flatten(-2))
+    return (done[0] if len(done) == 1 else torch.cat(done, -1)).to(x.dtype)
 
 
 def _butterflies(x: Tensor) -> Tensor:
@@ -94,17 +104,49 @@ class InputRotation:
         rotation(x) @ rotation.on_weight(w).T == x @ w.T
 
     Args:
-        width: of the input; seed: of the signs; block: size of the Hadamard blocks, `hadamard_blocks` by default.
+        width: of the input.
+        seed: of the signs.
+        block: size of the Hadamard blocks, `hadamard_blocks` by default.
+        signed: whether there are random signs; all are 1 otherwise.
 
     Raises:
         UsageError: a width or block that does not fit.
     """
 
-    def __init__(self, width: int, seed: int, block: int | None = None) -> None:
+    def __init__(self, width: int, seed: int, block: int | None = None, *, signed: bool = True) -> None:
         hadamard_blocks(width, block)
         self.width, self.seed, self.block = width, seed, block
-        self.signs = _signs(width, torch.Generator().manual_seed(seed))  # [width] int8
+        signs = _signs(width, torch.Generator().manual_seed(seed))
+        self.signs = signs if signed else torch.ones_like(signs)  # [width] int8
         self._placed: dict[torch.device, Tensor] = {self.signs.device: self.signs}
+        self._last: tuple[weakref.ref[Tensor], int, bool, Tensor] | None = None
+
+    @classmethod
+    def of(cls, rotation: Rotation, width: int) -> InputRotation:
+        """The map that a scheme's rotation stands for."""
+        return cls(width, rotation.seed, rotation.block, signed=rotation.kind == "hadamard")
+
+    def once(self, x: Tensor) -> Tensor:
+        """``R x``, computed once for linears that are given the same tensor one after the other (q, k and v).
+
+        The result is remembered as long as ``x`` lives and is not written to.
+        """
+        if x.is_inference():  # such tensors do not say when they were written to
+            return self(x)
+        last, grad = self._last, torch.is_grad_enabled()
+        if last is not None and last[0]() is x and last[1:3] == (x._version, grad):
+            return last[3]
+        rotated = self(x)
+        self._last = (weakref.ref(x, self._forget), x._version, grad, rotated)
+        return rotated
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is dead:
+            self._last = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies remember nothing."""
+        return self.__dict__ | {"_last": None}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``R x`` of vectors ``[..., width]``, in their dtype."""

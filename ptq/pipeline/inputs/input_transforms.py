@@ -30,7 +30,7 @@ class SchemeInputTransform:
 
     def __init__(self, scheme: Scheme, width: int, share: Callable[[], float]) -> None:
         self._scheme, self._share = scheme, share
-        self._rotation = None if scheme.input_rotation is None else InputRotation(width, scheme.input_rotation)
+        self._rotation = None if scheme.input_rotation is None else InputRotation.of(scheme.input_rotation, width)
         self.params: Mapping[str, Tensor] = {}
         """The parameters of a static format, once they are known (`ptq.pipeline.inputs.input_ranges`)."""
 
@@ -62,7 +62,7 @@ class SchemeInputTransform:
             act_bits=own.act_bits,
             act_symmetric=own.act_symmetric,
             act_format=own.act_format,
-            input_rotation=None if self._rotation is None else self._rotation.seed,
+            input_rotation=own.input_rotation,
         )
 
 

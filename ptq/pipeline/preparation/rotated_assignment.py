@@ -10,6 +10,7 @@ from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
 from ptq.pipeline.preparation.block_maps import trace_block_kinds
 from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.scheme import Rotation
 
 __all__ = ["rotate_last_inputs"]
 
@@ -33,7 +34,9 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
     """
     ends = {name for groups in trace_block_kinds(source, device, dtype).values() for name in _last(groups)}
     schemes = {
-        name: dataclasses.replace(scheme, input_rotation=seed) if scheme is not None and _inside(name, ends) else scheme
+        name: dataclasses.replace(scheme, input_rotation=Rotation(seed))
+        if scheme is not None and _inside(name, ends)
+        else scheme
         for name, scheme in plan.schemes.items()
     }
     return dataclasses.replace(plan, schemes=schemes)

@@ -113,10 +113,29 @@ def test_seeds_decide_the_signs() -> None:
     assert abs(int(one.sum())) < 64
 
 
-@pytest.mark.parametrize("block", [0, 3, 64, -2])
-def test_a_block_that_does_not_fit_is_refused(block: int) -> None:
-    with pytest.raises(UsageError, match=r"power of two that divides the width, at most 32"):
+@pytest.mark.parametrize("block", [0, 3, -2])
+def test_a_block_that_is_no_power_of_two_is_refused(block: int) -> None:
+    with pytest.raises(UsageError, match=rf"Hadamard blocks of {block}: .* power of two"):
         InputRotation(96, 0, block)
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "sizes"),
+    [
+        (576, 256, (256, 256, 64)),
+        (300, 256, (256, 32, 8, 4)),
+        (96, 64, (64, 32)),
+        (64, 256, (64,)),
+        (512, 32, (32,) * 16),
+    ],
+)
+def test_what_a_block_leaves_is_cut_smaller(
+    width: int, block: int, sizes: tuple[int, ...], matrices: dict[int, Tensor]
+) -> None:
+    assert hadamard_blocks(width, block) == sizes
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = torch.block_diag(*(matrices[n] for n in sizes))
+    torch.testing.assert_close(hadamard(x, block), x @ matrix.T, rtol=0, atol=1e-12)
 
 
 def test_vectors_of_another_width_are_refused() -> None:

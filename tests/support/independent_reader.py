@@ -33,9 +33,10 @@ def dense_tensors(folder: Path) -> dict[str, Tensor]:
         zero = stored.pop(f"{name}.weight_zero_point", None)
         stored.pop(f"{name}.weight", None)
         weight = _weight(parts, zero, scheme)
-        seed = scheme.get("input_rotation")
-        if seed is not None:
-            weight = weight @ rotation_matrix(weight.shape[1], seed)  # stored is W R^T
+        rotation = scheme.get("input_rotation")
+        if rotation is not None:
+            assert (rotation["block"], rotation["kind"]) == (None, "hadamard")
+            weight = weight @ rotation_matrix(weight.shape[1], rotation["seed"])  # stored is W R^T
         dense[f"{name}.weight"] = torch.from_numpy(weight).float()
     return {name: tensor.float() for name, tensor in stored.items()} | dense
 

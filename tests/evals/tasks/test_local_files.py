@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calib.errors import DataError
@@ -166,6 +166,7 @@ JSON = st.recursive(
 FIELD_NAMES = ("query", "choices", "gold", "context_options", "continuation", "context", "subject")
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a machine with other work
 @given(st.sampled_from(TASKS), st.dictionaries(st.sampled_from(FIELD_NAMES), JSON))
 def test_any_row_is_a_question_or_a_data_error(task: Any, row: dict[str, Any]) -> None:
     try:

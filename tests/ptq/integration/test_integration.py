@@ -311,7 +311,7 @@ def input_transform(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tens
     def transform(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
         assert scheme.act_bits is not None
         assert scheme.input_rotation is not None
-        rotated = InputRotation(args[0].shape[-1], scheme.input_rotation)(args[0])
+        rotated = InputRotation.of(scheme.input_rotation, args[0].shape[-1])(args[0])
         return quantize_tokens(rotated, scheme.act_bits, scheme.act_symmetric)
 
     return transform

@@ -153,7 +153,7 @@ def test_inputs_are_rotated_then_rounded(transform: dict[str, int], dtype: torch
     layer = QuantLinear.from_quantized(weight, torch.randn(40))
     transformed = x
     if scheme.input_rotation is not None:
-        transformed = InputRotation(96, scheme.input_rotation)(transformed)
+        transformed = InputRotation.of(scheme.input_rotation, 96)(transformed)
     if scheme.act_bits is not None:
         transformed = quantize_tokens(transformed, scheme.act_bits, scheme.act_symmetric)
     assert layer.bias is not None

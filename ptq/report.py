@@ -87,7 +87,7 @@ class Report:
         timing: seconds by part of the work (``read``, ``passes``, ``statistics``, ``solve``, ``losses``, ``write``).
         environment: versions, device, dtype of the passes, threads, seed.
         warnings: every fallback and anything the user should know.
-        files: ``{"bytes", "sha256"}`` of every weight file by its name; empty in reports of earlier releases.
+        files: ``{"bytes", "sha256"}`` of every weight file by its name.
         windows: of learned methods, one row a stage of a window: ``sweep``, ``window``, ``start``, ``stop``, ``share``,
             ``loss_before``, ``loss_after``, ``steps``, ``seconds``, ``captured``, ``notes``.
         companions: names of the files that went along from the source, relative to the folder.
@@ -128,12 +128,11 @@ class Report:
         kept = tuple(KeptTensor(**row) for row in data["kept"])
         fields = {key: value for key, value in data.items() if key != "sha256"}
         files = {
-            name: {"bytes": int(row["bytes"]), "sha256": str(row["sha256"])}
-            for name, row in data.get("files", {}).items()
+            name: {"bytes": int(row["bytes"]), "sha256": str(row["sha256"])} for name, row in data["files"].items()
         }
         changed = {"layers": layers, "kept": kept, "warnings": tuple(data["warnings"]), "files": files}
-        changed["windows"] = tuple(data.get("windows", ()))
-        changed["companions"] = tuple(data.get("companions", ()))
+        changed["windows"] = tuple(data["windows"])
+        changed["companions"] = tuple(data["companions"])
         return cls(**(fields | changed))
 
     @classmethod
@@ -171,12 +170,12 @@ def _checksum(data: dict[str, Any]) -> str:
 
 
 def _refuse_changes(path: Path, data: dict[str, Any]) -> None:
-    """Raise if a report does not carry its own checksum; those of earlier releases carry none."""
+    """Raise if a report does not carry its own checksum."""
     try:
         found = _checksum(data)
     except ValueError as error:  # NaN, or a lone surrogate
         raise OutputError(f"{path} is damaged: {error}") from error
-    stated = data.get("sha256", found)
+    stated = data.get("sha256")
     if stated != found:
         raise OutputError(
             f"{path} was changed after it was written: it states the SHA-256 {stated} and has {found}. Restore the "

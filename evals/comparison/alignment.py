@@ -125,10 +125,7 @@ def _keys(result: Result) -> dict[Key, int]:
 
 
 def _check_bos(results: Sequence[Result], records: Sequence[Record], keys: Sequence[dict[Key, int]]) -> None:
-    """Refuse windows with BOS beside windows without, even where some are the same: the figures do not compare.
-
-    Records of earlier releases say nothing of BOS and are without.
-    """
+    """Refuse windows with BOS beside windows without, even where some are the same: the figures do not compare."""
     begins = [bool(result.settings.get("bos")) for result in results]
     if len(set(begins)) == 1 or all(own.keys() == keys[0].keys() for own in keys):
         return

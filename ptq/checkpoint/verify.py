@@ -27,8 +27,7 @@ def verify_files(folder: str | Path) -> int:
     """Compare size and SHA-256 of every weight file with the report; files are read in blocks of 1 MiB.
 
     Args:
-        folder: an output folder; without a report (a model that was saved again), or with one of an earlier release,
-            which lists no files, there is nothing to compare.
+        folder: an output folder; without a report (a model that was saved again) there is nothing to compare.
 
     Returns:
         How many files were compared.
@@ -44,7 +43,7 @@ def verify_files(folder: str | Path) -> int:
     for name, stated in files.items():
         _verify(folder, name, stated)
     single = folder / "model.safetensors"
-    if files and single.name not in files and single.exists():
+    if single.name not in files and single.exists():
         raise OutputError(f"{single} is not in {REPORT_NAME}, and would be loaded in place of its files. {_WAY_OUT}")
     if len(files) > 1:
         _verify_index(folder, files)

@@ -224,7 +224,7 @@ def test_staging_of_a_run_that_cannot_be_continued_is_removed(tmp_path: Path) ->
         with CheckpointWriter(tmp_path) as checkpoint:
             path = checkpoint.write_part("block.0", NEW["block.0"])
         if conditions:
-            (path.parent / JOURNAL_NAME).unlink()  # as an earlier release left it
+            (path.parent / JOURNAL_NAME).unlink()  # lost
         with CheckpointWriter(tmp_path, CONDITIONS) as checkpoint:
             assert checkpoint.finished == checkpoint.notes == []
             assert not path.exists()

@@ -19,7 +19,7 @@ common=("$model" --calib "$texts/c4.txt@0:0.8" --wiki "$texts/wikitext2-raw-test
         --device cuda --records "$results/records")
 
 "$python" -m pytest -q -rs tests/ptq/pipeline/test_cuda.py tests/ptq/runtime/test_linear.py tests/ptq/packing/test_bits.py \
-    tests/ptq/integration/test_integration.py 2>&1 | tee "$results/tests.txt"
+    tests/ptq/integration/test_integration.py tests/ptq/integration/test_without_ptq.py 2>&1 | tee "$results/tests.txt"
 
 # Seconds: a warm-up in the same process, then with and without the scale search.
 "$python" benchmarks/speed/seconds.py "$model" --calib "$texts/c4.txt@0:0.8" --device cuda > "$results/seconds.json"

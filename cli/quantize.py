@@ -14,7 +14,9 @@ from cli.shared.method_flags import method_flags
 from cli.shared.plan_flags import plan_flags, planned_output, planned_recipe
 
 if TYPE_CHECKING:
+    from ptq.pipeline.dry_run.forecast import Forecast
     from ptq.recipe import Recipe
+    from ptq.report import Report
 
 __all__ = ["command"]
 
@@ -174,49 +176,50 @@ def command(
     """
     import ptq
     from calib.distributed import destroy_distributed
-    from cli.shared.forecast import show_forecast
     from cli.shared.idle import idle_sentences
     from cli.shared.recipe_flags import build_recipe
-    from cli.shared.tables import show_summary
     from cli.shared.terminal.progress import ProgressListener
-    from cli.shared.terminal.screen import console, echo
+    from cli.shared.terminal.screen import console
     from ptq.api import default_output
     from ptq.recipe import Recipe
 
     base = Recipe.from_yaml(recipe_file) if recipe_file else Recipe()
     recipe = build_recipe(base, flags)
     target = Path(out) if out else planned_output(model, recipe, flags) or default_output(model, recipe)
-    is_main_process = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
-    arguments: dict[str, Any] = {
-        "out": target,
-        "device": device,
-        "offload": offload,
-        "trust_remote_code": trust_remote_code,
-    }
+    is_main_process = int(os.environ.get("RANK", "0")) == 0  # of several processes one writes to the terminal
+    run: dict[str, Any] = {"out": target, "device": device, "offload": offload, "trust_remote_code": trust_remote_code}
     with ProgressListener(console(stderr=True)) as listener:
         if is_main_process:
             listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
-        if is_main_process and base.options and recipe.method != base.method:
-            listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
-        for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)) if is_main_process else ():
-            listener.say(sentence)
+            if base.options and recipe.method != base.method:
+                listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
+            for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)):
+                listener.say(sentence)
         recipe = planned_recipe(model, recipe, flags, listener, device=device, trust_remote_code=trust_remote_code)
         if dry_run:
-            forecast = ptq.forecast(model, recipe, on_event=listener, **arguments)
+            result: Report | Forecast = ptq.forecast(model, recipe, on_event=listener, **run)
         else:
-            report = ptq.quantize(model, recipe, restart=restart, on_event=listener, **arguments)
+            result = ptq.quantize(model, recipe, restart=restart, on_event=listener, **run)
     destroy_distributed()
-    if not is_main_process:
-        return
-    if dry_run:
+    if is_main_process and (as_json or dry_run or not listener.found_finished):
+        _show(result, target, as_json=as_json)
+
+
+def _show(result: Report | Forecast, target: Path, *, as_json: bool) -> None:
+    from cli.shared.forecast import show_forecast
+    from cli.shared.tables import show_summary
+    from cli.shared.terminal.screen import console, echo
+    from ptq.report import Report
+
+    if isinstance(result, Report):
         if as_json:
-            echo(json.dumps(forecast.to_dict(), indent=1))
+            echo(result.to_json(), newline=False)
         else:
-            show_forecast(forecast, console())
+            show_summary(result, target, console())
     elif as_json:
-        echo(report.to_json(), newline=False)
-    elif not listener.found_finished:
-        show_summary(report, target, console())
+        echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        show_forecast(result, console())
 
 
 def _idle(recipe: Recipe, flags: Mapping[str, Any], restarts_nothing: bool) -> tuple[dict[str, str], dict[str, str]]:

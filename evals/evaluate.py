@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from evals.harness import run_harness
 from evals.inference.fingerprint import model_fingerprint
 from evals.inference.logits import model_device
 from evals.items import item_hash
-from evals.job import DEFAULT_TASKS, TextJob, Workload, load_workload
+from evals.job import DEFAULT_TASKS, TextJob, WindowOptions, Workload, load_workload
 from evals.record import ModelInfo, Record, TaskResult, TextResult, read_task_result, read_text_result
 from evals.scorer import Base, Progress, Scorer, text_store
 from evals.tasks.types import LoadedTask
@@ -31,6 +31,18 @@ from evals.texts.base_cache import BaseStore, default_cache
 __all__ = ["BASE_TOP_K", "environment", "evaluate", "measure", "measure_base", "model_info", "module_store"]
 
 BASE_TOP_K = 256
+
+
+class _Draw(TypedDict):
+    limit: int | None
+    fewshot: int
+    seed: int
+
+
+class _Scoring(TypedDict):
+    batch_size: int | str
+    seed: int
+    progress: Progress | None
 
 
 def evaluate(
@@ -42,19 +54,15 @@ def evaluate(
     data: str | Path | None = None,
     against: Any | None = None,
     convention: str | Sequence[str] = "segments",
-    seqlen: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    documents: str = "auto",
-    bos: str = "auto",
     limit: int | None = None,
     fewshot: int = 0,
-    batch_size: int | str = "auto",
     seed: int = 0,
     cache: str | Path | None = None,
     base_top_k: int | None = BASE_TOP_K,
     harness: Sequence[str] = (),
+    batch_size: int | str = "auto",
     progress: Progress | None = None,
+    **windows: Unpack[WindowOptions],
 ) -> Record:
     """Measure a causal language model, quantized or not, on texts and tasks, where it is.
 
@@ -62,22 +70,20 @@ def evaluate(
         model: a Hugging Face causal language model; for texts alone any torch module from ids to logits.
         tokenizer: its tokenizer.
         tasks: names of tasks and texts (docs/tasks.md, docs/evaluation.md), or paths of texts; ``None`` is
-            ``wikitext2`` where neither ``texts`` nor ``harness`` ask for anything.
+            ``wikitext2`` where ``texts`` and ``harness`` are empty.
         texts: more texts, by name or path.
         data: folder with the files of tasks and texts; without it they come from the hub.
         against: the base in full precision; adds divergence and what its answers are compared with.
         convention: of the perplexity, one or several of ``segments``, ``llamacpp``, ``sliding``, ``documents``.
-        seqlen, stride, max_tokens, documents: as `evals.texts.windows.make_plan`.
-        bos: whether windows of a text begin with BOS: ``auto`` where the model is made for it (`evals.bos_choice`),
-            ``always``, or ``never`` as in the literature.
         limit: the first rows of each task, the first items of each text.
         fewshot: examples before each question.
-        batch_size: sequences at once, or ``auto``; halved when memory runs out.
         seed: of the choice of examples and of the bootstrap.
-        cache: where the base's predictions are kept; ``None`` is `default_cache`.
-        base_top_k: entries of each prediction of the base that are kept; ``None`` for the whole vocabulary.
+        cache: where the base's predictions are stored; ``None`` is `default_cache`.
+        base_top_k: entries that are stored per prediction of the base; ``None`` for the whole vocabulary.
         harness: tasks for lm-evaluation-harness, if it is installed.
+        batch_size: sequences at once, or ``auto``; halved when memory runs out.
         progress: called with what is being scored, how much is done and how much there is.
+        windows: ``seqlen``, ``stride``, ``max_tokens``, ``documents`` and ``bos``; see `evals.job.WindowOptions`.
 
     Raises:
         UsageError: an unknown name, option or combination.
@@ -86,47 +92,23 @@ def evaluate(
         NumericalError: scores that are not finite.
         OutputError: the cache cannot be written.
     """
-    conventions = (convention,) if isinstance(convention, str) else tuple(convention)
-    harness = (harness,) if isinstance(harness, str) else tuple(harness)
-    if tasks is None:
-        tasks = () if texts or harness else DEFAULT_TASKS
+    names = _names(tasks) if tasks is not None else () if texts or harness else DEFAULT_TASKS
+    rows, folder = RowReader(tokenizer=lambda: tokenizer), None if data is None else Path(data)
+    drawn: _Draw = {"limit": limit, "fewshot": fewshot, "seed": seed}
     workload = load_workload(
-        (tasks,) if isinstance(tasks, str) else tasks,
-        texts=texts,
-        data=None if data is None else Path(data),
-        conventions=conventions,
-        seqlen=seqlen,
-        stride=stride,
-        max_tokens=max_tokens,
-        documents=documents,
-        bos=bos,
-        rows=RowReader(tokenizer=lambda: tokenizer),
-        limit=limit,
-        fewshot=fewshot,
-        seed=seed,
+        names, texts=texts, data=folder, conventions=_names(convention), rows=rows, **drawn, **windows
     )
+    scoring: _Scoring = {"batch_size": batch_size, "seed": seed, "progress": progress}
     base = None
     if against is not None:
-        base = measure_base(
-            module_store(against, tokenizer, cache),
-            workload,
-            lambda: (against, tokenizer, None),
-            top_k=base_top_k,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
-    return measure(
-        model,
-        tokenizer,
-        workload,
-        base=base,
-        batch_size=batch_size,
-        seed=seed,
-        harness=harness,
-        harness_options={"limit": limit, "fewshot": fewshot or None},
-        progress=progress,
-    )
+        store = module_store(against, tokenizer, cache)
+        base = measure_base(store, workload, lambda: (against, tokenizer, None), top_k=base_top_k, **scoring)
+    options = {"limit": limit, "fewshot": fewshot or None}
+    return measure(model, tokenizer, workload, base=base, harness=_names(harness), harness_options=options, **scoring)
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def measure(
@@ -145,13 +127,20 @@ def measure(
     """`evaluate` for a workload that is read already, against a base that is measured already.
 
     Args:
+        model: as in `evaluate`.
+        tokenizer: its tokenizer.
+        workload: what is evaluated.
+        base: what the model is compared with.
+        batch_size: as in `evaluate`.
         info: what is known of the model besides what can be seen of it.
+        seed: of the bootstrap.
+        harness: as in `evaluate`.
         harness_options: ``limit`` and ``fewshot`` of lm-evaluation-harness.
-        others: as in `evaluate`.
+        progress: as in `evaluate`.
 
     Raises:
         ModelError: the base's tokenizer cuts text otherwise, so that tokens do not match.
-        others: as in `evaluate`.
+        PtqError: as in `evaluate`.
     """
     started = time.monotonic()
     identity = tokenizer_hash(tokenizer)
@@ -192,17 +181,20 @@ def measure_base(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Base:
-    """Results of the base for a workload: those that are kept, and the missing ones, for which it is loaded.
+    """Results of the base for a workload: those that are stored, and the missing ones, for which it is loaded.
 
     Args:
-        store: of this base.
-        workload: as it will be asked of the model.
-        load: gives the base, its tokenizer and its `ModelInfo`; called only if something is missing.
-        top_k, batch_size, seed, progress: as in `evaluate`.
+        store: the stored predictions and results of this base.
+        workload: the same as the model's.
+        load: returns the base, its tokenizer and its `ModelInfo`; called only if something is missing.
+        top_k: ``base_top_k`` of `evaluate`.
+        batch_size: as in `evaluate`.
+        seed: of the bootstrap.
+        progress: as in `evaluate`.
 
     Raises:
         UsageError: ``top_k`` below 1.
-        others: as in `evaluate`.
+        PtqError: as in `evaluate`.
     """
     if top_k is not None and top_k < 1:
         raise UsageError(f"--base-top-k must be 1 or more, or 'full', got {top_k}.")
@@ -217,8 +209,8 @@ def measure_base(
             store.describe(known | {"tokenizer_hash": tokenizer_hash(tokenizer)})
         return Scorer(model, tokenizer, batch_size, seed, progress, label="base: ")
 
-    texts = tuple(_kept_text(store, job, worker, top_k) for job in workload.texts)
-    tasks = tuple(_kept_task(store, task, worker) for task in workload.tasks)
+    texts = tuple(_stored_text(store, job, worker, top_k) for job in workload.texts)
+    tasks = tuple(_stored_task(store, task, worker) for task in workload.tasks)
     if store.card is None:
         worker()
     card = store.card or {}
@@ -274,22 +266,22 @@ def _version() -> str:
         return "unknown"
 
 
-def _kept_text(store: BaseStore, job: TextJob, worker: Callable[[], Scorer], top_k: int | None) -> TextResult:
+def _stored_text(store: BaseStore, job: TextJob, worker: Callable[[], Scorer], top_k: int | None) -> TextResult:
     place = text_store(store, job, top_k)
-    kept = place.read()
-    result = None if kept is None else read_text_result(kept)
+    stored = place.read()
+    result = None if stored is None else read_text_result(stored)
     if result is None or not place.complete():
         result = worker().keep(job, place, top_k)
         place.write(result.to_dict())
     return result
 
 
-def _kept_task(store: BaseStore, task: LoadedTask, worker: Callable[[], Scorer]) -> TaskResult:
+def _stored_task(store: BaseStore, task: LoadedTask, worker: Callable[[], Scorer]) -> TaskResult:
     asked = [[list(map(list, question.pairs)), question.gold] for question in task.questions]
     decides = [asked, [question.cluster for question in task.questions], task.task.metric, task.task.chance]
     place = store.task({"task": task.task.name, "questions": item_hash(decides), "clusters": len(task.clusters)})
-    kept = place.read()
-    result = None if kept is None else read_task_result(kept)
+    stored = place.read()
+    result = None if stored is None else read_task_result(stored)
     if result is None:
         result = worker().task(task)
         place.write(result.to_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from calib.data.bos import check_bos_choice
 from calib.data.chat import RowReader
@@ -17,7 +17,7 @@ from evals.tasks.types import LoadedTask
 from evals.texts.sources import EVALUATION_PARTS, load_text
 from evals.texts.windows import CONVENTIONS
 
-__all__ = ["DEFAULT_TASKS", "TextJob", "Workload", "load_workload"]
+__all__ = ["DEFAULT_TASKS", "TextJob", "WindowOptions", "Workload", "load_workload"]
 
 DEFAULT_TASKS = ("wikitext2",)
 _JSONL_TEXTS = tuple(f"{name}.jsonl" for name in EVALUATION_PARTS)
@@ -48,21 +48,33 @@ class Workload:
     tasks: tuple[LoadedTask, ...]
 
 
+class WindowOptions(TypedDict, total=False):
+    """How texts are cut into windows, by the names and with the defaults of `evals.texts.windows.make_plan`."""
+
+    seqlen: int | None
+    """Tokens of a window."""
+    stride: int | None
+    """Tokens scored per window of ``sliding``."""
+    max_tokens: int | None
+    """Tokens of each text that are used, from its beginning."""
+    documents: str
+    """How the convention ``documents`` separates them."""
+    bos: str
+    """Whether windows begin with BOS, in every convention but ``documents``: ``auto`` where the model is made for it
+    (`evals.bos_choice`), ``always``, or ``never`` as in the literature."""
+
+
 def load_workload(
     names: Sequence[str],
     *,
     texts: Sequence[str] = (),
     data: Path | None = None,
     conventions: Sequence[str] = ("segments",),
-    seqlen: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    documents: str = "auto",
-    bos: str = "auto",
     rows: RowReader | None = None,
     limit: int | None = None,
     fewshot: int = 0,
     seed: int = 0,
+    **windows: Unpack[WindowOptions],
 ) -> Workload:
     """Read everything that the names stand for.
 
@@ -71,11 +83,11 @@ def load_workload(
         texts: sources of more texts, which are never taken for tasks.
         data: folder of task and text files; without it they come from the hub.
         conventions: how texts are cut; each text is scored by each of them.
-        seqlen, stride, max_tokens, documents: as `evals.texts.windows.make_plan`.
-        bos: ``auto``, ``always`` or ``never``, of every convention but ``documents``.
         rows: how rows of messages become text.
         limit: first rows of every task, first items of every text.
-        fewshot, seed: examples in front of every question of a task, and the seed of their draw.
+        fewshot: examples in front of every question of a task.
+        seed: of the choice of these examples.
+        windows: see `WindowOptions`.
 
     Raises:
         UsageError: an unknown name or convention, a limit below 1.
@@ -83,6 +95,35 @@ def load_workload(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, got {limit}.")
+    options = _window_options(conventions, **windows)
+    if data is not None and not data.is_dir():
+        raise DataError(f"there is no folder {data} (looked in {Path.cwd()}); give the folder of the data files.")
+    known = tuple(name for name in known_tasks(data) if name not in EVALUATION_PARTS)
+    aliases = {alias: task.name for task in TASKS for alias in task.aliases}
+    known += tuple(aliases)
+    wanted = list(dict.fromkeys(aliases.get(name, name) for name in names))
+    tasks = [load_task(n, data=data, limit=limit, fewshot=fewshot, seed=seed) for n in wanted if n in known]
+    max_tokens = windows.get("max_tokens")
+    read = [(n, _text(n, data, known, max_tokens, rows)) for n in wanted if n not in known]
+    read += [(n, load_text(n, limit=_characters(max_tokens), rows=rows)) for n in dict.fromkeys(texts)]
+    jobs = [
+        TextJob(name, text, convention, {"limit": limit} | options[convention])
+        for name, text in read
+        for convention in options
+    ]
+    return Workload(tuple(jobs), tuple(tasks))
+
+
+def _window_options(
+    conventions: Sequence[str],
+    *,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    documents: str = "auto",
+    bos: str = "auto",
+) -> dict[str, dict[str, Any]]:
+    """The arguments of `make_plan` by convention, refused where a convention has no use for one that was given."""
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens must be at least 1, got {max_tokens}.")
     if not conventions:
@@ -95,29 +136,12 @@ def load_workload(
     check_bos_choice(bos, "--bos")
     if bos != "auto" and set(conventions) == {"documents"}:
         raise UsageError("--bos has no effect on --convention documents, which always has BOS or EOS in front.")
-    if data is not None and not data.is_dir():
-        raise DataError(f"there is no folder {data} (looked in {Path.cwd()}); give the folder of the data files.")
-    known = tuple(name for name in known_tasks(data) if name not in EVALUATION_PARTS)
-    aliases = {alias: task.name for task in TASKS for alias in task.aliases}
-    known += tuple(aliases)
-    wanted = list(dict.fromkeys(aliases.get(name, name) for name in names))
-    tasks = [load_task(n, data=data, limit=limit, fewshot=fewshot, seed=seed) for n in wanted if n in known]
-    sources = [n for n in wanted if n not in known]
-    read = [(n, _text(n, data, known, max_tokens, rows)) for n in sources]
-    read += [(n, load_text(n, limit=_characters(max_tokens), rows=rows)) for n in dict.fromkeys(texts)]
-    options = {"seqlen": seqlen, "max_tokens": max_tokens, "limit": limit}
-    jobs = [
-        TextJob(name, text, convention, options | _special(convention, stride, documents, bos))
-        for name, text in read
-        for convention in dict.fromkeys(conventions)
-    ]
-    return Workload(tuple(jobs), tuple(tasks))
-
-
-def _special(convention: str, stride: int | None, documents: str, bos: str) -> dict[str, Any]:
-    if convention == "documents":
-        return {"documents": documents}
-    return {"bos": bos} | ({"stride": stride} if convention == "sliding" else {})
+    common = {"seqlen": seqlen, "max_tokens": max_tokens}
+    special: dict[str, dict[str, Any]] = {
+        "documents": {"documents": documents},
+        "sliding": {"bos": bos, "stride": stride},
+    }
+    return {convention: common | special.get(convention, {"bos": bos}) for convention in conventions}
 
 
 def _text(name: str, data: Path | None, known: Sequence[str], max_tokens: int | None, rows: RowReader | None) -> Text:

@@ -8,8 +8,8 @@
 Each family of transformers' table of causal language models gets a small random model in bfloat16, rounded to 4 bits in
 groups of 32, once symmetric and once with zero points. The result is loaded with ptq, and in a process without ptq
 where the report says that stock transformers loads it. Both must give the logits of the full-precision model with
-weights that the reader in this file takes out of the folder; it shares no code with ptq. Families that are done are
-not done again; one that takes longer than its limit ends with the process that worked on it.
+weights that the reader in families_reader.py takes out of the folder; it shares no code with ptq. Families that are
+done are not done again; one that takes longer than its limit ends with the process that worked on it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from families_reader import expected_logits, run
+from families_table import MAX_DISTANCE, summary, table
 
 LIMIT, START = 120, 600  # seconds per family; for a start on a busy machine
 WARM = ""  # the family that only starts processes
 LARGEST = 20_000_000  # parameters of a model that counts as small
-NEAR = 1e-3  # relative distance of logits in float32
-TOKENS = [[(11 * i + 5) % 97 + 2 for i in range(12)]]
 ANSWER = "answer: "
 FILLED = {"head_dim": 16, "num_key_value_heads": 2}
 """What default configs leave open and some of their models need."""
@@ -239,13 +239,13 @@ def one_scheme(folder: Path, symmetric: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"format": report.container, "reason": report.container_reason, "linears": len(report.layers)}
     try:
         exact, rounded = expected_logits(folder / "model", out)
-    except Exception as error:  # the reader of this file does not know such a model, or it cannot be run here
+    except Exception as error:  # the reader does not know such a model, or it cannot be run here
         return row | {"status": "not compared", "problem": one_line(error)}
     row["ptq"] = load_and_compare(out, exact)
     if report.container == "compressed-tensors":
         np.save(out / "expected.npy", rounded)
         row["stock"] = shared("stock", lambda: Server("stock", folder.parent)).ask({"folder": str(out)}, LIMIT)
-    good = all(row[reader].get("distance", 1.0) <= NEAR for reader in ("ptq", "stock") if reader in row)
+    good = all(row[reader].get("distance", 1.0) <= MAX_DISTANCE for reader in ("ptq", "stock") if reader in row)
     return row | {"status": "equal" if good else "wrong"}
 
 
@@ -288,132 +288,9 @@ class Stock:
         return answer
 
 
-def run(model: Any) -> Any:
-    """Logits as float32."""
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor(TOKENS)).logits.float().numpy()
-
-
 def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-# -- the reader: what the page on formats says, and no code of ptq -----------------------------------------------------
-
-
-def unpack(words: Any, bits: int, count: int) -> Any:
-    """int32 ``[rows, words]`` to codes ``[rows, count]``."""
-    stream = np.unpackbits(np.ascontiguousarray(words).astype("<i4").view(np.uint8), axis=1, bitorder="little")
-    return stream[:, : count * bits].reshape(len(words), count, bits) @ (1 << np.arange(bits))
-
-
-def folder_weights(folder: Path) -> dict[str, Any]:
-    """Values of all packed linears by name, float32 ``[out, in]``."""
-    from safetensors import safe_open
-
-    tensors: dict[str, Any] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118
-                if ".weight_" in key:
-                    tensor = handle.get_tensor(key)
-                    tensors[key] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    values = {}
-    for key in [key for key in tensors if key.endswith(".weight_packed")]:
-        name = key.removesuffix(".weight_packed")
-        if config["quant_method"] == "ptq":
-            scheme = config["schemes"][config["layers"][name]]
-        else:
-            scheme = config["config_groups"]["group_0"]["weights"]  # one scheme here
-        bits, (out, width) = scheme["num_bits" if "num_bits" in scheme else "bits"], tensors[f"{name}.weight_shape"]
-        group = np.arange(width) // (scheme["group_size"] or width)
-        zero = np.full(tensors[f"{name}.weight_scale"].shape, 2 ** (bits - 1))
-        if f"{name}.weight_zero_point" in tensors:
-            zero = unpack(tensors[f"{name}.weight_zero_point"].T, bits, out).T
-        codes = unpack(tensors[key], bits, width)
-        values[name] = ((codes - zero[:, group]) * tensors[f"{name}.weight_scale"][:, group]).astype(np.float32)
-    return values
-
-
-def expected_logits(source: Path, folder: Path) -> tuple[Any, Any]:
-    """Logits of the full-precision model with the weights of ``folder`` in it: exact, and rounded to its dtype."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    values = {name: torch.from_numpy(value) for name, value in folder_weights(folder).items()}
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).float()
-        for name, value in values.items():
-            put(model, name, value.to(dtype).float())
-        results.append(run(model))
-    return results[0], results[1]
-
-
-def put(model: Any, name: str, value: Any) -> None:
-    """Give a linear its weight; an expert's is a slice of a fused tensor."""
-    modules = dict(model.named_modules())
-    if name in modules:
-        weight = modules[name].weight.data
-        weight.copy_(value if type(modules[name]).__name__ != "Conv1D" else value.T)
-        return
-    parent, index, leaf = name.rsplit(".", 2)
-    experts = modules[parent]
-    fused = experts.down_proj if leaf == "down_proj" else getattr(experts, "gate_up_proj", None)
-    fused = experts.up_proj if fused is None else fused
-    one = fused.data[int(index)]
-    one = one.T if experts.is_transposed else one
-    if leaf != "down_proj" and hasattr(experts, "gate_up_proj"):
-        second = int(leaf == "up_proj")
-        one = one.chunk(2)[second] if experts.is_concatenated else one[second::2]
-    one.copy_(value)
-
-
-# -- the table ---------------------------------------------------------------------------------------------------------
-
-
-def summary(row: dict[str, Any]) -> str:
-    if row["status"] != "tried":
-        return f"{row['status']} {row.get('problem', '')}"[:150]
-    parts = []
-    for name in ("symmetric", "asymmetric"):
-        one = row[name]
-        parts.append(f"{name}: {one['status']} {one.get('format', '')} {one.get('problem', '')}"[:140].strip())
-    return "; ".join(parts)
-
-
-def table(record: dict[str, Any]) -> str:
-    """The record as markdown: counts, then every family in one line."""
-    lines = ["| family | symmetric | stock | with ptq | zero points, with ptq |", "|---|---|---|---|---|"]
-    for family, row in sorted(record["families"].items()):
-        if row["status"] != "tried":
-            lines.append(f"| {family} | {row['status']}: {cell(row.get('problem', ''))} | | | |")
-            continue
-        one, other = row["symmetric"], row["asymmetric"]
-        shown = one.get("format") or f"{one['status']}: {cell(one['problem'])}"
-        lines.append(
-            f"| {family} | {shown} | {reading(one, 'stock')} | {reading(one, 'ptq')} | {reading(other, 'ptq')} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def reading(row: dict[str, Any], reader: str) -> str:
-    if row["status"] in ("refused", "failed", "not compared"):
-        return "" if reader == "stock" else f"{row['status']}: {cell(row['problem'])}"
-    if reader not in row:
-        return ""
-    found = row[reader]
-    if "distance" not in found:
-        return f"fails: {cell(found.get('problem') or found.get('status', ''))}"
-    return "equal" if found["distance"] <= NEAR else f"off by {found['distance']:.2g}"
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")[:160]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,58 +16,9 @@ from evals.tasks.metrics import METRICS
 from evals.tasks.prompts import fill
 from evals.tasks.registry import TASKS, known_tasks, load_task
 from evals.tasks.types import Task
+from tests.evals.tasks.rows import HUB_ROWS, numbered, write
 
-HUB_ROWS: dict[str, dict[str, Any]] = {
-    "arc_easy": {
-        "question": "Why is the sky blue?",
-        "choices": {"text": ["paint", "scattering", "water"], "label": ["1", "2", "3"]},
-        "answerKey": "2",
-    },
-    "hellaswag": {
-        "activity_label": "Baking",
-        "ctx_a": "A man [step] stirs.",
-        "ctx_b": "then He",
-        "endings": ["waits [title] Long", " sleeps.", "x  y"],
-        "label": "2",
-    },
-    "piqa": {"goal": "boil water", "sol1": "use heat", "sol2": "use ice", "label": 0},
-    "winogrande": {
-        "sentence": "Ann saw Bea because _ waved at her .",
-        "option1": "Ann",
-        "option2": "Bea",
-        "answer": "2",
-    },
-    "boolq": {"passage": "Cats sleep.", "question": "do cats sleep", "label": 1},
-    "openbookqa": {
-        "question_stem": "Ice is",
-        "choices": {"text": ["hot", "cold"], "label": ["A", "B"]},
-        "answerKey": " B",
-    },
-    "copa": {
-        "premise": "The vase fell. ",
-        "choice1": "It broke.",
-        "choice2": "I sang.",
-        "question": "effect",
-        "label": 0,
-    },
-    "lambada_openai": {"text": "She opened the  old door"},
-    "mmlu": {
-        "question": " What is {choices}? ",
-        "choices": ["w", "x", "y", "z"],
-        "answer": 3,
-        "subject": "high_school_biology",
-    },
-    "sciq": {
-        "support": "\n Stars shine.",
-        "question": "What shines?",
-        "distractor1": "mud",
-        "distractor2": "wood",
-        "distractor3": "coal",
-        "correct_answer": "stars",
-    },
-}
 HUB_ROWS["arc_challenge"] = HUB_ROWS["arc_easy"]
-
 MMLU_PROMPT = (
     "The following are multiple choice questions (with answers) about high school biology.\n\n"
     "What is {choices}?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
@@ -98,34 +48,6 @@ ASKED: dict[str, tuple[list[tuple[str, str]], int]] = {
     ),
 }
 ASKED["arc_challenge"] = ASKED["arc_easy"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[dict[str, Any]]]], list[tuple[Any, ...]]]:
-    """A function that puts splits on a hub of our own, and returns the list of what is asked of it."""
-
-    def put(splits: dict[str, list[dict[str, Any]]]) -> list[tuple[Any, ...]]:
-        calls: list[tuple[Any, ...]] = []
-
-        def load(path: str, name: str | None = None, *, split: str) -> list[dict[str, Any]]:
-            calls.append((path, name, split))
-            return splits[split]
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        return calls
-
-    return put
-
-
-def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def numbered(count: int, **more: Any) -> list[dict[str, Any]]:
-    return [{"query": f"Question: {i}", "choices": [f"a{i}", f"b{i}"], "gold": i % 2, **more} for i in range(count)]
 
 
 def test_the_table_has_the_tasks_that_are_promised() -> None:
@@ -212,160 +134,6 @@ def test_settings_say_what_decides_and_nothing_of_the_place(tmp_path: Path) -> N
     assert json.loads(json.dumps(one.settings)) == one.settings
     assert load_task("arc_easy", data=tmp_path / "a", limit=4).settings["limit"] is None  # all rows
     assert load_task("arc_easy", data=tmp_path / "a", limit=3).settings["limit"] == 3
-
-
-# Examples
-
-
-def test_examples_from_the_scored_rows_never_show_the_asked_one(tmp_path: Path) -> None:
-    write(tmp_path, "arc_easy.jsonl", numbered(12))
-    plain = load_task("arc_easy", data=tmp_path).questions
-    loaded = load_task("arc_easy", data=tmp_path, fewshot=3, seed=1)
-    solved = {"".join(question.pairs[question.gold]): number for number, question in enumerate(plain)}
-    shown = []
-    for number, (question, bare) in enumerate(zip(loaded.questions, plain, strict=True)):
-        context, continuation = question.pairs[0]
-        *examples, last = context.split("\n\n")
-        assert (last, continuation) == bare.pairs[0]
-        assert question.answers == bare.answers
-        numbers = [solved[example] for example in examples]
-        assert len(set(numbers)) == 3
-        assert number not in numbers
-        shown.append(tuple(numbers))
-    assert len(set(shown)) <= 4  # the fixed set, and one for each of its members
-    assert len({number for numbers in shown for number in numbers}) == 4
-
-
-def test_the_seed_and_only_the_seed_decides_the_examples(tmp_path: Path) -> None:
-    write(tmp_path, "arc_easy.jsonl", numbered(40))
-    load = lambda **more: load_task("arc_easy", data=tmp_path, fewshot=3, **more)  # noqa: E731
-    assert load().questions == load().questions
-    assert load().questions[:5] == load(limit=5).questions
-    assert load(seed=1).questions != load(seed=2).questions
-    assert load(seed=1).settings != load(seed=2).settings
-
-
-def test_examples_from_a_file_come_in_order_or_drawn(tmp_path: Path) -> None:
-    write(tmp_path, "piqa.jsonl", numbered(2))
-    others = [{"query": f"Question: e{i}\n", "choices": ["no", "yes"], "gold": 1} for i in range(9)]
-    train = write(tmp_path, "piqa.train.jsonl", others)
-    context = load_task("piqa", data=tmp_path, fewshot=2).questions[0].pairs[0][0]
-    first, second, last = context.split("\n\n")
-    assert {first, second} < {f"Question: e{i}\nAnswer: yes" for i in range(9)}
-    assert last == "Question: 0\nAnswer:"
-    train.rename(tmp_path / "piqa.fewshot.jsonl")
-    loaded = load_task("piqa", data=tmp_path, fewshot=2)
-    assert loaded.questions[1].pairs[0][0] == (
-        "Question: e0\nAnswer: yes\n\nQuestion: e1\nAnswer: yes\n\nQuestion: 1\nAnswer:"
-    )
-    assert loaded.settings["examples"] == "piqa.fewshot.jsonl, in order"
-
-
-def test_examples_of_mmlu_are_the_first_of_the_subject_on_the_hub(hub: Callable[..., Any]) -> None:
-    def row(subject: str, number: int) -> dict[str, Any]:
-        return HUB_ROWS["mmlu"] | {"subject": subject, "question": f"{subject} {number}"}
-
-    dev = [row(subject, number) for number in range(2) for subject in ("law", "art")]
-    hub({"test": [row("art", 8), row("law", 9)], "dev": dev})
-    loaded = load_task("mmlu", fewshot=2)
-    context = loaded.questions[1].pairs[0][0]
-    blocks = context.split("\n\n")
-    assert blocks[0] == "The following are multiple choice questions (with answers) about law."
-    assert [block.split("\n")[0] for block in blocks[1:]] == ["law 0", "law 1", "law 9"]
-    assert blocks[1].endswith("\nAnswer: D")
-    assert context.count("The following") == 1
-
-
-@pytest.mark.parametrize("name", ["winogrande", "lambada_openai"])
-def test_examples_of_the_other_kinds_are_whole_sentences(name: str, tmp_path: Path) -> None:
-    rows = {
-        "winogrande": [{"context_options": [f"x{i}", f"y{i}"], "continuation": "ran.", "gold": 1} for i in range(3)],
-        "lambada_openai": [{"context": f"y{i}", "continuation": "ran."} for i in range(3)],
-    }
-    write(tmp_path, f"{name}.jsonl", rows[name])
-    for question in load_task(name, data=tmp_path, fewshot=2).questions:
-        context, continuation = question.pairs[-1]
-        first, second, last = context.split("\n\n")
-        assert {f"{last} ran.", first, second} == {"y0 ran.", "y1 ran.", "y2 ran."}
-        assert continuation == " ran."
-
-
-@pytest.mark.parametrize(
-    ("files", "fewshot", "message"),
-    [
-        ({"piqa.jsonl": 3}, 3, "3 examples are asked for, but there are 2 rows in the scored rows besides"),
-        (
-            {"piqa.jsonl": 3, "piqa.train.jsonl": 4},
-            5,
-            "5 examples .* there are 4 rows in piqa.train.jsonl; ask for fewer",
-        ),
-        ({"piqa.jsonl": 3}, -1, "-1 examples"),
-    ],
-)
-def test_more_examples_than_rows_are_refused(files: dict[str, int], fewshot: int, message: str, tmp_path: Path) -> None:
-    for name, count in files.items():
-        write(tmp_path, name, numbered(count))
-    with pytest.raises(UsageError, match=message):
-        load_task("piqa", data=tmp_path, fewshot=fewshot)
-
-
-# Tasks of one's own
-
-
-def test_a_file_that_the_table_does_not_know_is_a_task(tmp_path: Path) -> None:
-    write(tmp_path, "quiz.part1.jsonl", [*numbered(2), {"query": "q", "choices": ["x", "y", "z", "w"], "gold": 3}])
-    write(tmp_path / "tasks", "cloze.jsonl", [{"context": "one two", "continuation": "three"}])
-    write(tmp_path, "quiz.train.jsonl", numbered(2))
-    assert known_tasks(tmp_path)[-2:] == ("cloze", "quiz")
-    quiz = load_task("quiz", data=tmp_path)
-    assert quiz.questions[0].pairs == (("Question: 0", " a0"), ("Question: 0", " b0"))
-    assert quiz.task.chance == pytest.approx((0.5 + 0.5 + 0.25) / 3)
-    assert "the query, a space, the choice" in quiz.notes[0]
-    cloze = load_task("cloze", data=tmp_path)
-    assert cloze.questions[0].pairs == (("one two", " three"),)
-    assert (cloze.task.metric, cloze.task.chance) == ("acc", None)
-
-
-def test_settings_beside_the_rows_say_how_to_ask(tmp_path: Path) -> None:
-    write(tmp_path, "quiz.jsonl", numbered(2, subject="law_and_order"))
-    settings = {
-        "prompt": "{query}\n{choices}\n=>",
-        "delimiter": "",
-        "metric": "acc_norm",
-        "chance": 0.4,
-        "description": "About {subject}: ",
-    }
-    (tmp_path / "quiz.task.json").write_text(json.dumps(settings))
-    loaded = load_task("quiz", data=tmp_path)
-    assert loaded.questions[1].pairs[0] == ("About law and order: Question: 1\nA. a1\nB. b1\n=>", "A")
-    assert (loaded.task.metric, loaded.task.chance, loaded.notes) == ("acc_norm", 0.4, ())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"promt": "{query}"}, "unknown field 'promt'. Did you mean 'prompt'"),
-        ({"prompt": "Answer:"}, "'Answer:' must hold {query}"),
-        ({"prompt": 3}, "'prompt' is '3', but it must be a string"),
-        ({"metric": "acc_nrm"}, "unknown metric 'acc_nrm'. Did you mean 'acc_norm'"),
-        ({"chance": True}, "'chance' is 'True', but it must be a number from 0 to 1"),
-        ({"chance": 25}, "'chance' is '25'"),
-        ([], "is not a JSON object"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings: Any, message: str, tmp_path: Path) -> None:
-    write(tmp_path, "quiz.jsonl", numbered(1))
-    (tmp_path / "quiz.task.json").write_text(json.dumps(settings))
-    with pytest.raises(DataError, match=message) as caught:
-        load_task("quiz", data=tmp_path)
-    assert "quiz.task.json" in str(caught.value)
-
-
-def test_settings_for_a_task_of_the_table_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, "piqa.jsonl", numbered(1))
-    (tmp_path / "piqa.task.json").write_text("{}")
-    with pytest.raises(DataError, match="would change what 'piqa' means"):
-        load_task("piqa", data=tmp_path)
 
 
 # Names, limits, the hub

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +15,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.core_model_loading import WeightRenaming
-from transformers.pytorch_utils import Conv1D
 
 import ptq.integration.loading
-from ptq.checkpoint.writer import CheckpointWriter
-from ptq.containers import native
 from ptq.containers.native import NATIVE
-from ptq.containers.select import CONTAINERS, select_container
 from ptq.errors import OutputError
 from ptq.integration.transformers import PtqConfig, PtqQuantizer, register
-from ptq.quantized import QuantizedWeight
-from ptq.report import Report
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.kv_cache import set_key_values
 from ptq.runtime.linear import QuantLinear
-from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
+from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
-from tests.support.integer_weights import integer_weight, zero_of
-from tests.support.reports import empty_report
-
-SYM = Scheme(bits=3, group_size=32, scale_dtype="float16")
-ASYM = Scheme(bits=3, symmetric=False, group_size=32, scale_dtype="float16")
-TOKENS = torch.arange(12).reshape(2, 6) * 5
-
-
-def llama(hidden_size: int = 64, tie_word_embeddings: bool = True) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=80,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-    return LlamaForCausalLM(config)
+from tests.ptq.integration.checkpoints import (
+    ASYM,
+    SYM,
+    blocks,
+    gpt2,
+    linears_of,
+    llama,
+    logits,
+    packed,
+    write,
+)
 
 
 def qwen2() -> PreTrainedModel:
@@ -78,92 +58,6 @@ def qwen2() -> PreTrainedModel:
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     return model
-
-
-def gpt2() -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=80, bos_token_id=0, eos_token_id=0))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Round to nearest on min-max scales, group by group."""
-    groups = torch.split(weight.float(), scheme.group_size or weight.shape[1], dim=1)
-    half = 2 ** (scheme.bits - 1)
-    if scheme.symmetric:
-        spans = [group.abs().amax(1) / half for group in groups]
-    else:
-        spans = [(group.amax(1) - group.amin(1)) / (2 * half - 1) for group in groups]
-    scale = torch.stack(spans, 1).clamp_min(1e-6).to(SCALE_DTYPES[scheme.scale_dtype])
-    zero = torch.full(scale.shape, half, dtype=torch.uint8)
-    if not scheme.symmetric:
-        lows = torch.stack([group.amin(1) for group in groups], 1)
-        zero = (-lows / scale.float()).round().clamp(0, 2 * half - 1).to(torch.uint8)
-    empty = integer_weight(
-        torch.empty(weight.shape, dtype=torch.uint8), scale, None if scheme.symmetric else zero, scheme
-    )
-    codes = empty.scaled_grid().round(weight.float())
-    return integer_weight(codes, scale, zero_of(empty), scheme)
-
-
-def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
-def report() -> Report:
-    return empty_report("test")
-
-
-def write(
-    model: PreTrainedModel,
-    out: Path,
-    schemes: Mapping[str, Scheme | None],
-    wanted: str = "auto",
-    key_values: KeyValueScheme | None = None,
-) -> PreTrainedModel:
-    """Write a checkpoint (a shard a block) and give back the dense model with the same, dequantized weights."""
-    linears = linears_of(model)
-    name_of_format = (
-        "compressed-tensors" if wanted == "forced" else select_container(wanted, schemes, linears, nn.Module())[0]
-    )
-    module = CONTAINERS[name_of_format]
-    state, shards = model.state_dict(), dict[str, dict[str, Tensor]]()
-    linear: Any
-    for name, linear in linears.items():
-        scheme = schemes.get(name)
-        if scheme is None:
-            continue
-        turn: Callable[[Tensor], Tensor] = (lambda w: w.T) if isinstance(linear, Conv1D) else (lambda w: w)
-        quantized = nearest(turn(linear.weight.detach()), scheme)
-        shards.setdefault(name.split(".")[2], {}).update(module.layer_tensors(name, quantized))
-        del state[f"{name}.weight"]
-        linear.weight.data = turn(quantized.dequantize(model.dtype)).contiguous()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    writer = CheckpointWriter(out)
-    for block, tensors in shards.items():
-        writer.write_part(f"block {block}", tensors)
-    writer.write_part("rest", state)
-    writer.finish(model.config.to_dict(), module.quantization_config(schemes, linears, key_values=key_values), report())
-    model.train(False)
-    return model
-
-
-def blocks(model: PreTrainedModel, scheme: Scheme) -> dict[str, Scheme | None]:
-    return {name: None if name == "lm_head" else scheme for name in linears_of(model)}
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.inference_mode():
-        result: Tensor = model(TOKENS).logits
-    return result
-
-
-def packed(model: nn.Module) -> list[QuantLinear]:
-    return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
 @pytest.fixture(autouse=True)
@@ -358,98 +252,6 @@ def test_load_refuses_other_folders(tmp_path: Path) -> None:
         ptq.integration.loading.load(tmp_path / "nowhere")
     with pytest.raises(OutputError, match=r"has no config\.json"):
         ptq.integration.loading.load(tmp_path)
-
-
-STOCK = """
-import json, sys, torch, transformers
-assert not any(name.split(".")[0] == "ptq" for name in sys.modules)
-tokens, answers = torch.tensor(json.loads(sys.argv[1])), []
-for folder, name in json.loads(sys.argv[2]):
-    try:
-        model = getattr(transformers, name).from_pretrained(folder)
-        torch.save(model(tokens).logits, folder + "/logits.pt")
-        answers.append("OK")
-    except Exception as error:
-        answers.append(type(error).__name__ + " " + str(error))
-print(json.dumps(answers))
-"""
-NATIVE_WAYS = [("native", cls) for cls in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel")]
-AGAIN = [("llama-again", "AutoModelForCausalLM"), ("llama-again", "LlamaForCausalLM"), ("llama-again", "AutoModel")]
-AGAIN += [("gpt2-again", "AutoModelForCausalLM"), ("gpt2-again", "GPT2LMHeadModel")]
-STOCK_READS = {
-    "sym": (SYM, "float32"),
-    "per-channel": (Scheme(bits=3, group_size=None, scale_dtype="float16"), "float32"),
-    "24-in-72": (Scheme(bits=4, group_size=24, scale_dtype="float16"), "float32"),
-    "bf16": (Scheme(bits=3, group_size=32, scale_dtype="bfloat16"), "bfloat16"),
-    "fp16": (Scheme(bits=8, group_size=32, scale_dtype="float16"), "float16"),
-    "ct-again": (SYM, "float32"),
-}
-
-
-@pytest.fixture(scope="module")
-def without_ptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], str]]:
-    """What transformers makes of our folders in one process that never imports ptq (its start takes seconds)."""
-    register()
-    root = tmp_path_factory.mktemp("stock")
-    write(llama(), root / "native", blocks(llama(), ASYM))
-    ptq.integration.loading.load(root / "native").save_pretrained(root / "llama-again")
-    write(gpt2(), root / "gpt2", blocks(gpt2(), ASYM))
-    ptq.integration.loading.load(root / "gpt2").save_pretrained(root / "gpt2-again")
-    for name, (scheme, dtype) in STOCK_READS.items():
-        model = llama(hidden_size=64 if scheme.group_size == 32 else 72)
-        nn.Module.to(model, getattr(torch, dtype))
-        write(model, root / name, blocks(model, scheme), "compressed-tensors")
-    write(llama(), root / "ct-asym", blocks(llama(), ASYM), "forced")
-    loaded = ptq.integration.loading.load(root / "sym")
-    loaded.save_pretrained(root / "ct-again")
-    jobs = [
-        *NATIVE_WAYS,
-        *AGAIN,
-        ("ct-asym", "LlamaForCausalLM"),
-        *((name, "LlamaForCausalLM") for name in STOCK_READS),
-    ]
-    arguments = [json.dumps(TOKENS.tolist()), json.dumps([(str(root / name), cls) for name, cls in jobs])]
-    command = [sys.executable, "-c", STOCK, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=root)
-    return root, dict(zip(jobs, json.loads(done.stdout), strict=True))
-
-
-Stock = tuple[Path, dict[tuple[str, str], str]]
-
-
-@pytest.mark.parametrize("job", NATIVE_WAYS)
-def test_without_ptq_native_raises_with_the_sentence(job: tuple[str, str], without_ptq: Stock) -> None:
-    answer = without_ptq[1][job]
-    assert answer.startswith("ValueError")
-    assert native.GUARD_SENTENCE in answer
-
-
-@pytest.mark.parametrize("job", AGAIN)
-def test_without_ptq_native_saved_again_raises(job: tuple[str, str], without_ptq: Stock) -> None:
-    answer = without_ptq[1][job]
-    assert answer.startswith("RuntimeError")
-    assert "mismatch" in answer
-
-
-@pytest.mark.parametrize("name", STOCK_READS)
-def test_without_ptq_compressed_tensors_gives_our_logits(name: str, without_ptq: Stock) -> None:
-    root, answers = without_ptq
-    assert answers[name, "LlamaForCausalLM"] == "OK"
-    theirs, ours = torch.load(root / name / "logits.pt"), logits(ptq.integration.loading.load(root / name))
-    assert theirs.dtype == getattr(torch, STOCK_READS[name][1])
-    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
-
-
-def test_without_ptq_asymmetric_compressed_tensors_fails(without_ptq: Stock) -> None:
-    """The reason why `unsupported_reason` refuses it; once transformers loads these files, this test says so."""
-    assert "mismatch" in without_ptq[1]["ct-asym", "LlamaForCausalLM"]
-
-
-def test_asymmetric_compressed_tensors_of_others_stay_packed(tmp_path: Path) -> None:
-    dense = write(llama(), tmp_path, blocks(llama(), ASYM), "forced")
-    loaded = ptq.integration.loading.load(tmp_path)
-    assert len(packed(loaded)) == 14
-    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-5, atol=1e-5)
 
 
 def test_the_quantizer_itself_leaves_scales_alone() -> None:

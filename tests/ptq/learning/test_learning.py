@@ -1,11 +1,9 @@
-"""Learning in windows of blocks: the loop against a plain one, losses, optimizers, options, and what keeps it safe."""
+"""Learning in windows of blocks: the loop against a plain one, and a block's learner."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,64 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import ptq.learning.stepper
-from calib.checkpoint.reader import open_model
-from calib.precision import strict_float32
-from calib.runner.runner import BlockWindow, CalibrationRunner
-from calib.runner.window_schedule import Window
-from ptq.errors import NumericalError, UsageError
 from ptq.learning import LearnedConfig
 from ptq.learning.block import BlockLearner
-from ptq.learning.losses import output_loss
-from ptq.learning.optimizer import Optimizer, decayed
-from ptq.learning.training import WindowRecord, _order, train_window
-from ptq.methods import METHODS, find_method, make_config
+from ptq.learning.training import _order
 from ptq.pipeline.inputs.input_transforms import transform_block_inputs
 from ptq.scheme import KeyValueScheme, Scheme
+from tests.ptq.learning.windows import SCHEME, TOKENS, options, states, tiny_window, train
 from tests.support.tiny_models import tiny_model
-
-TOKENS = torch.randint(2, 400, (8, 12), generator=torch.Generator().manual_seed(3))
-SCHEME = Scheme(3, False, 16, "float16")
-
-
-def options(method: str, **changes: Any) -> LearnedConfig:
-    config: LearnedConfig = make_config(find_method(method), changes)
-    return config
-
-
-@contextlib.contextmanager
-def tiny_window(
-    config: LearnedConfig,
-    blocks: int = 1,
-    family: str = "llama",
-    scheme: Scheme | None = SCHEME,
-    batch: int = 8,
-    tokens: Tensor = TOKENS,
-) -> Iterator[tuple[BlockWindow, list[BlockLearner]]]:
-    """The first blocks of a tiny model as one window, with learners; all linears have the scheme."""
-    source = open_model(tiny_model(family, num_hidden_layers=max(2, blocks)))
-    with torch.no_grad(), strict_float32():
-        runner = CalibrationRunner(source, tokens, device=torch.device("cpu"), dtype=torch.float32, batch=batch)
-        windows = runner.windows([Window(0, blocks), Window(blocks - 1, max(2, blocks))])
-        window = next(windows)
-        learners = []
-        for block in window.blocks:
-            schemes = {} if scheme is None else dict.fromkeys(block.linears, scheme)
-            transform_block_inputs(block, schemes, None)
-            learners.append(BlockLearner(block, schemes, config))
-        yield window, learners
-        windows.close()  # type: ignore[attr-defined]
-
-
-def train(
-    window: BlockWindow, learners: Sequence[BlockLearner], config: LearnedConfig, steps: int = 6, **changes: Any
-) -> list[WindowRecord]:
-    return train_window(window, learners, config, **{"sweep": 0, "shares": (1.0,), "steps": steps, "seed": 0} | changes)
-
-
-def states(learners: Sequence[BlockLearner]) -> dict[str, Tensor]:
-    return {f"{n}:{name}": value for n, one in enumerate(learners) for name, value in one.state().items()}
-
 
 # -- the loop against a plain one --------------------------------------------------------------------------------------
 
@@ -112,6 +59,24 @@ def fake_input(x: Tensor, bits: int) -> Tensor:
     return through(rounded, x)
 
 
+def called(model: nn.Module, layers: nn.ModuleList) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+    """The input and the output of these first layers on all tokens, and the keyword arguments of each layer."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        arguments = [kwargs for _, kwargs in calls]
+        hidden = targets = calls[0][0][0].detach()
+        for layer, kwargs in zip(layers, arguments, strict=True):
+            targets = layer(targets, **kwargs)
+    return hidden, targets, arguments
+
+
 def plain_loop(
     config: LearnedConfig, start: dict[str, Tensor], blocks: int, family: str, scheme: Scheme, steps: int
 ) -> tuple[list[float], dict[str, Tensor]]:
@@ -122,16 +87,7 @@ def plain_loop(
     """
     model = tiny_model(family, num_hidden_layers=max(2, blocks))
     layers = nn.ModuleList(model.model.layers[:blocks])
-    calls: list[tuple[Any, dict[str, Any]]] = []
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    with torch.no_grad():
-        model(TOKENS, use_cache=False)
-        hidden = calls[0][0][0].detach()
-        targets = hidden
-        for layer, (_, kwargs) in zip(layers, list(calls), strict=True):
-            targets = layer(targets, **kwargs)
-    arguments = [kwargs for _, kwargs in calls[:blocks]]
+    hidden, targets, arguments = called(model, layers)
     linears = {
         f"{n}.{name}": m for n, one in enumerate(layers) for name, m in one.named_modules() if type(m) is nn.Linear
     }
@@ -340,102 +296,6 @@ def test_every_epoch_has_every_batch_once(batches: int, count: int, seed: int) -
         assert set(epoch) <= set(range(batches))
 
 
-# -- safety ------------------------------------------------------------------------------------------------------------
-
-
-def poisoned(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
-    """Losses of steps become NaN; those over all data stay as they are."""
-    calls = iter(range(10**6))
-
-    def loss(*args: Any) -> Tensor:
-        return output_loss(*args) * (math.nan if when(next(calls)) else 1.0)
-
-    monkeypatch.setattr(ptq.learning.stepper, "output_loss", loss)
-
-
-@pytest.mark.parametrize("method", ["sliderquant-lora", "sliderquant", "autoround", "omniquant"])
-def test_a_loss_that_is_not_finite_puts_everything_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, lambda number: number % 6 == 3)
-    config = options(method)
-    with tiny_window(config, 2) as (window, learners):
-        start = states(learners)
-        (record,) = train(window, learners, config)
-        found = states(learners)
-    assert all(torch.equal(found[name], value) for name, value in start.items())
-    assert len(record.notes) == 2
-    assert all("was not finite after 6 steps" in note and "put back" in note for note in record.notes)
-    assert "with a quarter of the rates" in record.notes[1]
-    assert record.loss_after == record.loss_before
-    assert math.isfinite(record.loss_before)
-
-
-def test_a_second_try_is_kept_if_it_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, lambda number: number == 2)
-    config = options("omniquant")
-    with tiny_window(config) as (window, learners):
-        start = states(learners)
-        (record,) = train(window, learners, config)
-        moved = max(float((value - start[name]).abs().max()) for name, value in states(learners).items())
-    assert len(record.notes) == 1
-    assert record.loss_after < record.loss_before
-    assert 0 < moved <= 6 * 0.25 * config.lr_clip * 1.01, "a quarter of the rates"
-
-
-@pytest.mark.parametrize(
-    ("method", "changes"), [("omniquant", {"lr_clip": 900.0}), ("sliderquant-lora", {"lr_lora": 99.0})]
-)
-def test_what_does_not_lower_the_loss_is_put_back(method: str, changes: dict[str, float]) -> None:
-    config = options(method, grad_clip=0.0, **changes)
-    with tiny_window(config) as (window, learners):
-        start = states(learners)
-        (record,) = train(window, learners, config)
-        found = states(learners)
-        (again,) = train(window, learners, config, 1)
-    assert all(torch.equal(found[name], value) for name, value in start.items())
-    assert record.notes
-    assert all("put back" in note for note in record.notes)
-    assert record.loss_after == record.loss_before
-    assert again.loss_before == record.loss_after, "the loss that is told is that of what was kept"
-
-
-def test_a_weight_that_is_not_finite_is_named() -> None:
-    model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj"
-    model.get_submodule(name).weight.data[3, 4] = math.nan
-    with torch.no_grad():
-        runner = CalibrationRunner(open_model(model), TOKENS, device=torch.device("cpu"), dtype=torch.float32, batch=8)
-        windows = runner.windows([Window(0, 1), Window(1, 2)])
-        block = next(windows).blocks[0]
-        with pytest.raises(NumericalError, match=rf"{name}: .* of the weights are NaN"):
-            BlockLearner(block, dict.fromkeys(block.linears, SCHEME), LearnedConfig())
-
-
-def test_activations_that_are_not_finite_end_it() -> None:
-    config = LearnedConfig()
-    with tiny_window(config) as (window, learners):
-        window.runner.activations(full=False)[0] = window.runner.hidden(0, full=False) * math.inf
-        with pytest.raises(NumericalError, match=r"the loss of model\.layers\.0 .* before anything is learned"):
-            train(window, learners, config)
-
-
-def test_nothing_to_learn_is_an_error_and_no_rounding_in_silence() -> None:
-    config = LearnedConfig(lora_rank=0, clip="off")
-    with (
-        tiny_window(config) as (window, learners),
-        pytest.raises(UsageError, match=r"layers\.0: nothing is left to learn"),
-    ):
-        train(window, learners, config)
-
-
-def test_blocks_in_full_precision_are_passed_over() -> None:
-    config = LearnedConfig()
-    with tiny_window(config, scheme=None) as (window, learners):
-        assert train(window, learners, config) == []
-        learners[0].settle()
-        assert learners[0].fold() == {}
-        full, own = (window.run(0, full=kind) for kind in (True, False))
-        assert torch.equal(full, own)
-
-
 # -- a block's learner -------------------------------------------------------------------------------------------------
 
 
@@ -488,140 +348,3 @@ def test_linears_draw_for_themselves() -> None:
     assert torch.equal(learner.parameters()[name], other.parameters()[name])
     assert not torch.equal(learner.parameters()[name], another.parameters()[name])
     assert not torch.equal(learner.parameters()[name], learner.parameters()["mlp.gate_proj:lora_a"])
-
-
-# -- losses, optimizers, options ---------------------------------------------------------------------------------------
-
-
-def test_losses() -> None:
-    generator = torch.Generator().manual_seed(0)
-    output, target = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
-    error = (output - target).flatten().tolist()
-    assert output_loss(output, target, "mse").item() == pytest.approx(sum(e * e for e in error) / 30, rel=1e-5)
-    for corner in (1.0, 0.7, 1e9):
-        bends = [e * e / 2 if abs(e) < corner else corner * (abs(e) - corner / 2) for e in error]
-        assert output_loss(output, target, "huber", corner).item() == pytest.approx(sum(bends) / 30, rel=1e-5)
-    shares = [
-        sum((output[s, t] - target[s, t]).square().tolist()) / sum(target[s, t].square().tolist())
-        for s in range(2)
-        for t in range(3)
-    ]
-    assert output_loss(output, target, "token").item() == pytest.approx(sum(shares) / 6, rel=1e-5)
-    halves = output_loss(output.bfloat16(), target.bfloat16(), "mse")
-    assert halves.dtype == torch.float32
-
-
-def test_an_optimizer_leaves_what_has_no_gradient_and_forgets() -> None:
-    for kind in ("adamw", "sign"):
-        tensors = {name: (torch.ones(3), 0.5) for name in "ab"} | {"c": (torch.ones(3), 0.25)}
-        optimizer = Optimizer(tensors, LearnedConfig(optimizer=kind, grad_clip=0.0))  # type: ignore[arg-type]
-        optimizer.set_decay(0.5)
-        gradient = torch.tensor([3.0, -2.0, 0.0])
-        optimizer.step([gradient, None, gradient])
-        for name, step in (("a", 0.25), ("b", 0.0), ("c", 0.125)):
-            wanted = torch.tensor([1 - step, 1 + step, 1.0])
-            torch.testing.assert_close(tensors[name][0], wanted)
-            assert tensors[name][0].grad is None
-        assert torch.equal(gradient, torch.tensor([3.0, -2.0, 0.0]))
-
-
-def test_gradients_are_clipped_together() -> None:
-    moved = {name: (torch.zeros(1), 1.0) for name in "ab"}
-    seen: list[Tensor] = []
-    optimizer = Optimizer(moved, LearnedConfig(optimizer="sign", grad_clip=1.0))
-    optimizer._sign_step = lambda: seen.extend(t.grad.clone() for t, _ in moved.values() if t.grad is not None)  # type: ignore[method-assign]
-    optimizer.step([torch.tensor([3.0]), torch.tensor([4.0])])
-    optimizer.step([torch.tensor([0.3]), torch.tensor([0.4])])
-    torch.testing.assert_close(torch.cat(seen), torch.tensor([0.6, 0.8, 0.3, 0.4]))
-
-
-def test_rates_fall_to_nothing_or_stay() -> None:
-    linear, constant = LearnedConfig(), LearnedConfig(decay="constant")
-    assert [decayed(linear, step, 4) for step in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert {decayed(constant, step, 4) for step in range(4)} == {1}
-    for steps in (50, 200, 1000):  # signed steps over a whole decay: half a level, and a little more
-        total = sum(decayed(linear, step, steps) / steps for step in range(steps))
-        assert total == pytest.approx(0.5 + 0.5 / steps)
-
-
-def test_steps_of_a_stage() -> None:
-    published = options("sliderquant-lora")
-    assert published.steps(43, [4]) == 10 * 43
-    assert published.steps(43, [4, 2]) == 30 * 43
-    assert options("sliderquant-lora", intra="off").steps(43, [4]) == 20 * 43
-    assert options("sliderquant-lora", epochs=7, stages=3).steps(43, [2]) == round(7 * 43 / 3)
-    assert options("sliderquant-lora", grad_accum=4).steps(8, [4]) == 20
-    assert options("omniquant").steps(128, [4]) == 20 * 128
-    assert options("autoround").steps(16, [4]) == options("autoround").steps(99, [2]) == 200
-    assert options("autoround", epochs=2).steps(16, [4]) == 32
-    assert options("autoround", iters=1, grad_accum=50).steps(16, [4]) == 1
-
-
-def test_sweeps_and_stages() -> None:
-    assert LearnedConfig().sweeps == ((0.5,), (1.0,))
-    assert LearnedConfig(intra="window").sweeps == ((0.5, 1.0),)
-    assert LearnedConfig(intra="off").sweeps == LearnedConfig(init="gptq").sweeps == ((1.0,),)
-    assert LearnedConfig(intra="sweep", init="gptq").sweeps == ((0.5,), (1.0,))
-    assert LearnedConfig(intra="window", stages=4).sweeps == ((0.25, 0.5, 0.75, 1.0),)
-
-
-def test_rates_as_published() -> None:
-    low, high = Scheme(2), Scheme(4)
-    lora, omni, around = options("sliderquant-lora"), options("omniquant"), options("autoround")
-    assert (lora.rates(high, 9).lora, lora.rates(low, 9).lora, lora.rates(high, 9).clip) == (3e-4, 1.5e-3, 3e-2)
-    assert (omni.rates(low, 9).clip, omni.rates(low, 9).scale) == (1e-2, 5e-3)
-    assert (around.rates(low, 200).offset, around.rates(high, 200).clip) == (1 / 200, 1 / 200)
-    assert options("autoround", lr_offset=0.25).rates(low, 200).offset == 0.25
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"epochs": -1}, r"epochs is a whole number from 0 .*got -1"),
-        ({"lora_rank": -4}, r"lora_rank is a whole number from 0 .*got -4"),
-        ({"lora_rank": 10**6}, r"lora_rank is a whole number .*4096"),
-        ({"stages": 0}, r"stages is a whole number from 1"),
-        ({"batch": 0}, r"batch is a whole number from 1"),
-        ({"grad_accum": 0}, r"grad_accum is a whole number from 1"),
-        ({"lr_clip": -1.0}, r"lr_clip is 0 .*, got -1"),
-        ({"lr_clip": 1e4}, r"lr_clip is 0 .* below 1000, got 10000"),
-        ({"lr_lora": math.nan}, r"lr_lora is 0 .*got nan"),
-        ({"grad_clip": math.inf}, r"grad_clip is 0 .*got inf"),
-        ({"loss": "mae"}, r"unknown loss 'mae'.*huber, mse, token"),
-        ({"intra": "windows"}, r"unknown intra 'windows'.*Did you mean 'window'"),
-        ({"schedule": "slide"}, r"unknown schedule 'slide'.*'slider'"),
-        ({"init": "gptqq"}, r"unknown init 'gptqq'.*'gptq'"),
-        ({"rounding": "up"}, r"unknown rounding 'up'"),
-        ({"lora_rank": 0, "clip": "off", "scaling": "off"}, r"nothing is left to learn"),
-        ({"epochs": 1.5}, r"epochs is a int, got 1\.5"),
-        ({"windows": 2}, r"unknown option of sliderquant-lora 'windows'"),
-    ],
-)
-def test_nonsense_is_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        options("sliderquant-lora", **changes)
-
-
-def test_every_learned_method_is_a_config() -> None:
-    learned = [name for name, method in METHODS.items() if issubclass(method.config, LearnedConfig)]
-    assert {"sliderquant", "sliderquant-lora", "omniquant", "autoround"} <= set(learned)
-    for name in learned:
-        assert options(name).windows(6)
-
-
-def test_a_record_survives_json() -> None:
-    record = WindowRecord(
-        sweep=1,
-        window=2,
-        start=3,
-        stop=5,
-        share=0.5,
-        loss_before=0.25,
-        loss_after=0.125,
-        steps=7,
-        seconds=1.5,
-        captured=False,
-        notes=("said",),
-    )
-    assert WindowRecord.from_dict(record.to_dict()) == record
-    assert record.to_dict()["notes"] == ["said"]

@@ -1,14 +1,11 @@
-"""Bad input, end to end: the exit code, the sentence, and that nothing is written or lost."""
+"""Models that cannot be used: damaged, incomplete, of another kind, with code or numbers that are not accepted."""
 
 from __future__ import annotations
 
 import json
-import resource
-import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,95 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import ptq
 from cli.main import main
-from ptq.report import REPORT_NAME
 from ptq.runtime.linear import QuantLinear
+from tests.cli.bad_input.commands import Damage, content, edit_json, quantize, sentence
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
-Damage = Callable[[Path], None]
-
-
-@pytest.fixture
-def model(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny folder that a test may damage."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "MODEL"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    return path
-
-
-def quantize(model: Path | str, out: Path, *flags: str, text: Path | None = None) -> int:
-    calibration = (
-        ["--calib", str(text), "--calib-samples", "4", "--calib-seqlen", "16"] if text else ["--method", "rtn"]
-    )
-    return main(["quantize", str(model), "-o", str(out), "--device", "cpu", "--group-size", "16", *calibration, *flags])
-
-
-def sentence(capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line on stderr, which is the error; stdout must be empty."""
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    line = shown.err.splitlines()[-1]
-    assert line.startswith("error: ")
-    assert "Traceback" not in shown.err
-    return line
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, without what an unfinished run keeps in hidden ones."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
-
-
-# -- requests --------------------------------------------------------------------------------------------------------
-
-REQUESTS = {
-    "method": ("--method coreg", "unknown method 'coreg'. Did you mean 'coreq'"),
-    "option": ("--method coreq -O bem=4", "Did you mean 'beam'"),
-    "option's value": ("--method coreq -O beam=many", "'many'"),
-    "bits": ("--bits 9", "9"),
-    "format": ("--format fp5", "unknown number format 'fp5'. Did you mean"),
-    "container": ("--container natve", "native"),
-    "method and format": ("--method autoround --format fp4", "Methods that can: coreq, gptaq, gptq, rtn"),
-    "dtype": ("--dtype float31", "float32"),
-    "ignore": ("--ignore *.q_prj", "q_proj"),
-    "override": ("--override *.dwn_proj=4", "down_proj"),
-    "override's form": ("--override *.down_proj:4", "PATTERN=bits"),
-    "flag": ("--bitz 3", "--bitz"),
-    "device": ("--device cuda:77", "cuda:77"),
-}
-
-
-@pytest.mark.parametrize("name", REQUESTS)
-def test_requests(name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags, wanted = REQUESTS[name]
-    assert quantize(tiny_folder, tmp_path / "OUT", *flags.split()) == 2
-    assert wanted in sentence(capsys)
-    assert not (tmp_path / "OUT" / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("recipe", "wanted"),
-    [
-        ("metod: rtn", "Did you mean 'method'"),
-        ("method: !!python/name:os.system", "YAML"),
-        ("scheme: {bits: 11}", "from 2 to 8, got 11"),
-        ("[", "not valid YAML"),
-    ],
-)
-def test_recipes(
-    recipe: str, wanted: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe)
-    assert quantize(tiny_folder, tmp_path / "OUT", "--recipe", str(path)) == 2
-    line = sentence(capsys)
-    assert wanted in line or ("python" in recipe and "has the tag" in line)
-    assert str(path) in line
-    assert not (tmp_path / "OUT").exists()
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -125,13 +38,6 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
         change(tensors)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return damage
-
-
-def edit_json(file: str = "config.json", **fields: Any) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
 
     return damage
 
@@ -269,36 +175,6 @@ def test_code_of_a_model_runs_with_leave_only_and_from_the_folder_only(
     assert witness.exists()
 
 
-# -- texts -----------------------------------------------------------------------------------------------------------
-
-
-def test_too_little_text(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "short.txt").write_text("The quick brown fox.")
-    assert quantize(tiny_folder, tmp_path / "OUT", text=tmp_path / "short.txt") == 4
-    line = sentence(capsys)
-    assert "tokens; 4 different sequences of 16 need at least 32 (64 without overlap)" in line
-    assert "short.txt' has " in line
-
-
-def test_sequences_longer_than_the_context(
-    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert quantize(tiny_folder, tmp_path / "OUT", "--calib-seqlen", "4096", text=text) == 4
-    assert "sequences of 4096 tokens exceed the model's context of 2048" in sentence(capsys)
-
-
-@pytest.mark.parametrize(("written", "wanted"), [(None, "there is no file"), (b"caf\xe9", "is not UTF-8 text: byte 3")])
-def test_texts_that_cannot_be_read(
-    written: bytes | None, wanted: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "words.txt"
-    if written is not None:
-        path.write_bytes(written)
-    assert quantize(tiny_folder, tmp_path / "OUT", text=path) == 4
-    assert wanted in sentence(capsys)
-    assert not (tmp_path / "OUT" / "config.json").exists()
-
-
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -345,68 +221,3 @@ def test_rows_of_zeros_stay_zero_and_repeated_text_is_no_reason_to_stop(
     assert weight[1::2].any(dim=1).all()
     with torch.no_grad():
         assert packed(input_ids=torch.arange(2, 34)[None]).logits.isfinite().all()
-
-
-# -- outputs ---------------------------------------------------------------------------------------------------------
-
-
-def test_folders_of_others_stay_untouched(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "OUT"
-    out.mkdir()
-    (out / "thesis.txt").write_text("years of work")
-    assert quantize(tiny_folder, out) == 6
-    assert "is not empty and was not written by ptq" in sentence(capsys)
-    assert content(out) == {"thesis.txt": b"years of work"}
-    assert quantize(tiny_folder, out / "thesis.txt") == 6
-    assert "is a file" in sentence(capsys)
-    assert quantize(tiny_folder, tiny_folder) == 6, "the model itself is no place for the output"
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """A function that limits the size of every file that is written from then on; lifted at the end of the test."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (old[0] if size < 0 else size, old[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_a_disk_that_fills_up_loses_nothing(
-    tiny_folder: Path,
-    text: Path,
-    tmp_path: Path,
-    small_disk: Callable[[int], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "OUT"
-    assert quantize(tiny_folder, out, "--bits", "4") == 0
-    old = content(out)
-    capsys.readouterr()
-    small_disk(30_000)  # room for the blocks, not for the embedding after them
-    assert quantize(tiny_folder, out, "--method", "gptq", "--bits", "3", "--restart", text=text) == 6
-    small_disk(-1)
-    line = sentence(capsys)
-    assert "cannot write" in line
-    assert str(out) in line
-    assert content(out) == old, "the earlier result is whole"
-    assert quantize(tiny_folder, out, "--method", "gptq", "--bits", "3", text=text) == 0
-    assert quantize(tiny_folder, tmp_path / "AT ONCE", "--method", "gptq", "--bits", "3", text=text) == 0
-    assert weights(out) == weights(tmp_path / "AT ONCE")
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in content(folder).items() if name.endswith(".safetensors")}
-
-
-def test_outputs_of_a_newer_format(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "OUT"
-    assert quantize(tiny_folder, out, "--format", "native") == 0
-    config = json.loads((out / "config.json").read_text())
-    edit_json(quantization_config=config["quantization_config"] | {"version": 99})(out)
-    capsys.readouterr()
-    assert main(["generate", str(out), "Once"]) == 6
-    assert "version 99, this ptq reads version 1: upgrade ptq-toolkit" in sentence(capsys)
-    edit_json(REPORT_NAME, version=99)(out)
-    assert main(["inspect", str(out)]) == 6
-    assert "upgrade ptq-toolkit" in sentence(capsys)

@@ -1,0 +1,1 @@
+"""Input that cannot be used: one sentence, exit status 2 or 1, nothing written."""

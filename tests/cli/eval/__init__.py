@@ -1,0 +1,1 @@
+"""`ptq eval`: what it prints and writes, and what it refuses."""

@@ -1,0 +1,1 @@
+"""`evals.evaluate` alone and against a base."""

@@ -40,6 +40,7 @@ from ptq.number_formats import FORMATS
 
 LEVELS = (4.0, 3.5, 3.0)
 WIDE = "2,3,4,5,6,8"
+UNIFORM = {4.0: "4", 3.5: "3g24", 3.0: "3"}  # smaller groups spend the half bit on scales, as far as groups allow
 RANKINGS = ("lim", "zd", *(f"random-{seed}" for seed in range(5)))
 TABLES = ("fisher", "hawq", "kl")
 LOSS = 0.05  # of perplexity, at which a block order is through
@@ -189,10 +190,8 @@ def rtn_rows(bench: Bench) -> None:
     """The table of allocations under nearest rounding."""
     real = levels(bench)
     for level, target in real.items():
-        uniform = {4.0: "4", 3.0: "3", 3.5: "3g32"}[level]  # groups of 32 spend the half bit on scales
-        bench.row(
-            f"rtn-{level}-uniform", lambda u=uniform, t=target: rtn_row(bench, "uniform", u, max(t, cost_of(bench, u)))
-        )
+        uniform = UNIFORM[level]
+        bench.row(f"rtn-{level}-uniform", lambda u=uniform: rtn_row(bench, "uniform", u, cost_of(bench, u)))
         for score in TABLES:
             bench.row(f"rtn-{level}-{score}", lambda s=score, t=target: rtn_row(bench, s, WIDE, t))
         pair = {4.0: "3,5", 3.5: "3,4", 3.0: "2,4"}[level]
@@ -218,9 +217,8 @@ def coreq_rows(bench: Bench) -> None:
     real = levels(bench)
     for level in (4.0, 3.5):
         for seed in range(bench.arguments.seeds):
-            uniform = {4.0: "4", 3.5: "3g32"}[level]
-            for score, names in (("uniform", uniform), ("fisher", WIDE), ("hawq", WIDE)):
-                target = max(real[level], cost_of(bench, names)) if score == "uniform" else real[level]
+            for score, names in (("uniform", UNIFORM[level]), ("fisher", WIDE), ("hawq", WIDE)):
+                target = cost_of(bench, names) if score == "uniform" else real[level]
                 bench.row(
                     f"coreq-{level}-{score}-seed{seed}",
                     lambda s=score, n=names, t=target, d=seed: coreq_row(bench, s, n, t, d),

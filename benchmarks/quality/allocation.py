@@ -33,9 +33,9 @@ import ptq
 from calib.checkpoint.atomic_files import write_json
 from calib.precision import has_fast_bfloat16
 from ptq.allocation import Plan, Planner, PlanOptions, make_planner
-from ptq.allocation.budget import Budget
-from ptq.allocation.candidates import Candidate, rounding_errors
 from ptq.allocation.measure import token_kl
+from ptq.allocation.problem.budget import Budget
+from ptq.allocation.problem.candidates import Candidate, rounding_errors
 from ptq.number_formats import FORMATS
 
 LEVELS = (4.0, 3.5, 3.0)

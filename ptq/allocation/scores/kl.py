@@ -9,7 +9,7 @@ The whole model is in memory.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from calib.checkpoint.reader import ModelSource
 from calib.checkpoint.resident import ResidentSource
 from calib.gradients import GradientPasses
 from calib.model.structure import find_linears, linear_weight, set_linear_weight
-from ptq.allocation.candidates import Candidate
 from ptq.allocation.measure import token_kl
+from ptq.allocation.problem.candidates import Candidate
 from ptq.allocation.scores.base import Context, Score, ScoreValues
 
 __all__ = ["KL", "probe_column"]
@@ -82,8 +82,7 @@ def _measured(passes: GradientPasses, index: int) -> float:
     """KL per token of the model with the weights that it has now, which differ in one block."""
     total, count = 0.0, 0
     for number in range(len(passes.tokens)):
-        logits: Any = passes.logits_from(index, number)
-        for sequence, one in enumerate(logits):
+        for sequence, one in enumerate(passes.logits_from(index, number)):
             total += float(token_kl(passes.logits(number, sequence), one).double().sum())
             count += one.shape[0]
     return total / count

@@ -11,8 +11,8 @@ from torch import Tensor
 from calib.checkpoint.reader import open_model
 from calib.gradients import GradientPasses
 from calib.runner.activation_store import ActivationStore
-from ptq.allocation.candidates import parse_candidates, rounding_errors
 from ptq.allocation.measure import token_kl
+from ptq.allocation.problem.candidates import parse_candidates, rounding_errors
 from ptq.allocation.scores import SCORES, Context, ScoreValues
 from ptq.allocation.scores.fisher import squared_gradient
 from ptq.allocation.scores.lim import turned

@@ -170,6 +170,17 @@ class GradientPasses:
         with torch.no_grad():
             return self._after_blocks(number, sequence, self._last(number, sequence))[0].float()
 
+    def logits_from(self, index: int, number: int) -> Iterator[Tensor]:
+        """Logits ``[tokens, vocabulary]``, float32, of every sequence of a batch, with the weights that the model has
+        now, from what entered a block; the blocks from there on and the head must be loaded (`ResidentSource`)."""
+        with torch.no_grad():
+            hidden = self._entering[index][number]
+            for later in range(index, len(self.block_names)):
+                block = self.source.skeleton.get_submodule(self.block_names[later])
+                hidden = self._run(block, number, later, hidden)
+            for sequence in range(len(hidden)):
+                yield self._after_blocks(number, sequence, hidden[sequence : sequence + 1])[0].float()
+
     def _last(self, number: int, sequence: int) -> Tensor:
         assert self._leaving is not None, "forward() comes first"
         return self._leaving[number][sequence : sequence + 1]

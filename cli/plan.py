@@ -1,4 +1,4 @@
-"""``ptq plan``: flags to a call of `ptq.plan`, a file, and a summary."""
+"""``ptq plan``: flags to a `ptq.allocation.Planner`, a file, a summary, pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ptq.allocation import PlanOptions
+    from ptq.allocation import Plan, Planner, PlanOptions
+    from ptq.allocation.problem.budget import Budget
 
 __all__ = ["command"]
 
@@ -44,6 +45,11 @@ __all__ = ["command"]
     "--probes", default=16, type=click.IntRange(min=1), metavar="N", help="Of Hutchinson and power iteration."
 )
 @click.option("--check/--no-check", default=True, help="Measure the plan's KL on held-out tokens.")
+@click.option(
+    "--refine", default=0, type=click.IntRange(min=0), metavar="N", help="Rounds of measuring in the mixed model."
+)
+@click.option("--pareto", is_flag=True, help="The whole curve: predicted KL against real bits; needs no target.")
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page with pictures.")
 @click.option("--dtype", default="auto", metavar="DTYPE", help="Passes through the model: auto, float32 or bfloat16.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option(
@@ -61,37 +67,79 @@ def command(model: str, **flags: Any) -> None:
     Examples:
       ptq plan MODEL --target-bpw 3.5
       ptq plan MODEL --target-size 90MB --candidates 3,4,6 --limit '*.down_proj>=4' -o plan.yaml
+      ptq plan MODEL --pareto --html plan.html
       ptq plan MODEL --score lim --candidates 3,4 --fraction 0.5
       ptq quantize --method coreq --plan plan.yaml MODEL
 
     Scores are kept: another budget, solver or limit takes seconds.
     """
-    import ptq
     from cli.shared.terminal.progress import ProgressListener
     from cli.shared.terminal.screen import console, echo
-    from ptq.allocation.budget import parse_size
+    from ptq.allocation import make_planner
 
+    budget = _budget(flags)
     target = Path(flags["out"] or "plan.yaml")
     with ProgressListener(console(stderr=True)) as listener:
-        plan = ptq.plan(
+        planner = make_planner(
             model,
-            target_bpw=flags["target_bpw"],
-            target_size=None if flags["target_size"] is None else parse_size(flags["target_size"]),
-            max_kl=flags["max_kl"],
-            fraction=flags["fraction"],
-            bitops=flags["bitops"],
-            solver=flags["solver"],
-            check=flags["check"],
-            options=_options(flags),
+            _options(flags),
             device=flags["device"],
             trust_remote_code=flags["trust_remote_code"],
             on_event=listener,
             cache=flags["cache"] or "",
         )
-    plan.save(target)
+        plan, layers = None, []
+        if budget is not None:
+            plan, allocation = planner.planned(budget, flags["solver"], check=flags["check"], rounds=flags["refine"])
+            plan.save(target)
+            layers = planner.layers(allocation)
+        curve = (
+            planner.curve(solver=flags["solver"]) if flags["pareto"] or (flags["html"] and _predicts(planner)) else []
+        )
+        uniform = planner.uniform() if curve else []
+    if flags["html"]:
+        _write_page(Path(flags["html"]), model, plan, layers, curve, uniform)
     if flags["as_json"]:
-        echo(json.dumps(plan.to_dict(), allow_nan=False))
+        shown = ({} if plan is None else plan.to_dict()) | (
+            {"curve": curve, "uniform": uniform} if flags["pareto"] else {}
+        )
+        echo(json.dumps(shown, allow_nan=False))
         return
+    if plan is not None:
+        _show_plan(plan, target)
+    if flags["pareto"]:
+        _show_curve(curve, uniform)
+    if flags["html"]:
+        console().print(f"page: {flags['html']}", soft_wrap=True)
+
+
+def _budget(flags: dict[str, Any]) -> Budget | None:
+    """The target; ``None`` where only the curve is asked for."""
+    from ptq.allocation.problem.budget import Budget, parse_size
+
+    size = None if flags["target_size"] is None else parse_size(flags["target_size"])
+    values = (flags["target_bpw"], size, flags["max_kl"], flags["fraction"])
+    if flags["pareto"] and all(value is None for value in values):
+        return None
+    return Budget(*values, bitops=flags["bitops"])
+
+
+def _predicts(planner: Planner) -> bool:
+    return planner.setting.score.unit != "order"
+
+
+def _write_page(path: Path, model: str, plan: Plan | None, layers: Any, curve: Any, uniform: Any) -> None:
+    from calib.checkpoint.atomic_files import write_file
+    from evals.report.plan_page import plan_page
+
+    about = {"model": model} if plan is None else plan.about
+    page = plan_page(title=f"Plan: {Path(model).name}", layers=layers, about=about, curve=curve, uniform=uniform)
+    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def _show_plan(plan: Plan, target: Path) -> None:
+    from cli.shared.terminal.screen import console
+
     screen = console()
     screen.print(f"{target}: {plan.describe()}", soft_wrap=True)
     for key in ("predicted_kl", "measured_kl", "file_bytes"):
@@ -101,9 +149,20 @@ def command(model: str, **flags: Any) -> None:
         screen.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
+def _show_curve(curve: list[dict[str, float]], uniform: list[dict[str, Any]]) -> None:
+    from cli.shared.terminal.screen import console
+
+    screen = console()
+    screen.print("bits per weight   file MB   predicted KL")
+    for row in sorted([*curve, *uniform], key=lambda row: float(row["bits_per_weight"])):
+        name = f"   all {row['label']}" if "label" in row else ""
+        size = row["file_bytes"] / 1e6
+        screen.print(f"{row['bits_per_weight']:15.3f}{size:10.2f}{row['predicted_kl']:15.5g}{name}", soft_wrap=True)
+
+
 def _options(flags: dict[str, Any]) -> PlanOptions:
     from ptq.allocation import PlanOptions
-    from ptq.allocation.candidates import DEFAULT_CANDIDATES
+    from ptq.allocation.problem.candidates import DEFAULT_CANDIDATES
     from ptq.recipe import CalibrationSpec
     from ptq.scheme import Scheme
 

@@ -15,14 +15,15 @@ from calib.checkpoint.reader import ModelSource, open_model
 from calib.data.tokens import Calibration
 from calib.model.structure import find_blocks
 from calib.runner.forward import pass_dtype
-from ptq.allocation.budget import Budget
-from ptq.allocation.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
-from ptq.allocation.groups import parse_limit
-from ptq.allocation.items import linears_of
 from ptq.allocation.plan import Plan
-from ptq.allocation.planner import Planner, Setting
-from ptq.allocation.score_cache import default_cache
+from ptq.allocation.planner import Planner
+from ptq.allocation.problem.budget import Budget
+from ptq.allocation.problem.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
+from ptq.allocation.problem.groups import parse_limit
+from ptq.allocation.problem.items import linears_of
 from ptq.allocation.scores import find_score
+from ptq.allocation.scores.cache import default_cache
+from ptq.allocation.setting import Setting
 from ptq.api import resolve_device
 from ptq.errors import UsageError
 from ptq.pipeline.events import Event, Listener, ignore_events
@@ -43,7 +44,7 @@ class PlanOptions:
     """What decides a plan, besides model and budget.
 
     Args:
-        candidates: names of formats (`ptq.allocation.candidates.parse_candidates`).
+        candidates: names of formats (`ptq.allocation.problem.candidates.parse_candidates`).
         base: what a candidate's name does not say: groups, sign, dtype of the scales.
         score: a name of `ptq.allocation.scores.SCORES`.
         limits: conditions such as ``*.down_proj>=4``.
@@ -75,6 +76,7 @@ def plan(
     bitops: float | None = None,
     solver: str = "milp",
     check: bool = True,
+    refine: int = 0,
     options: PlanOptions | None = None,
     **planner: Any,
 ) -> Plan:
@@ -89,6 +91,8 @@ def plan(
         bitops: also limit bit operations to this fraction of the way from the fewest to the most.
         solver: ``milp``, ``lagrangian`` or ``greedy``.
         check: measure the plan's KL on held-out tokens and write it into the plan.
+        refine: rounds of measuring again around the chosen plan (`ptq.allocation.refine`); each is kept only if the KL
+            on held-out tokens falls significantly. The whole model is in memory.
         options: everything else.
         planner: further arguments of `make_planner`: ``tokenizer``, ``calibration``, ``device``, ``on_event``,
             ``trust_remote_code``, ``cache``.
@@ -98,11 +102,7 @@ def plan(
     """
     budget = Budget(target_bpw, target_size, max_kl, fraction, bitops)
     made = make_planner(model, options, **planner)
-    allocation = made.allocate(budget, solver)
-    found = made.plan(allocation, budget.describe())
-    if not check or made.setting.held_out is None:
-        return found
-    return dataclasses.replace(found, about={**found.about, **made.measured(allocation)})
+    return made.planned(budget, solver, check=check, rounds=refine)[0]
 
 
 def make_planner(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from calib.checkpoint.reader import ModelSource
 from calib.gradients import GradientPasses, NewStore
 from calib.model.structure import find_linears, linear_weight, set_linear_weight
-from ptq.allocation.candidates import Candidate, rounding_errors
+from ptq.allocation.problem.candidates import Candidate, rounding_errors
 
 __all__ = ["measure_kl", "token_kl"]
 

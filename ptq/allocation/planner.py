@@ -10,63 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from calib.checkpoint.reader import ModelSource
-from calib.data.tokens import Calibration
 from calib.gradients import NewStore
 from calib.model.experts import expert_lists
 from calib.model.structure import find_blocks
 from calib.precision import strict_float32
 from calib.runner.activation_store import ActivationStore, settle_offload
-from ptq.allocation.budget import Budget, budget_limit, fit_budget
-from ptq.allocation.candidates import STAND_IN, Candidate, rounding_errors
-from ptq.allocation.groups import Limit, allowed_formats, group_linears
-from ptq.allocation.items import Item, Linear, Table
-from ptq.allocation.layerwise import two_levels
 from ptq.allocation.measure import measure_kl
 from ptq.allocation.plan import Plan
-from ptq.allocation.score_cache import ScoreCache
-from ptq.allocation.scores import Context, Score, ScoreValues
-from ptq.allocation.solver import Allocation
+from ptq.allocation.problem.budget import Budget, budget_limit, fit_budget
+from ptq.allocation.problem.candidates import STAND_IN, Candidate, rounding_errors
+from ptq.allocation.problem.groups import Limit, allowed_formats, group_linears
+from ptq.allocation.problem.items import Item, Table, payload_bits
+from ptq.allocation.problem.layerwise import two_levels
+from ptq.allocation.problem.solver import Allocation
+from ptq.allocation.refine import Refiner
+from ptq.allocation.scores import Context, ScoreValues
+from ptq.allocation.scores.cache import ScoreCache
+from ptq.allocation.setting import Setting
 from ptq.errors import UsageError
 
-__all__ = ["Planner", "Setting"]
+__all__ = ["Planner"]
 
 Progress = Callable[[str], object]
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is planned for.
-
-    Args:
-        source: the model.
-        linears: those that a format is chosen for.
-        candidates: the formats, with the dtype of their scales settled.
-        kept_bytes: stored bytes of everything else.
-        score: how sensitivity is measured.
-        calibration: the tokens of scores; ``None`` where none are read.
-        held_out: tokens for measuring, which no score reads.
-        device: where to work.
-        dtype: of passes.
-        seed: of what is drawn.
-        probes: Hutchinson probes and power iterations.
-    """
-
-    source: ModelSource
-    linears: tuple[Linear, ...]
-    candidates: tuple[Candidate, ...]
-    kept_bytes: int
-    score: Score
-    calibration: Calibration | None
-    held_out: Tensor | None
-    device: torch.device
-    dtype: torch.dtype
-    seed: int = 0
-    probes: int = 16
 
 
 class Planner:
@@ -192,6 +159,45 @@ class Planner:
         limit = None if budget.fraction is not None else budget_limit(table, budget, self.setting.kept_bytes)
         return two_levels(table, self.score().blocks, blocks, limit, budget.fraction)
 
+    def planned(
+        self, budget: Budget, solver: str = "milp", *, check: bool = True, rounds: int = 0
+    ) -> tuple[Plan, Allocation]:
+        """A plan and its allocation.
+
+        Args:
+            budget: the target.
+            solver: a name of `ptq.allocation.problem.solver.SOLVERS`.
+            check: measure the plan's KL on held-out tokens, where there are any.
+            rounds: of refinement, at most.
+
+        Raises:
+            UsageError: the budget cannot be met, or refinement has nothing to measure with.
+        """
+        allocation = self.allocate(budget, solver)
+        if rounds:
+            allocation = self._refined(allocation, budget, rounds)
+        found = self.plan(allocation, budget.describe())
+        if check and self.setting.held_out is not None:
+            found = dataclasses.replace(found, about={**found.about, **self.measured(allocation)})
+        return found, allocation
+
+    def _refined(self, allocation: Allocation, budget: Budget, rounds: int) -> Allocation:
+        s = self.setting
+        if s.score.unit != "nats" or s.calibration is None or s.held_out is None:
+            raise UsageError("--refine needs a score in nats (fisher, out-fisher, hawq, kl) and its calibration text.")
+        if budget.bpw is None and budget.size is None:
+            raise UsageError("--refine moves bits within a budget: give --target-bpw or --target-size.")
+        with self._stores() as new_store, strict_float32():
+            tokens = s.calibration.tokens
+            refiner = Refiner(self.items, s, tokens, new_store, self._step)
+            limit = budget_limit(self.table, budget, s.kept_bytes)
+            table = self.table if budget.bpw is not None else dataclasses.replace(self.table, bits=self.table.stored)
+            allocation, notes = refiner.refine(table, allocation, limit, rounds, self.measure)
+        self.notes += notes
+        for note in notes:
+            self._say(note)
+        return allocation
+
     def plan(self, allocation: Allocation, asked: Mapping[str, Any]) -> Plan:
         """An allocation as a plan.
 
@@ -236,6 +242,53 @@ class Planner:
             key = linear.name if inside is None else f"{inside}*"
             labels[key] = self.setting.candidates[int(chosen[owner[linear.name]])].label
         return labels
+
+    def curve(self, points: int = 25, solver: str = "milp") -> list[dict[str, float]]:
+        """The best allocations from the smallest to the largest budget: real bits, file bytes and predicted KL."""
+        if self.setting.score.unit == "order":
+            raise UsageError(
+                f"the curve needs a score that predicts a loss, and {self.setting.score.name!r} only ranks blocks: "
+                f"take fisher, hawq or kl."
+            )
+        table, rows = self.table, np.arange(len(self.items))
+        total = float(table.sizes.sum())
+        allowed = np.isfinite(table.scores)
+        low = float(np.where(allowed, table.bits, np.inf).min(1).sum())
+        high = float(np.where(allowed, table.bits, 0).max(1).sum())
+        found = []
+        for budget in np.linspace(low, high, points):
+            allocation = self.allocate(Budget(bpw=float(budget) / total), solver)
+            stored = float(table.stored[rows, allocation.choice].sum()) / 8 + self.setting.kept_bytes
+            bits = float(table.bits[rows, allocation.choice].sum()) / total
+            found.append({"bits_per_weight": bits, "file_bytes": stored, "predicted_kl": allocation.score})
+        return found
+
+    def uniform(self) -> list[dict[str, Any]]:
+        """The same of every candidate for all linears, limits aside, with its label."""
+        values = self.score().table
+        table = Table.make(self.items, self.setting.candidates, values)
+        total = float(table.sizes.sum())
+        return [
+            {
+                "label": candidate.label,
+                "bits_per_weight": float(table.bits[:, column].sum()) / total,
+                "file_bytes": float(table.stored[:, column].sum()) / 8 + self.setting.kept_bytes,
+                "predicted_kl": float(table.scores[:, column].sum()),
+            }
+            for column, candidate in enumerate(self.setting.candidates)
+        ]
+
+    def layers(self, allocation: Allocation) -> list[dict[str, Any]]:
+        """Every linear with its format and real bits per weight, for tables and pictures."""
+        chosen = self.candidates_of(allocation)
+        return [
+            {
+                "name": one.name,
+                "format": chosen[one.name].label,
+                "bits_per_weight": payload_bits(one, chosen[one.name].scheme) / one.size,
+            }
+            for one in self.setting.linears
+        ]
 
     def candidates_of(self, allocation: Allocation) -> dict[str, Candidate]:
         """By full name of a linear, its format."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calib.checkpoint.reader import ModelSource
 from calib.gradients import NewStore
-from ptq.allocation.candidates import Candidate
+from ptq.allocation.problem.candidates import Candidate
 
 __all__ = ["Context", "Score", "ScoreValues"]
 

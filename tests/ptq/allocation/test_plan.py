@@ -16,12 +16,12 @@ import ptq
 from calib.data.tokens import Calibration
 from cli.main import main
 from ptq.allocation import PlanOptions, make_planner, read_plan
-from ptq.allocation.budget import Budget, parse_size
-from ptq.allocation.candidates import parse_candidates
-from ptq.allocation.groups import parse_limit
 from ptq.allocation.planner import _repaired
-from ptq.allocation.score_cache import ScoreCache
+from ptq.allocation.problem.budget import Budget, parse_size
+from ptq.allocation.problem.candidates import parse_candidates
+from ptq.allocation.problem.groups import parse_limit
 from ptq.allocation.scores import ScoreValues
+from ptq.allocation.scores.cache import ScoreCache
 from ptq.errors import UsageError
 from ptq.report import Report
 from ptq.scheme import Scheme

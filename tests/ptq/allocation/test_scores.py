@@ -11,8 +11,8 @@ from torch import Tensor
 from calib.checkpoint.reader import open_model
 from calib.gradients import GradientPasses
 from calib.runner.activation_store import ActivationStore
-from ptq.allocation.candidates import parse_candidates, rounding_errors
 from ptq.allocation.measure import token_kl
+from ptq.allocation.problem.candidates import parse_candidates, rounding_errors
 from ptq.allocation.scores import SCORES, Context, ScoreValues
 from ptq.allocation.scores.fisher import squared_gradient
 from ptq.allocation.scores.lim import turned
@@ -191,3 +191,58 @@ def test_zd_and_random_rank_every_block() -> None:
     assert zd["model.layers.1"] == pytest.approx(-share)
     orders = {tuple(SCORES["random"].compute(context(model, seed=seed)).blocks.values()) for seed in range(10)}
     assert len(orders) == 2
+
+
+def tiny_curvature() -> tuple[Any, Tensor, str]:
+    """A model and tokens that are small enough for an explicit Hessian."""
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = tiny_model("llama", vocab_size=12, num_hidden_layers=1, tie_word_embeddings=False, **sizes)
+    return model, torch.randint(2, 12, (2, 4), generator=torch.Generator().manual_seed(3)), "model.layers.0.mlp.up_proj"
+
+
+def explicit_hessian(model: Any, tokens: Tensor, name: str) -> Tensor:
+    """The Hessian of the mean KL per token by one weight, entry by entry through autograd."""
+    weight = model.get_submodule(name).weight.detach()
+    full = torch.log_softmax(model(input_ids=tokens).logits, -1).detach()
+
+    def loss(flat: Tensor) -> Tensor:
+        changed = {f"{name}.weight": flat.view_as(weight)}
+        logits = torch.func.functional_call(model, changed, (), {"input_ids": tokens}).logits
+        return (full.exp() * (full - torch.log_softmax(logits, -1))).sum(-1).mean()
+
+    model.set_attn_implementation("eager")
+    hessian: Tensor = torch.autograd.functional.hessian(loss, weight.flatten())  # type: ignore[no-untyped-call]
+    return hessian
+
+
+def test_hessian_vector_products_find_the_explicit_trace_and_eigenvalue() -> None:
+    model, tokens, name = tiny_curvature()
+    hessian = explicit_hessian(model, tokens, name)
+    found = SCORES["hawq-hvp"].compute(context(model, tokens, linears=(name,), probes=200)).details[name]
+    assert abs(found["trace"] - float(hessian.trace())) < 3 * found["standard_error"]
+    assert found["standard_error"] < 0.2 * found["trace"]
+    top = float(torch.linalg.eigvalsh(hessian)[-1])
+    values = SCORES["hawq-eig"].compute(context(model, tokens, linears=(name,), probes=200))
+    assert values.details[name]["eigenvalue"] == pytest.approx(top, rel=0.02)
+    assert values.details[name]["order"] == pytest.approx(top / hessian.shape[0], rel=0.02)
+
+
+def test_hutchinson_and_sampled_gradients_estimate_the_same_trace() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    name = "model.layers.0.self_attn.v_proj"
+    probes = SCORES["hawq-hvp"].compute(context(model, linears=(name,), probes=25)).details[name]
+    draws = [SCORES["hawq"].compute(context(model, linears=(name,), seed=i)).details[name]["trace"] for i in range(25)]
+    mean, error = torch.tensor(draws).mean(), torch.tensor(draws).std() / len(draws) ** 0.5
+    assert abs(float(mean) - probes["trace"]) < 3 * (float(error) ** 2 + probes["standard_error"] ** 2) ** 0.5
+    assert float(error) < 0.2 * float(mean)
+
+
+def test_direct_kl_is_that_of_two_whole_models() -> None:
+    model = tiny_model("llama")
+    names = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
+    values = SCORES["kl"].compute(context(model, linears=names))
+    for name in names:
+        assert values.table[name][1] == pytest.approx(measured(model, name, 1), rel=1e-3)
+        weight = model.get_submodule(name).weight.detach()
+        energies = [float(error.square().sum()) for error in rounding_errors(weight, CANDIDATES)]
+        assert values.table[name][0] / values.table[name][1] == pytest.approx(energies[0] / energies[1])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq.allocation.solver import SOLVERS, Problem, solve
+from ptq.allocation.problem.solver import SOLVERS, Problem, solve
 from ptq.errors import UsageError
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from calib.model.structure import linear_weight
-from ptq.allocation.candidates import Candidate
+from ptq.allocation.problem.candidates import Candidate
 from ptq.scheme import Scheme
 
 __all__ = ["Item", "Linear", "Table", "linears_of", "payload_bits", "stored_bits"]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq.allocation.items import Table
-from ptq.allocation.solver import Allocation
+from ptq.allocation.problem.items import Table
+from ptq.allocation.problem.solver import Allocation
 from ptq.errors import UsageError
 
 __all__ = ["two_levels"]

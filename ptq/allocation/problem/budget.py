@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 
-from ptq.allocation.items import Table
-from ptq.allocation.solver import Allocation, Problem, solve
+from ptq.allocation.problem.items import Table
+from ptq.allocation.problem.solver import Allocation, Problem, solve
 from ptq.errors import UsageError
 
 __all__ = ["Budget", "budget_limit", "fit_budget", "parse_size"]
@@ -73,7 +73,7 @@ def fit_budget(table: Table, budget: Budget, kept_bytes: int, solver: str = "mil
         table: scores and costs; infinite scores are formats that limits exclude.
         budget: the target.
         kept_bytes: what is stored besides the linears of the plan.
-        solver: a name of `ptq.allocation.solver.SOLVERS`.
+        solver: a name of `ptq.allocation.problem.solver.SOLVERS`.
 
     Raises:
         UsageError: the budget cannot be met, or everything fits; says what is feasible.

@@ -16,8 +16,8 @@ from calib.checkpoint.reader import ModelSource
 from calib.model.experts import expert_lists
 from calib.precision import strict_float32
 from calib.runner.runner import CalibrationRunner
-from ptq.allocation.candidates import Candidate
-from ptq.allocation.items import Item, Linear
+from ptq.allocation.problem.candidates import Candidate
+from ptq.allocation.problem.items import Item, Linear
 from ptq.errors import UsageError
 
 __all__ = ["Limit", "allowed_formats", "group_linears", "parse_limit"]

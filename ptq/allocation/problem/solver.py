@@ -13,9 +13,12 @@ An entry of infinite score is a format that the item may not have.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -120,17 +123,36 @@ def _milp(problem: Problem) -> tuple[NDArray[np.int64], float]:
         upper.append(np.array([budget / unit]))
     high = np.concatenate(upper)
     low = np.concatenate([np.ones(items), np.full(len(high) - items, -np.inf)])
-    result: Any = milp(
-        scores.ravel() / scale,
-        constraints=LinearConstraint(vstack(rows), low, high),
-        integrality=np.ones(items * formats),
-        bounds=Bounds(0, problem.allowed.ravel().astype(float)),
-        options={"time_limit": _TIME_LIMIT, "mip_rel_gap": _GAP},
-    )
+    with _silent_stdout():
+        result: Any = milp(
+            scores.ravel() / scale,
+            constraints=LinearConstraint(vstack(rows), low, high),
+            integrality=np.ones(items * formats),
+            bounds=Bounds(0, problem.allowed.ravel().astype(float)),
+            options={"time_limit": _TIME_LIMIT, "mip_rel_gap": _GAP},
+        )
     if result.x is None:
         raise UsageError(f"no choice of formats meets all budgets together ({result.message}).")
     bound = result.mip_dual_bound if result.mip_dual_bound is not None else result.fun
     return result.x.reshape(items, formats).argmax(1).astype(np.int64), float(bound) * scale
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS prints a line of its own in rare cases, past Python, where only JSON may stand."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        sys.stdout.flush()
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _lagrangian(problem: Problem) -> tuple[NDArray[np.int64], float]:

@@ -6,7 +6,7 @@
     python benchmarks/quality/floating_point.py --table RECORDS
 
 Every run leaves one JSON record and is skipped when its record is there: the same command goes on where it stopped.
-Runs come in the order of their weight, all first seeds before all second ones; after ``--budget`` seconds none is begun.
+Runs come in the order of their weight, seed after seed; after ``--budget`` seconds none is begun.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +132,7 @@ class FloatBench(Bench):
         }
 
 
+@torch.no_grad()
 def measure_products(device: torch.device, sizes: tuple[int, ...], repeats: int = 20) -> list[dict[str, Any]]:
     """Milliseconds of a linear with dense bfloat16 weights and of the same one in FP8, inputs rounded per token."""
     rows = []
@@ -197,7 +197,6 @@ def main() -> None:
             record = bench.measure(run)
         except PtqError as error:
             print(f"{run.file}: {error}", file=sys.stderr, flush=True)
-            traceback.print_exc()
             continue
         _write(target, record)
         kl = record["divergence"]["kl_mean"]

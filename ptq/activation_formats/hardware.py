@@ -15,7 +15,16 @@ from ptq.activation_formats.base import ActivationFormat, TensorSpec
 from ptq.grids.block_scales import block_exponents, divided, exponent_scales, global_scale
 from ptq.grids.floating_point import E2M1, E4M3, FloatFormat
 
-__all__ = ["BlockFp8", "MxActivations", "Nvfp4Activations", "TensorFp8", "TokenFp8", "TokenInt8", "quantize_tokens_fp8"]
+__all__ = [
+    "BlockFp8",
+    "MxActivations",
+    "Nvfp4Activations",
+    "TensorFp8",
+    "TokenFp8",
+    "TokenInt8",
+    "quantize_tokens_fp8",
+    "quantize_with_fp8",
+]
 
 _SMALLEST_E4M3 = 2.0**-9
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a token of zeros: 0 / tiny is 0, where 0 / 0 is not
@@ -111,6 +120,12 @@ def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = _range(wide, E4M3.maximum)
     return E4M3.round(wide / scale).to(torch.float8_e4m3fn), scale
+
+
+def quantize_with_fp8(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for `TensorFp8`: codes, and its one scale ``[1]`` for every token, ``[..., 1]``."""
+    codes = E4M3.round(x.float() / scale).to(torch.float8_e4m3fn)
+    return codes, scale.expand(*x.shape[:-1], 1)
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from calib.model.experts import join_experts
 from ptq.checkpoint.verify import verify_checkpoint
 from ptq.containers.compressed_tensors import FORMAT
+from ptq.containers.float_schemes import PAIRS, preset_scheme, stored_names
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
@@ -123,7 +124,7 @@ def _merges_dense(conversion: Any, conversions: Iterable[Any], packed: Iterable[
 
 def is_scale(converter: Any) -> bool:
     """Whether a loading step of transformers is for stored scales: these keep their dtype whatever ``dtype=`` asks."""
-    return any(pattern.endswith(".weight_scale") for pattern in converter.target_patterns)
+    return any(pattern.endswith("_scale") for pattern in converter.target_patterns)
 
 
 def packed_schemes(model: nn.Module, config: QuantizationConfig | None) -> dict[str, Scheme] | None:
@@ -141,8 +142,14 @@ def packed_schemes(model: nn.Module, config: QuantizationConfig | None) -> dict[
 
 
 def _scheme(group: QuantizationScheme, default_format: str) -> Scheme | None:
-    """Our name for a group's scheme, ``None`` if it is not plain packed integers, in groups or per channel."""
+    """Our name for a group's scheme, ``None`` if it is neither plain packed integers nor a pair of 4-bit formats."""
     args = group.weights
+    for pair, (_, storage) in PAIRS.items():
+        wanted = preset_scheme(pair, group.targets)
+        if stored_names(pair[0]) or storage != (group.format or default_format):
+            continue
+        if (wanted.weights, wanted.input_activations) == (args, group.input_activations):
+            return Scheme.of(pair[0], act_format=pair[1])
     if args is None or group.input_activations is not None or group.output_activations is not None:
         return None
     plain = args.type == "int" and not args.dynamic and args.strategy in ("group", "channel")

@@ -56,6 +56,8 @@ class Kernel:
             compiler), or ``None``.
         product: ``(x [..., in_features] after the input transform, weight, bias or None) -> [..., out_features]``, in
             the dtype of ``x``.
+        rounds_input: ``product`` takes the input before it is rounded (but rotated) and rounds it itself, as the
+            scheme's activation format says.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Kernel:
     formats: frozenset[str]
     unsupported_reason: Callable[[Scheme, int, int], str | None]
     product: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    rounds_input: bool = False
 
     def refusal(
         self, device: str, dtype: torch.dtype, scheme: Scheme, out_features: int, in_features: int

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.activations import quantize_tokens
-from ptq.runtime.dispatch import PackedWeight, choose, dequantized_tiles
+from ptq.runtime.dispatch import REFERENCE, Kernel, PackedWeight, choose, dequantized_tiles
 from ptq.scheme import SCALE_DTYPES, Scheme
 from ptq.transforms.hadamard import InputRotation
 
@@ -139,17 +139,33 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        x = self.transform_input(x)
-        kernel = choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
+        x, kernel = self._rotated(x), self._kernel(x)
+        x = x if kernel.rounds_input else self._rounded(x)
         return kernel.product(x, self._packed(), self.bias)
+
+    def kernel_name(self, x: Tensor) -> str:
+        """The name of the kernel that multiplies inputs of the device and dtype of ``x``: ``fp8`` is native FP8."""
+        return self._kernel(x).name
+
+    def _kernel(self, x: Tensor) -> Kernel:
+        if torch.is_grad_enabled() and x.requires_grad:  # gradients flow through the reference alone
+            return REFERENCE
+        return choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """The input ``[..., in_features]`` as the product sees it: rotated, then rounded, as the scheme says."""
+        return self._rounded(self._rotated(x))
+
+    def _rotated(self, x: Tensor) -> Tensor:
         scheme = self._scheme
         if scheme.input_rotation is not None:
             if self._rotation is None:
                 self._rotation = InputRotation.of(scheme.input_rotation, self.in_features)
             x = self._rotation.once(x)
+        return x
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        scheme = self._scheme
         if scheme.activation_format is not None:
             return scheme.activation_format.quantize(x, self._tensors())
         return x if scheme.act_bits is None else quantize_tokens(x, scheme.act_bits, scheme.act_symmetric)

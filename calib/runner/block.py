@@ -383,7 +383,7 @@ class LinearGroup:
                     accumulator.add(own, full, runner.first_sequence(batch))
         with runner.timing.part("statistics", runner.device):
             if runner.workers.size > 1:
-                accumulator.reduce_(runner.workers.sum_)
+                accumulator.reduce_(runner.workers.sum_, runner.workers.gather)
             runner.flops["statistics"] = runner.flops.get("statistics", 0.0) + accumulator.flops
             return accumulator.finish()
 

@@ -11,8 +11,9 @@ from ptq.activation_formats.hardware import (
     TokenFp8,
     TokenInt8,
 )
+from ptq.activation_formats.static_float import FoldedFloat, ShiftedFloat, StaticFloat
 from ptq.errors import unknown_name
-from ptq.grids.floating_point import E2M1, E4M3
+from ptq.grids.floating_point import E2M1, E4M3, float_formats
 
 __all__ = ["ACTIVATION_FORMATS", "find_activation_format"]
 
@@ -24,6 +25,12 @@ _ROWS: tuple[ActivationFormat, ...] = (
     TensorFp8(),
     BlockFp8(),
     TokenInt8(),
+    *(
+        kind(number)
+        for kind in (StaticFloat, ShiftedFloat, FoldedFloat)
+        for bits in range(4, 9)
+        for number in float_formats(bits)
+    ),
 )
 ACTIVATION_FORMATS: dict[str, ActivationFormat] = {row.name: row for row in _ROWS}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ptq.grids.floating_point import FloatFormat
 
-__all__ = ["StaticInput", "fit_static_input", "largest_shift"]
+__all__ = ["StaticInput", "fit_static_input", "largest_shift", "power_of_two"]
 
 _SMALLEST_SCALE = 2.0**-90  # of inputs that are all zero; shifted by the most, it is still a normal number
 _FLOAT32_MANTISSA, _FLOAT32_BIAS = 23, 127
@@ -34,16 +34,27 @@ class StaticInput:
         number: the format.
         scale: float32 ``[1]``.
         shift: uint8 ``[n]``, 0 to `largest_shift`; ``None`` is 0 for all channels.
+        folded: the result is for a weight that was divided by the shifts' powers of two: all channels of it have the
+            tensor's scale.
     """
 
     number: FloatFormat
     scale: Tensor
     shift: Tensor | None = None
+    folded: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[..., n]`` rounded: values in the dtype of ``x``. NaN stays NaN, infinity saturates."""
-        scale = self.scale if self.shift is None else self.scale * _power_of_two(-self.shift.int())
-        return self.number.round(x.float() / scale).mul_(scale).to(x.dtype)
+        scale = self.scale if self.shift is None else self.scale * power_of_two(-self.shift.int())
+        return self.number.round(x.float() / scale).mul_(self.scale if self.folded else scale).to(x.dtype)
+
+    def folded_weight(self, weight: Tensor) -> Tensor:
+        """The weight ``[out, n]``, float32, for inputs that come folded; the inverse of `unfolded_weight`."""
+        return weight if self.shift is None else weight * power_of_two(-self.shift.int())
+
+    def unfolded_weight(self, weight: Tensor) -> Tensor:
+        """A weight for folded inputs as one for inputs as they are."""
+        return weight if self.shift is None else weight * power_of_two(self.shift.int())
 
 
 def largest_shift(number: FloatFormat) -> int:
@@ -68,6 +79,6 @@ def fit_static_input(absmax: Tensor, number: FloatFormat, ratio: float = 1.0, *,
     return StaticInput(number, scale, exponents.clamp_(0, largest_shift(number)).to(torch.uint8))
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """``2^exponent`` float32 of int32 exponents from -126 to 127, by its bits: `torch.exp2` may round."""
     return (exponent + _FLOAT32_BIAS).bitwise_left_shift(_FLOAT32_MANTISSA).view(torch.float32)

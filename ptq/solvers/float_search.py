@@ -38,7 +38,6 @@ __all__ = [
     "FloatWeight",
     "InputMoments",
     "SearchResult",
-    "float_formats",
     "output_error",
     "search_float",
     "search_input",
@@ -51,18 +50,8 @@ RATIOS = (*torch.logspace(-2.0, 0.0, 39, base=2.0).tolist(), 1.05)
 _NO_CLIP = 38  # the index of ratio 1
 _STRIDE = 4  # every so many ratios are tried first, then those between them around the best
 _NEAR = 2  # ratios on both sides of the last choice that a later round tries
-_MAX_EXPONENT_BITS = 5  # as the formats of hardware; with 6 and 7 the largest scale overflows half precision
 _ROW_CHUNK, _DEVICE_ROW_CHUNK = 1 << 20, 1 << 26  # weights searched at once: bounds the temporaries
 _TOKEN_CHUNK = 1 << 24  # inputs, or outputs, in one temporary of the activations' search
-
-
-def float_formats(bits: int) -> tuple[FloatFormat, ...]:
-    """All formats ``EeMm`` of that width with 1 to 5 exponent bits, the most usual first (E2M1, E4M3).
-
-    ``E1Mm`` is the symmetric integer grid.
-    """
-    widths = range(1, min(bits - 1, _MAX_EXPONENT_BITS) + 1)
-    return tuple(FloatFormat(e, bits - 1 - e) for e in sorted(widths, key=lambda e: abs(e - bits // 2)))
 
 
 @dataclasses.dataclass(frozen=True)

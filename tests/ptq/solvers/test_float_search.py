@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -9,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.grids.floating_point import FloatFormat, float_format
-from ptq.grids.static_input import StaticInput, fit_static_input
+from ptq.grids.floating_point import FloatFormat, float_format, float_formats
+from ptq.grids.static_input import fit_static_input
 from ptq.solvers.float_search import (
     RATIOS,
     FloatWeight,
     InputMoments,
-    float_formats,
     output_error,
     search_float,
     search_input,
@@ -84,10 +84,15 @@ def test_shifts_move_to_the_weight_without_a_change() -> None:
     weight, inputs = data()
     quantizer = fit_static_input(inputs.abs().amax(0), FP4[0])
     assert quantizer.shift is not None
-    power = torch.exp2(quantizer.shift.double())
-    one_scale = StaticInput(quantizer.number, quantizer.scale)
-    folded = one_scale((inputs.double() * power).float()).double() @ (weight.double() / power).T
-    torch.testing.assert_close(quantizer(inputs).double() @ weight.double().T, folded, rtol=1e-12, atol=1e-12)
+    assert quantizer.shift.max() > 0
+    folded = dataclasses.replace(quantizer, folded=True)
+    seen = folded(inputs)
+    levels = seen / quantizer.scale
+    assert torch.equal(levels, FP4[0].round(levels))  # one scale for all channels
+    moved = quantizer.folded_weight(weight)
+    assert torch.equal(quantizer.unfolded_weight(moved), weight)
+    expected = quantizer(inputs).double() @ weight.double().T
+    torch.testing.assert_close(seen.double() @ moved.double().T, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_inputs_that_are_zero_or_not_finite() -> None:

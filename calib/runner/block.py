@@ -30,6 +30,10 @@ __all__ = ["BlockContext", "Host", "InputTransform", "LinearGroup"]
 class InputTransform(Protocol):
     """What happens to a linear's input in the quantized model: it is quantized, or rotated, or both."""
 
+    @property
+    def follows_statistics(self) -> bool:
+        """Whether statistics are of ``x`` itself, because what happens to it is found from them."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """What the linear gets in the place of ``x``, in its shape and dtype."""
 
@@ -122,6 +126,7 @@ class BlockContext:
         if not self.runner.has_tokens:
             return
         points = list(dict.fromkeys(group.point for group in groups))
+        before = frozenset(name for name, one in self._input_transforms.items() if one.follows_statistics)
         lockstep = self.runner.fits_lockstep(groups, self.runner.activations(full=False).tokens)
         kinds = (False, True) if self.runner.two_streams else (False,)
         for full in kinds:
@@ -132,6 +137,7 @@ class BlockContext:
                 len(self.runner.batches),
                 points,
                 lockstep=lockstep,
+                before_hooks=before,
                 use_weights=lambda full=full: self._use_weights(full=full),  # type: ignore[misc]
             )
 

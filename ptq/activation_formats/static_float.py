@@ -8,16 +8,17 @@ one scale, so that both operands of the product are plain numbers of their forma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ptq.activation_formats.base import ActivationFormat, TensorSpec
-from ptq.grids.floating_point import FloatFormat
+from ptq.grids.floating_point import FloatFormat, float_formats
 from ptq.grids.static_input import StaticInput, fit_static_input
 
-__all__ = ["FoldedFloat", "ShiftedFloat", "StaticFloat"]
+__all__ = ["FoldedFloat", "ShiftedFloat", "StaticFloat", "find_static_float", "static_float"]
 
 
 class StaticFloat(ActivationFormat):
@@ -70,3 +71,21 @@ class FoldedFloat(ShiftedFloat):
 
     def round(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         return StaticInput(self.number, params["input_scale"], params["input_shift"], folded=True)(x)
+
+
+_KINDS = {kind.suffix: kind for kind in (StaticFloat, ShiftedFloat, FoldedFloat)}
+
+
+def static_float(number: FloatFormat, suffix: str) -> StaticFloat:
+    """The record of a format and a kind, ``static``, ``shifted`` or ``folded``."""
+    return _KINDS[suffix](number)
+
+
+def find_static_float(name: str) -> StaticFloat | None:
+    """The record of a name like ``e3m0-shifted``; ``None`` if it is not one."""
+    match = re.fullmatch(rf"(e\d)(m\d)-({'|'.join(_KINDS)})", name)
+    if match is None:
+        return None
+    numbers = {number.name: number for bits in range(4, 9) for number in float_formats(bits)}
+    number = numbers.get(match[1] + match[2])
+    return None if number is None else static_float(number, match[3])

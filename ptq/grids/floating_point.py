@@ -48,7 +48,7 @@ class FloatGrid(Grid):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Code (uint8, the shape of ``x``) of the level nearest to ``x``."""
-        return torch.bucketize(x, self.thresholds.to(x)).to(torch.uint8)
+        return torch.bucketize(x.contiguous(), self.thresholds.to(x)).to(torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,9 +30,10 @@ from torch import Tensor
 from calib.precision import product
 from ptq.grids.floating_point import FloatFormat
 from ptq.grids.scale_search import stored_scale
-from ptq.grids.static_input import StaticInput, fit_static_input
+from ptq.grids.static_input import StaticInput, fit_static_input, power_of_two
 
 __all__ = [
+    "NO_CLIP",
     "RATIOS",
     "FloatInput",
     "FloatWeight",
@@ -47,9 +48,12 @@ __all__ = [
 
 RATIOS = (*torch.logspace(-2.0, 0.0, 39, base=2.0).tolist(), 1.05)
 """Clip ratios that are tried: 0.25 to 1 in equal steps of the logarithm, and a little above."""
-_NO_CLIP = 38  # the index of ratio 1
+NO_CLIP = 38
+"""The index of ratio 1."""
 _STRIDE = 4  # every so many ratios are tried first, then those between them around the best
 _NEAR = 2  # ratios on both sides of the last choice that a later round tries
+_HOPELESS = 1.3  # times the best format's error, from which on later rounds leave a format of inputs out
+_FEW_TOKENS = 512  # of the coarse sweep over the inputs' ratios
 _ROW_CHUNK, _DEVICE_ROW_CHUNK = 1 << 20, 1 << 26  # weights searched at once: bounds the temporaries
 _TOKEN_CHUNK = 1 << 24  # inputs, or outputs, in one temporary of the activations' search
 
@@ -79,6 +83,14 @@ class InputMoments:
             if drift is not None:
                 drift += product(seen.T, seen - exact)
         return cls(gram, drift)
+
+    def folded(self, quantizer: StaticInput) -> InputMoments:
+        """The same of inputs multiplied by the powers of two of the quantizer's shifts."""
+        if quantizer.shift is None:
+            return self
+        power = power_of_two(quantizer.shift.int())
+        square = power[:, None] * power
+        return InputMoments(self.gram * square, None if self.drift is None else self.drift * square)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +163,7 @@ def search_float(
         shift: whether input channels have shifts.
         rounds: how often both are searched; 0 keeps the beginning (min-max).
     """
-    weights = [weight_at(weight, weight_formats[0], _NO_CLIP, dtype)]
+    weights = [weight_at(weight, weight_formats[0], NO_CLIP, dtype)]
     if not input_formats:
         if rounds:
             assert moments is not None
@@ -159,8 +171,8 @@ def search_float(
         return SearchResult(weights[0], None, min(rounds, 1))
     assert samples is not None
     assert absmax is not None
-    first = fit_static_input(absmax, input_formats[0], RATIOS[_NO_CLIP], shift=shift)
-    inputs, done = [FloatInput(first, _NO_CLIP, 0.0)], 0
+    first = fit_static_input(absmax, input_formats[0], RATIOS[NO_CLIP], shift=shift)
+    inputs, done = [FloatInput(first, NO_CLIP, 0.0)], 0
     while done < rounds:
         before = weights[0], inputs[0]
         current = InputMoments.of(samples, inputs[0].quantizer)
@@ -232,7 +244,7 @@ def _search_ratio(attempt: Callable[[Tensor], FloatWeight], rows: Tensor, start:
     """The best ratio of every row: first a coarse sweep, then its neighbours; from ``start`` only these."""
     top = len(RATIOS) - 1
     if start is None:
-        coarse = [attempt(torch.full((len(rows),), i, device=rows.device)) for i in (*range(0, top, _STRIDE), top - 1)]
+        coarse = [attempt(torch.full((len(rows),), i, device=rows.device)) for i in (NO_CLIP, *range(0, top, _STRIDE))]
         best = coarse[0]
         for other in coarse[1:]:
             best = _better(best, other)
@@ -281,19 +293,26 @@ def search_input(
         quantized: its quantized values.
         formats: which are tried.
         shift: whether channels have shifts.
-        last: as in `search_weight`.
+        last: as in `search_weight`; formats whose error was much larger than the best one's are not tried again.
     """
-    before = {one.quantizer.number: one.choice for one in last}
+    limit = _HOPELESS * min((one.error for one in last), default=0.0)
+    before = {one.quantizer.number: one.choice for one in last if one.error <= limit}
+    formats = tuple(before) or tuple(formats)
     loss = _input_loss(inputs, weight, quantized)
+    rough = loss if last or len(inputs) <= _FEW_TOKENS else _input_loss(inputs[:_FEW_TOKENS], weight, quantized)
 
     def search(number: FloatFormat) -> FloatInput:
         @functools.cache
         def attempt(choice: int) -> float:
             return loss(fit_static_input(absmax, number, RATIOS[choice], shift=shift))
 
+        def roughly(choice: int) -> float:
+            return rough(fit_static_input(absmax, number, RATIOS[choice], shift=shift))
+
         top, start, reach = len(RATIOS) - 1, before.get(number), _NEAR
         if start is None:
-            start, reach = min((*range(0, top, _STRIDE), top - 1), key=attempt), _STRIDE - 1
+            coarse = (NO_CLIP, *range(0, top, _STRIDE))
+            start, reach = min(coarse, key=attempt if rough is loss else roughly), _STRIDE - 1
         near = range(max(0, start - reach), min(top, start + reach) + 1)
         choice = min(near, key=lambda one: (attempt(one), one != start))
         return FloatInput(fit_static_input(absmax, number, RATIOS[choice], shift=shift), choice, attempt(choice))
@@ -307,6 +326,11 @@ def _chunks(inputs: Tensor, width: int) -> list[Tensor]:
     return [inputs[start : start + step] for start in range(0, len(inputs), step)]
 
 
+def _total(values: Tensor) -> float:
+    """The sum of a matrix: of rows in float32, of their sums in float64."""
+    return float(values.sum(1).sum(dtype=torch.float64))
+
+
 def _input_loss(inputs: Tensor, weight: Tensor, quantized: Tensor) -> Callable[[StaticInput], float]:
     """``||D W^^T + X E^T||^2`` as a function of the quantizer; what does not depend on it is computed once."""
     out, width = weight.shape
@@ -316,7 +340,7 @@ def _input_loss(inputs: Tensor, weight: Tensor, quantized: Tensor) -> Callable[[
     chunks = _chunks(inputs, max(out, width))
     for chunk in chunks:
         residual = product(chunk.float(), (quantized - weight).T)  # X E^T
-        constant += float(residual.square().sum(dtype=torch.float64))
+        constant += _total(residual.square())
         fixed.append(product(residual, quantized) if by_gram else residual)
 
     def loss(quantizer: StaticInput) -> float:
@@ -326,9 +350,9 @@ def _input_loss(inputs: Tensor, weight: Tensor, quantized: Tensor) -> Callable[[
             difference = quantizer(exact).sub_(exact)
             moved = product(difference, gram)
             if by_gram:  # <D A, D> + 2 <D, R W^>
-                total += float(moved.add_(own, alpha=2).mul_(difference).sum(dtype=torch.float64))
+                total += _total(moved.add_(own, alpha=2).mul_(difference))
             else:  # ||D W^^T||^2 + 2 <D W^^T, R>
-                total += float((moved + 2 * own).mul_(moved).sum(dtype=torch.float64))
+                total += _total(torch.add(moved, own, alpha=2).mul_(moved))
         return total
 
     return loss
@@ -341,6 +365,6 @@ def output_error(inputs: Tensor, quantizer: StaticInput | None, weight: Tensor, 
         exact = chunk.float()
         wanted = product(exact, weight.T)
         found = product(exact if quantizer is None else quantizer(exact), quantized.T)
-        error += float((found - wanted).square_().sum(dtype=torch.float64))
-        energy += float(wanted.square_().sum(dtype=torch.float64))
+        error += _total((found - wanted).square_())
+        energy += _total(wanted.square_())
     return error / energy if energy else 0.0

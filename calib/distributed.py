@@ -61,6 +61,15 @@ class Workers:
             with _partners():
                 dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, which have one shape and dtype, in the order of ranks."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _partners():
+            dist.all_gather(parts, tensor.contiguous())
+        return parts
+
     def broadcast_(self, tensor: Tensor, source: int) -> None:
         """Replace ``tensor`` by that of process ``source``."""
         if self.size > 1:

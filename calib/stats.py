@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from calib.errors import ModelError, NumericalError
+from calib.input_samples import AllGather, ChannelRanges, TokenSample
 from calib.precision import Operand, gram_bounds, product, share_not_finite
 
 __all__ = ["GroupStatistics", "LinearStatistics", "Moments", "Stat", "StatisticsAccumulator"]
@@ -42,6 +43,8 @@ class Stat(enum.Enum):
     MISMATCH_ENERGY = "mismatch energy"
     FOLDS = "hessian and mismatch on two halves of the sequences"
     EFFECTIVE_TOKENS = "number of tokens that count as independent"
+    RANGES = "smallest and largest input of every channel"
+    SAMPLES = "a sample of the inputs' tokens"
 
 
 TWO_STREAMS = frozenset({Stat.MISMATCH, Stat.MISMATCH_ENERGY, Stat.FOLDS, Stat.EFFECTIVE_TOKENS})
@@ -65,6 +68,8 @@ class GroupStatistics:
         folds: the same on the even and the odd sequences (`Stat.FOLDS`), else empty.
         energy: by linear, ``[out]`` the mismatch energy of every output row.
         effective_tokens: by linear (`Stat.EFFECTIVE_TOKENS`).
+        ranges: float32 ``[2, n]``, minimum and maximum of every channel of X~ (`Stat.RANGES`).
+        samples: some tokens of X~ ``[t, n]`` (`Stat.SAMPLES`).
     """
 
     tokens: int
@@ -73,6 +78,8 @@ class GroupStatistics:
     folds: tuple[Moments, ...] = ()
     energy: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     effective_tokens: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ranges: Tensor | None = None
+    samples: Tensor | None = None
     _memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
@@ -115,6 +122,16 @@ class LinearStatistics:
     @property
     def effective_tokens(self) -> float:
         return _there(self.group.effective_tokens.get(self.linear), Stat.EFFECTIVE_TOKENS)
+
+    @property
+    def ranges(self) -> Tensor:
+        """Minimum and maximum of every input channel, float32 ``[2, n]``."""
+        return _there(self.group.ranges, Stat.RANGES)
+
+    @property
+    def samples(self) -> Tensor:
+        """Some tokens of the inputs ``[t, n]``, in the dtype of the passes (`calib.input_samples.TokenSample`)."""
+        return _there(self.group.samples, Stat.SAMPLES)
 
     @property
     def _moments(self) -> Moments:
@@ -191,6 +208,8 @@ class StatisticsAccumulator:
         self._counts = torch.zeros(2, dtype=torch.float64, device=self._device)  # tokens, sequences
         self._energy = {name: self._zeros(len(weight)) for name, weight in weights.items()}
         self._spread = {name: Spread(self._zeros(6)) for name in weights if Stat.EFFECTIVE_TOKENS in needs}
+        self._ranges = ChannelRanges(self._width, self._device) if Stat.RANGES in needs else None
+        self._samples = TokenSample(self._width, self._device, first.dtype) if Stat.SAMPLES in needs else None
         self._mismatch_gram = self._gram_for_energy(weights)
         self._weights = weights
         self._weights_t: dict[str, Operand] = {}
@@ -228,6 +247,10 @@ class StatisticsAccumulator:
                 f"{self.name} gets inputs {list(quantized.shape)} in the quantized model and {list(full.shape)} in the "
                 f"full-precision one: the block routes tokens in a way that cannot be followed. Leave it out: --ignore."
             )
+        if self._ranges is not None:
+            self._ranges.add(quantized)
+        if self._samples is not None:
+            self._samples.add(quantized, first)
         folds = len(self._sums)
         for fold, sums in enumerate(self._sums):
             own = quantized[(fold - first) % folds :: folds].reshape(-1, self._width)
@@ -262,12 +285,13 @@ class StatisticsAccumulator:
             if name in self._spread:
                 self._spread[name].add(squares.sum(1).view(-1, tokens_per_sequence))
 
-    def reduce_(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum what was gathered over all processes.
+    def reduce_(self, all_reduce: Callable[[Tensor], None], all_gather: AllGather) -> None:
+        """Join what was gathered by all processes.
 
         Args:
             all_reduce: replaces a float64 tensor by its sum over processes; called for the same shapes in the same
                 order everywhere, also on a process that saw no batch.
+            all_gather: gives the tensors of all processes, for what is not a sum.
         """
         tensors = [tensor for sums in self._sums for tensor in sums.tensors()]
         if self._mismatch_gram is not None:
@@ -275,6 +299,9 @@ class StatisticsAccumulator:
         small = [self._counts, *self._energy.values(), *(spread.sums for spread in self._spread.values())]
         for tensor in tensors + small:
             all_reduce(tensor)
+        for gathered in (self._ranges, self._samples):
+            if gathered is not None:
+                gathered.reduce_(all_gather)
 
     def finish(self) -> GroupStatistics:
         """The statistics; the accumulator must not be used after this.
@@ -299,7 +326,16 @@ class StatisticsAccumulator:
             _check_sum(values, "squares of the mismatch at the outputs", block + name)
         tokens, sequences = (int(count) for count in self._counts)
         spread = {name: spread.effective_tokens() for name, spread in self._spread.items()}
-        return GroupStatistics(tokens, sequences, total, folds if len(folds) > 1 else (), energy, spread)
+        return GroupStatistics(
+            tokens,
+            sequences,
+            total,
+            folds if len(folds) > 1 else (),
+            energy,
+            spread,
+            ranges=None if self._ranges is None else self._ranges.finish(),
+            samples=None if self._samples is None else self._samples.finish(),
+        )
 
 
 def _check_sum(values: Tensor | None, what: str, linear: str) -> None:

@@ -79,7 +79,7 @@ __all__ = ["command"]
     "--act-bits",
     type=int,
     metavar="N",
-    help="Quantize activations (inputs of linears) dynamically per token; 0: off.  [default: 0]",
+    help="Quantize activations (inputs of linears) per token (llm-fp4: statically); 0 or 16: off.  [default: 0]",
 )
 @click.option(
     "--act-format",

@@ -103,6 +103,7 @@ class BlockContext(BlockWeights):
         if not self.runner.has_tokens:
             return
         points = list(dict.fromkeys(group.point for group in groups))
+        before = frozenset(name for name, one in self._input_transforms.items() if one.follows_statistics)
         lockstep = self.runner.fits_lockstep(groups, self.runner.activations(full=False).tokens)
         kinds = (False, True) if self.runner.two_streams else (False,)
         for full in kinds:
@@ -113,6 +114,7 @@ class BlockContext(BlockWeights):
                 len(self.runner.batches),
                 points,
                 lockstep=lockstep,
+                before_hooks=before,
                 use_weights=lambda full=full: self.use(full=full),  # type: ignore[misc]
             )
 
@@ -235,7 +237,7 @@ class LinearGroup:
                     accumulator.add(own, full, runner.first_sequence(batch))
         with runner.timing.part("statistics", runner.device):
             if runner.workers.size > 1:
-                accumulator.reduce_(runner.workers.sum_)
+                accumulator.reduce_(runner.workers.sum_, runner.workers.gather)
             runner.flops["statistics"] = runner.flops.get("statistics", 0.0) + accumulator.flops
             return accumulator.finish()
 

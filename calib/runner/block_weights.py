@@ -18,6 +18,10 @@ __all__ = ["BlockWeights", "InputTransform"]
 class InputTransform(Protocol):
     """What happens to a linear's input in the quantized model: it is quantized, or rotated, or both."""
 
+    @property
+    def follows_statistics(self) -> bool:
+        """Whether statistics are of ``x`` itself, because what happens to it is found from them."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """What the linear gets in the place of ``x``, in its shape and dtype."""
 

@@ -58,6 +58,7 @@ class BlockPasses:
         batches: how many.
         points: modules at whose call passes stop, by name in the block, in the order of execution.
         lockstep: see the head of this file.
+        before_hooks: points at which passes stop before the module's other hooks have changed its input.
         use_weights: called before the block is run, so that it has this stream's weights.
     """
 
@@ -70,22 +71,27 @@ class BlockPasses:
         points: Sequence[str],
         *,
         lockstep: bool,
+        before_hooks: frozenset[str] = frozenset(),
         use_weights: Callable[[], None],
     ) -> None:
         self.block, self._call, self._hidden, self._use_weights = block, call, hidden, use_weights
         self._points = {name: number for number, name in enumerate(points)}
         self.lockstep = lockstep
         self._passes: list[_Pass | None] = [None] * batches
-        self._handles = [self._stop_at(name, number) for name, number in self._points.items()] if lockstep else []
+        self._handles = (
+            [self._stop_at(name, number, name in before_hooks) for name, number in self._points.items()]
+            if lockstep
+            else []
+        )
 
-    def _stop_at(self, name: str, number: int) -> Any:
+    def _stop_at(self, name: str, number: int, prepend: bool) -> Any:
         def hook(_: nn.Module, args: Arguments, kwargs: Mapping[str, Any]) -> None:
             current = getcurrent()
             if isinstance(current, _Pass) and current.owner is self:
                 assert current.parent is not None
                 current.parent.switch((number, (*args, *kwargs.values())))
 
-        return self.block.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        return self.block.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
 
     def at(self, point: str, batch: int, calls: int = 1) -> list[Arguments]:
         """What the module ``point`` is called with in one batch: one entry a call, none if it is not called.

@@ -123,8 +123,8 @@ def _dynamic(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _width(kind: str, bits: int) -> dict[str, Any]:
-    """``0`` takes the base's sign along: a sign without bits would be refused."""
-    return {f"{kind}_bits": bits} if bits else {f"{kind}_bits": None, f"{kind}_symmetric": False}
+    """``0`` and ``16`` are none and take the base's sign along: a sign without bits would be refused."""
+    return {f"{kind}_bits": bits} if bits not in (0, 16) else {f"{kind}_bits": None, f"{kind}_symmetric": False}
 
 
 def _options(method: LayerMethod | WindowMethod, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from ptq.activation_formats.hardware import (
     TokenFp8,
     TokenInt8,
 )
+from ptq.activation_formats.static_float import find_static_float, static_float
 from ptq.errors import unknown_name
-from ptq.grids.floating_point import E2M1, E4M3
+from ptq.grids.floating_point import E2M1, E4M3, float_formats
 
 __all__ = ["ACTIVATION_FORMATS", "find_activation_format"]
 
@@ -24,8 +25,10 @@ _ROWS: tuple[ActivationFormat, ...] = (
     TensorFp8(),
     BlockFp8(),
     TokenInt8(),
+    *(static_float(float_formats(bits)[0], suffix) for bits in (4, 8) for suffix in ("static", "shifted", "folded")),
 )
 ACTIVATION_FORMATS: dict[str, ActivationFormat] = {row.name: row for row in _ROWS}
+"""By name. Static formats of other splits than E2M1 and E4M3 have names likewise: ``e3m0-shifted``."""
 
 
 def find_activation_format(name: str) -> ActivationFormat:
@@ -34,6 +37,9 @@ def find_activation_format(name: str) -> ActivationFormat:
     Raises:
         UsageError: there is none of that name; near names are offered.
     """
-    if not isinstance(name, str) or name not in ACTIVATION_FORMATS:
+    if isinstance(name, str) and name in ACTIVATION_FORMATS:
+        return ACTIVATION_FORMATS[name]
+    found = find_static_float(name) if isinstance(name, str) else None
+    if found is None:
         raise unknown_name("activation format", str(name), ACTIVATION_FORMATS)
-    return ACTIVATION_FORMATS[name]
+    return found

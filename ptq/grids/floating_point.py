@@ -28,9 +28,10 @@ from torch import Tensor
 from ptq.errors import UsageError
 from ptq.grids.grid import Grid
 
-__all__ = ["E2M1", "E4M3", "E5M2", "FloatFormat", "FloatGrid", "float_format"]
+__all__ = ["E2M1", "E4M3", "E5M2", "FloatFormat", "FloatGrid", "float_format", "float_formats"]
 
 _MIN_BITS, _MAX_BITS = 4, 8
+_MAX_EXPONENT_BITS = 5  # as the formats of hardware; with 6 and 7 the largest scale overflows half precision
 _FLOAT32_MANTISSA, _FLOAT32_BIAS = 23, 127
 _EXPONENT_BITS, _MAGNITUDE_BITS = 0x7F800000, 0x7FFFFFFF  # masks of float32
 
@@ -47,7 +48,7 @@ class FloatGrid(Grid):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Code (uint8, the shape of ``x``) of the level nearest to ``x``."""
-        return torch.bucketize(x, self.thresholds.to(x)).to(torch.uint8)
+        return torch.bucketize(x.contiguous(), self.thresholds.to(x)).to(torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +190,15 @@ def float_format(name: str) -> FloatFormat:
     if match is None:
         raise UsageError(f"{name!r} is not a floating-point format: write exponent and mantissa bits, e.g. e2m1.")
     return FloatFormat(int(match[1]), int(match[2]))
+
+
+def float_formats(bits: int) -> tuple[FloatFormat, ...]:
+    """All formats ``EeMm`` of that width with 1 to 5 exponent bits, the most usual first (E2M1, E4M3).
+
+    ``E1Mm`` is the symmetric integer grid.
+    """
+    widths = range(1, min(bits - 1, _MAX_EXPONENT_BITS) + 1)
+    return tuple(FloatFormat(e, bits - 1 - e) for e in sorted(widths, key=lambda e: abs(e - bits // 2)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -34,17 +34,30 @@ class LayerResult:
         notes: every fallback that was taken, a sentence each.
         flops: floating-point operations of matrix products and factorizations; what linears share is counted by the one
             that made it. The search of scales and other elementwise work is not counted.
+        losses: relative output errors of nearest rounding and of what was chosen, where the method measures them itself
+            because its inputs are rounded, too; ``None`` leaves them to `ptq.pipeline.output_error`.
     """
 
     weight: QuantizedWeight
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     flops: int = 0
+    losses: tuple[float, float] | None = None
 
 
 def any_scheme(scheme: Scheme) -> str | None:
     """The answer of methods that round onto whatever grid they are given."""
     return None
+
+
+def as_asked(scheme: Scheme, config: Any) -> Scheme:
+    """The answer of methods that produce the scheme that they are asked for."""
+    return scheme
+
+
+def never(config: Any) -> bool:
+    """The answer of methods that see what was quantized before a linear."""
+    return False
 
 
 def integers_only(scheme: Scheme) -> str | None:
@@ -69,6 +82,11 @@ class LayerMethod:
             are the parameters that linears of one input group have in common (`NumberFormat.share`).
         unsupported_reason: why the method cannot produce a scheme, or ``None``.
         defaults: fields of the scheme that a user gets who names only the method.
+        adapt: the scheme that the method begins with, from the one asked for and its options.
+        full_inputs: whether every linear is quantized for the inputs that it has in the full-precision model, as if
+            nothing before it were quantized.
+        fits_inputs: whether the method finds the parameters of static input formats itself, from inputs that are not
+            rounded.
     """
 
     name: str
@@ -78,6 +96,9 @@ class LayerMethod:
     quantize: Callable[[Tensor, LinearStatistics | None, Scheme, Any, Mapping[str, Tensor]], LayerResult]
     unsupported_reason: Callable[[Scheme], str | None] = any_scheme
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapt: Callable[[Scheme, Any], Scheme] = as_asked
+    full_inputs: Callable[[Any], bool] = never
+    fits_inputs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

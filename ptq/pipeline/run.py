@@ -59,7 +59,13 @@ def _write_parts(job: Job, costs: Costs, checkpoint: CheckpointWriter | None) ->
         how = "activations pass through them again" if again else "they are kept"
         job.emit(f"going on after {done} of {total} blocks that are finished: {how}")
     job.emit(f"format {job.container.name}: {job.container.reason}")
-    inputs = QuantizedInputs(job.source.skeleton, job.assignment, job.key_values)
+    inputs = QuantizedInputs(
+        job.source.skeleton,
+        job.assignment,
+        job.key_values,
+        rounds=not job.method.full_inputs,
+        fits_inputs=job.method.fits_inputs,
+    )
     if job.method.learned is not None:
         run_windowed(job, job.method.learned, costs, inputs, blocks)
     else:

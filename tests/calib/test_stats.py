@@ -123,7 +123,7 @@ def test_sums_over_processes_are_the_sums_of_one(needs: frozenset[Stat], rows: i
     second.add(*batches[0])
     seen: list[list[Tensor]] = [[], [], []]
     for process, part in enumerate((first, second, idle)):
-        part.reduce_(seen[process].append)
+        part.reduce_(seen[process].append, lambda tensor: [tensor])
     for group in zip(*seen, strict=True):
         assert all(tensor.dtype == torch.float64 for tensor in group)
         total = group[0] + group[1] + group[2]

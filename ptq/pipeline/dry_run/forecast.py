@@ -238,7 +238,13 @@ def _measure(job: Job, costs: Costs, tokens: Tensor | None, size: int, folder: P
     Activations on disk go to ``folder``: the output's own may belong to a run that is under way.
     """
     runner, done = job.make_runner(costs, tokens=tokens, batch=size, folder=folder), 0
-    inputs = QuantizedInputs(job.source.skeleton, job.assignment, job.key_values)
+    inputs = QuantizedInputs(
+        job.source.skeleton,
+        job.assignment,
+        job.key_values,
+        rounds=not job.method.full_inputs,
+        fits_inputs=job.method.fits_inputs,
+    )
     solver = None if job.method.solver is None else BlockSolver(job, job.method.solver, costs, inputs)
     start: dict[str, float] = {}
     with torch.no_grad(), strict_float32():

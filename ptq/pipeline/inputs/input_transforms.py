@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from calib.runner.block import BlockContext
+from ptq.quantized import QuantizedWeight
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
@@ -26,10 +27,22 @@ class SchemeInputTransform:
     Args:
         scheme: of the linear; width: of its input.
         share: of the channels that are rounded at the moment (below 1 only while a method learns).
+        rounds: whether inputs are rounded at all, or only rotated.
+        follows_statistics: whether the parameters of a static format are the method's, so that inputs are not rounded
+            until the linear is done.
     """
 
-    def __init__(self, scheme: Scheme, width: int, share: Callable[[], float]) -> None:
-        self._scheme, self._share = scheme, share
+    def __init__(
+        self,
+        scheme: Scheme,
+        width: int,
+        share: Callable[[], float],
+        *,
+        rounds: bool = True,
+        follows_statistics: bool = False,
+    ) -> None:
+        self._scheme, self._share, self._rounds = scheme, share, rounds
+        self.follows_statistics = follows_statistics
         self._rotation = None if scheme.input_rotation is None else InputRotation.of(scheme.input_rotation, width)
         self.params: Mapping[str, Tensor] = {}
         """The parameters of a static format, once they are known (`ptq.pipeline.inputs.input_ranges`)."""
@@ -37,6 +50,8 @@ class SchemeInputTransform:
     def __call__(self, x: Tensor) -> Tensor:
         x = self.full(x)
         record, bits = self._scheme.activation_format, self._scheme.act_bits
+        if not self._rounds or (self.follows_statistics and not self.params):
+            return x
         if record is not None:
             return record.quantize(x, self.params)
         return x if bits is None else quantize_tokens(x, bits, self._scheme.act_symmetric, self._share())
@@ -45,6 +60,11 @@ class SchemeInputTransform:
         """Names of parameters that the format stores and that are not known."""
         record = self._scheme.activation_format
         return [] if record is None else sorted(record.tensor_specs(record.block or 1).keys() - self.params.keys())
+
+    def adopt(self, weight: QuantizedWeight) -> None:
+        """From now on inputs are rounded in the format and with the parameters that a finished linear came with."""
+        self._scheme = dataclasses.replace(self._scheme, act_format=weight.scheme.act_format)
+        self.params = weight.input_params
 
     def full(self, x: Tensor) -> Tensor:
         """The input, rotated only."""
@@ -91,8 +111,8 @@ def stored_scheme(context: BlockContext, name: str, scheme: Scheme) -> Scheme:
     return applied
 
 
-def input_params(context: BlockContext, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The stored parameters of a linear's input format: what its method ``found``, else what was calibrated.
+def input_params(context: BlockContext, name: str, weight: QuantizedWeight) -> Mapping[str, Tensor]:
+    """The stored parameters of a linear's input format: those that its weight came with, else what was calibrated.
 
     What a method found is also what the quantized stream rounds with from now on.
 
@@ -101,9 +121,9 @@ def input_params(context: BlockContext, name: str, found: Mapping[str, Tensor]) 
     """
     transform = context.input_transform(name)
     if not isinstance(transform, SchemeInputTransform):
-        return found
-    if found:
-        transform.params = found
+        return weight.input_params
+    if weight.input_params:
+        transform.adopt(weight)
     missing = transform.missing_params()
     if missing:
         raise RuntimeError(
@@ -117,15 +137,27 @@ def transform_block_inputs(
     schemes: Mapping[str, Scheme],
     key_values: KeyValueScheme | None,
     share: Callable[[], float] = lambda: 1.0,
+    *,
+    rounds: bool = True,
+    fits_inputs: bool = False,
 ) -> None:
     """From now on the quantized stream transforms a block's inputs, keys and values as the quantized model will.
 
     Args:
         context: the block, before its groups are visited; schemes: by linear in the block; key_values: of the recipe.
         share: of the channels that are rounded, asked at every call.
+        rounds: whether anything is rounded; otherwise inputs are only rotated.
+        fits_inputs: whether the method finds the parameters of static input formats.
     """
+    key_values = key_values if rounds else None
     transforms = {
-        name: SchemeInputTransform(scheme, context.full(name).shape[1], share)
+        name: SchemeInputTransform(
+            scheme,
+            context.full(name).shape[1],
+            share,
+            rounds=rounds,
+            follows_statistics=fits_inputs and scheme.calibrates_input,
+        )
         for name, scheme in schemes.items()
         if scheme.transforms_input
     }

@@ -24,10 +24,21 @@ class QuantizedInputs:
         model: The skeleton.
         assignment: What is done to its linears.
         key_values: How keys and values are rounded; ``None`` leaves them as they are.
+        rounds: Whether anything is rounded during the run; otherwise inputs are only rotated.
+        fits_inputs: Whether the method finds the parameters of static input formats.
     """
 
-    def __init__(self, model: nn.Module, assignment: Plan, key_values: KeyValueScheme | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        assignment: Plan,
+        key_values: KeyValueScheme | None,
+        *,
+        rounds: bool = True,
+        fits_inputs: bool = False,
+    ) -> None:
         self._assignment, self._key_values = assignment, key_values
+        self._rounds, self._fits_inputs = rounds, fits_inputs
         self._kinds = {block_kind(model.get_submodule(name)) for name in assignment.blocks}
         self._checked: set[BlockKind] = set()
         self._reached = False
@@ -44,7 +55,14 @@ class QuantizedInputs:
         """
         if self._key_values is not None:
             self._check_key_values(context)
-        transform_block_inputs(context, self._assignment.in_block(context.name), self._key_values, fraction)
+        transform_block_inputs(
+            context,
+            self._assignment.in_block(context.name),
+            self._key_values,
+            fraction,
+            rounds=self._rounds,
+            fits_inputs=self._fits_inputs,
+        )
 
     def _check_key_values(self, context: BlockContext) -> None:
         """Check once for every kind of block that rounding keys and values has an effect. Blocks without attention are

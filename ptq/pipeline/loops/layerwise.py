@@ -85,13 +85,15 @@ class BlockSolver:
         """
         job, schemes = self._job, self._job.assignment.in_block(context.name)
         self._inputs.apply(context)
-        job.warn(part, *fit_static_inputs(context, schemes))
+        if not job.method.fits_inputs:
+            job.warn(part, *fit_static_inputs(context, schemes))
         for group in context.groups(self._solver.needs, frozenset(schemes)):
             job.listener(Event("layer", name=group.full_name(group.names[0])))
             stats = group.statistics()
             solved = solve_group(group, schemes, stats, self._solver, workers=job.workers, timing=self._costs.timing)
             for name, result in solved.items():
-                group.replace(name, result.weight.dequantize(job.dtype))
+                if not job.method.full_inputs:
+                    group.replace(name, result.weight.dequantize(job.dtype))
                 part.layers.append(result.record)
                 self._costs.add_flops("solve", result.flops)
                 job.warn(part, *(f"{result.record.name}: {note}" for note in result.record.notes))
@@ -160,9 +162,12 @@ def solve_group(
     if workers.size == 1:
         return mine
     device = group.block.runner.device
-    return {
+    solved = {
         name: _exchange(mine.get(name), owner, workers, device) for name, owner in zip(group.names, turn, strict=True)
     }
+    for name, one in solved.items():
+        input_params(group.block, name, one.weight)  # rounds this process's inputs likewise
+    return solved
 
 
 def _shared(group: LinearGroup, schemes: Mapping[str, Scheme]) -> dict[str, Mapping[str, Tensor]]:
@@ -201,14 +206,14 @@ def _solve(
     with timing.part("solve", device), _named(full):
         check_energy(weight, own)
         result = solver.method.quantize(weight, own, scheme, solver.config, shared)
-    quantized = dataclasses.replace(
-        result.weight,
-        scheme=stored_scheme(group.block, name, result.weight.scheme),
-        input_params=input_params(group.block, name, result.weight.input_params),
-    )
-    with timing.part("losses", device), _named(full):
-        nearest, loss = layer_losses(weight, quantized, own)
-    checked = 0 if own is None else losses_flops(*quantized.shape, mismatch=own.has_mismatch)
+    quantized = dataclasses.replace(result.weight, input_params=input_params(group.block, name, result.weight))
+    quantized = dataclasses.replace(quantized, scheme=stored_scheme(group.block, name, quantized.scheme))
+    nearest, loss = result.losses or (None, None)
+    checked = 0
+    if result.losses is None and own is not None:
+        with timing.part("losses", device), _named(full):
+            nearest, loss = layer_losses(weight, quantized, own)
+        checked = losses_flops(*quantized.shape, mismatch=own.has_mismatch)
     notes = (*group.notes, *result.notes)
     if loss is not None and loss > _LOST:
         notes += (f"{loss:.0%} of the output's energy is lost: the scheme does not fit this weight",)

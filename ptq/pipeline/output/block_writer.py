@@ -111,8 +111,9 @@ class BlockWriter:
             scheme = Scheme.from_dict(row["scheme"])
             weight = self._container.read_layer(row["name"], tensors, scheme, (rows, columns)).to(self._job.device)
             name = row["name"].removeprefix(f"{context.name}.")
-            context.replace(name, weight.dequantize(self._job.dtype))
-            input_params(context, name, weight.input_params)
+            if not self._job.method.full_inputs:
+                context.replace(name, weight.dequantize(self._job.dtype))
+                input_params(context, name, weight)
         for name, key in part.payload["changed"].items():
             context.replace_parameter(name.removeprefix(f"{context.name}."), tensors[key])
 

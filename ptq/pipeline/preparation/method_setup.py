@@ -27,6 +27,11 @@ class LayerSolver:
     config: Any
     needs: frozenset[Stat]
 
+    @property
+    def full_inputs(self) -> bool:
+        """Whether linears are quantized for the inputs that they have in the full-precision model."""
+        return self.method.full_inputs(self.config)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSetup:
@@ -51,6 +56,16 @@ class MethodSetup:
         """Whether the run reads calibration text."""
         of_solver = self.solver is not None and bool(self.solver.needs)
         return self.learned is not None or of_solver or self.calibrates_inputs
+
+    @property
+    def full_inputs(self) -> bool:
+        """Whether the calibration passes go through the full-precision model alone."""
+        return self.learned is None and self.solver is not None and self.solver.full_inputs
+
+    @property
+    def fits_inputs(self) -> bool:
+        """Whether the method finds the parameters of static input formats itself."""
+        return self.learned is None and self.solver is not None and self.solver.method.fits_inputs
 
     @property
     def two_streams(self) -> bool:

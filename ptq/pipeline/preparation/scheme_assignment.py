@@ -11,7 +11,7 @@ from torch import nn
 
 from calib.model.structure import find_blocks, find_linears, is_linear, linear_weight
 from ptq.errors import UsageError
-from ptq.methods import METHODS, check_scheme, find_method, make_config
+from ptq.methods import METHODS, LayerMethod, check_scheme, find_method, make_config
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -76,6 +76,8 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             reasons[name] = "ignored by the recipe"
         elif _kept_router(name, recipe):
             scheme, reasons[name] = None, "chooses experts"
+        if scheme is not None and isinstance(method, LayerMethod):
+            scheme = method.adapt(scheme, config)
         schemes[name] = None if scheme is None else scheme.resolved(dtype)
         if scheme is not None and scheme not in checked:
             check_scheme(method, scheme, METHODS.values(), config)

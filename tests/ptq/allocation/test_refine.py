@@ -17,6 +17,7 @@ from ptq.allocation import Planner, PlanOptions, make_planner
 from ptq.allocation.measure import token_kl
 from ptq.allocation.problem.budget import Budget, budget_limit
 from ptq.allocation.problem.candidates import rounding_errors
+from ptq.allocation.problem.solver import Problem, solve
 from ptq.allocation.refine import Refiner, significantly_lower
 from ptq.errors import UsageError
 from tests.support.tiny_models import tiny_model
@@ -72,10 +73,8 @@ def test_refinement_is_kept_only_where_held_out_kl_falls() -> None:
     model = tiny_model("llama")
     made = planner(model)
     budget = Budget(bpw=3.6)
-    start = made.allocate(budget)
-    bad = np.where(start.choice > 0, start.choice - 1, 1)  # an allocation that can be improved
-    poor = type(start)(bad, start.score, float(made.table.bits[np.arange(14), bad].sum()), 0.0, "test")
     limit = budget_limit(made.table, budget, 0)
+    poor = solve(Problem(made.table.scores[::-1].copy(), made.table.bits, limit))  # scores of the wrong linears
     with made._stores() as new_store:
         refiner = Refiner(made.items, made.setting, made.setting.calibration.tokens, new_store, lambda _: None)
         better, notes = refiner.refine(made.table, poor, limit, 2, made.measure)
@@ -85,7 +84,7 @@ def test_refinement_is_kept_only_where_held_out_kl_falls() -> None:
     assert "items change their format" in notes[0]
     assert (same.choice == poor.choice).all()
     assert "is not taken" in refused[0]
-    moved = np.abs(made.table.bits[np.arange(14), better.choice] - made.table.bits[np.arange(14), bad]).sum()
+    moved = np.abs(made.table.bits[np.arange(14), better.choice] - made.table.bits[np.arange(14), poor.choice]).sum()
     assert moved <= 2 * 0.12 * poor.cost
 
 

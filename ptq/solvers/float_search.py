@@ -46,8 +46,9 @@ __all__ = [
     "weight_at",
 ]
 
-RATIOS = (*torch.logspace(-2.0, 0.0, 39, base=2.0).tolist(), 1.05)
-"""Clip ratios that are tried: 0.25 to 1 in equal steps of the logarithm, and a little above."""
+RATIOS = tuple(2.0 ** ((step - 38) / 19) for step in range(48))
+"""Clip ratios that are tried, 0.25 to 1.39 in equal steps of the logarithm: whole shifts leave channels with up to 1.41
+times less range than they have, which a larger scale makes good."""
 NO_CLIP = 38
 """The index of ratio 1."""
 _STRIDE = 4  # every so many ratios are tried first, then those between them around the best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ def test_statistics_that_are_named_are_enough(name: str) -> None:
     needs = method.needs(method.config())
     assert method.summary
     stats = gather(weight, inputs, full, needs) if needs else None
-    result = method.quantize(weight, stats, SCHEME, method.config())
+    result = method.quantize(weight, stats, dataclasses.replace(SCHEME, **method.defaults), method.config())
     assert result.weight.shape == (24, 40)
 
 

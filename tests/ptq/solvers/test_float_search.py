@@ -58,7 +58,8 @@ def test_formats_are_those_of_the_paper_the_usual_one_first() -> None:
     assert {number.name for number in float_formats(8)} == {"e5m2", "e4m3", "e3m4", "e2m5", "e1m6"}
     assert float_formats(8)[0].name == "e4m3"
     assert RATIOS[38] == 1.0
-    assert (RATIOS[0], RATIOS[-1]) == (0.25, 1.05)
+    assert RATIOS[0] == 0.25
+    assert 1.3 < RATIOS[-1] < 2**0.5
 
 
 @pytest.mark.parametrize("number", [*FP4, float_format("e4m3")], ids=lambda number: number.name)

@@ -129,7 +129,7 @@ class Bench:
             seconds = time.perf_counter() - start
             model = ptq.load(folder, dtype=self.dtype).to(self.device).eval()
             result = self.evaluate(model)
-        alphas = [layer.alpha for layer in report.layers if layer.alpha is not None]
+        alphas = [layer.figures["alpha"] for layer in report.layers if "alpha" in layer.figures]
         return {
             "cell": dataclasses.asdict(cell),
             "bits_per_weight": report.totals["bits_per_weight"],

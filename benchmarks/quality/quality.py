@@ -110,12 +110,15 @@ class Bench:
         base = AutoModelForCausalLM.from_pretrained(options.model, dtype=self.dtype)
         self.base = base.to(self.device).eval()
 
+    def fields(self, cell: Cell) -> dict[str, Any]:
+        """What is asked of ``ptq.quantize``, without the data."""
+        return {**METHODS[cell.method], **SCHEMES[cell.scheme]}
+
     def run(self, cell: Cell) -> dict[str, Any]:
         """Quantize, load and evaluate one cell."""
         recipe = make_recipe(
             {
-                **METHODS[cell.method],
-                **SCHEMES[cell.scheme],
+                **self.fields(cell),
                 "calib": self.options.calib,
                 "calib_samples": self.options.samples,
                 "calib_seqlen": self.options.seqlen,
@@ -129,7 +132,7 @@ class Bench:
             seconds = time.perf_counter() - start
             model = ptq.load(folder, dtype=self.dtype).to(self.device).eval()
             result = self.evaluate(model)
-        alphas = [layer.alpha for layer in report.layers if layer.alpha is not None]
+        alphas = [layer.figures["alpha"] for layer in report.layers if "alpha" in layer.figures]
         return {
             "cell": dataclasses.asdict(cell),
             "bits_per_weight": report.totals["bits_per_weight"],

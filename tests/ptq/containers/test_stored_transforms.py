@@ -69,7 +69,8 @@ def test_the_folder_describes_the_model(method: str, transform: str, tmp_path: P
     report = quantize(model, tmp_path, method, **TRANSFORMS[transform])
     assert divergence(model, tmp_path) < 2e-3
     rotated = [layer.name for layer in report.layers if layer.scheme.get("input_rotation") is not None]
-    expected = 2 if "down" in TRANSFORMS[transform].get("rotate", ()) else 0
+    kinds = TRANSFORMS[transform].get("rotate", ())
+    expected = len(report.layers) if "input" in kinds else 2 if "down" in kinds else 0
     assert len(rotated) == expected, "one linear per block ends it"
 
 

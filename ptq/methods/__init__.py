@@ -15,8 +15,8 @@ from ptq.methods.base import LayerMethod, LayerResult, WindowMethod, check_schem
 from ptq.methods.layerwise.coreq import COREQ
 from ptq.methods.layerwise.gptaq import GPTAQ
 from ptq.methods.layerwise.gptq import GPTQ
-from ptq.methods.layerwise.llm_fp4 import LLM_FP4
 from ptq.methods.layerwise.itq3s import ITQ3S
+from ptq.methods.layerwise.llm_fp4 import LLM_FP4
 from ptq.methods.layerwise.rtn import RTN
 from ptq.methods.learned.autoround import AUTOROUND
 from ptq.methods.learned.omniquant import OMNIQUANT

@@ -101,9 +101,16 @@ __all__ = ["command"]
 @click.option(
     "--rotate",
     multiple=True,
-    metavar="residual[,down]",
+    metavar="residual[,input|down]",
     help="Hadamard rotations against outliers. residual: of the residual stream, merged into the weights (QuaRot, "
-    "SpinQuant R1); down: online, of the inputs of down_proj (SpinQuant R4); none: off.",
+    "SpinQuant R1); input: online, of the inputs of every linear; down: online, of the inputs of down_proj (SpinQuant "
+    "R4); none: off.",
+)
+@click.option(
+    "--rotate-block",
+    type=int,
+    metavar="N",
+    help="Block size of online Hadamard rotations, 32 to 1024.  [default: 256; down: the largest that divides]",
 )
 @method_flags
 @click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")

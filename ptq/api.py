@@ -153,12 +153,12 @@ def _request(
     """
     if recipe is not None and fields:
         raise UsageError(f"give a recipe or its parts, not both: {', '.join(fields)}.")
-    recipe = recipe if recipe is not None else make_recipe(fields)
+    recipe = recipe if recipe is not None else make_recipe(fields, has_data=arguments.get("calibration") is not None)
     target = Path(out) if out is not None else default_output(model, recipe)
     return Request(model=model, recipe=recipe, given=fields.keys(), out=target, **arguments)
 
 
-def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe:
+def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None, *, has_data: bool = False) -> Recipe:
     """A recipe from flat names.
 
     Args:
@@ -167,6 +167,7 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
             here win over), ``calib``, ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``,
             and options of the method (``beam``, ``damping``, ...).
         base: what the fields change; default ``Recipe()``.
+        has_data: calibration data is given beside the fields.
 
     Raises:
         UsageError: a name that is none of these, or a value that does not fit.
@@ -179,6 +180,8 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None) -> Recipe
     method = find_method(fields.get("method", base.method))
     option_names = {field.name for field in dataclasses.fields(method.config)}
     options = dict(base.options) if method.name == base.method else {}
+    if isinstance(method, LayerMethod) and (has_data or "calib" in fields):
+        options.update(method.with_data)
     options.update(fields.get("options", {}))
     parts: dict[str, dict[str, Any]] = {"scheme": {}, "calibration": {}, "recipe": {}}
     if fields.get("format") in CONTAINER_NAMES:

@@ -14,14 +14,14 @@ from calib.data.bos import check_bos_choice
 from calib.data.chat import check_template_choice
 from ptq.errors import UsageError, unknown_name
 from ptq.recipe_files.reader import read_recipe
-from ptq.scheme import Scheme, check_dynamic
+from ptq.scheme import Rotation, Scheme, check_dynamic
 
 __all__ = ["COMPUTE_DTYPES", "CONTAINER_NAMES", "ROTATIONS", "CalibrationSpec", "Recipe"]
 
 T = TypeVar("T")
 CONTAINER_NAMES = ("auto", "compressed-tensors", "native")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-ROTATIONS = ("residual", "down")
+ROTATIONS = ("residual", "down", "input")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Recipe:
             with a range of its own; ``None`` leaves them as they are.
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
         rotate: ``residual`` rotates the hidden state between blocks (into the weights, free at run time), ``down``
-            rotates at run time the input of the linears that end a block's MLP.
+            rotates at run time the input of the linears that end a block's MLP, ``input`` that of every linear.
+        rotate_block: the largest block of the rotations at run time, 32 to 1024; ``None`` is 256 for ``input`` and the
+            largest that divides the width for ``down``.
         text_only: of a multimodal model, quantize and write the text part as a model of its own; otherwise the model
             is written whole, with all but its language part as it was.
 
@@ -100,6 +102,7 @@ class Recipe:
     kv_bits: int | None = None
     kv_symmetric: bool = False
     rotate: tuple[str, ...] = ()
+    rotate_block: int | None = None
     text_only: bool = False
 
     def __post_init__(self) -> None:
@@ -116,6 +119,7 @@ class Recipe:
             raise unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         check_dynamic("kv", "keys and values", self.kv_bits, self.kv_symmetric)
         object.__setattr__(self, "rotate", _rotations(self.rotate))
+        Rotation(block=self.rotate_block)  # refuses other sizes
 
     def scheme_for(self, linear: str) -> Scheme | None:
         """The scheme of a linear by its full name, or ``None`` if it stays in full precision."""
@@ -140,6 +144,7 @@ class Recipe:
             "kv_bits": self.kv_bits,
             "kv_symmetric": self.kv_symmetric,
             "rotate": list(self.rotate),
+            "rotate_block": self.rotate_block,
             "text_only": self.text_only,
         }
 

@@ -110,12 +110,15 @@ class Bench:
         base = AutoModelForCausalLM.from_pretrained(options.model, dtype=self.dtype)
         self.base = base.to(self.device).eval()
 
+    def fields(self, cell: Cell) -> dict[str, Any]:
+        """What is asked of ``ptq.quantize``, without the data."""
+        return {**METHODS[cell.method], **SCHEMES[cell.scheme]}
+
     def run(self, cell: Cell) -> dict[str, Any]:
         """Quantize, load and evaluate one cell."""
         recipe = make_recipe(
             {
-                **METHODS[cell.method],
-                **SCHEMES[cell.scheme],
+                **self.fields(cell),
                 "calib": self.options.calib,
                 "calib_samples": self.options.samples,
                 "calib_seqlen": self.options.seqlen,

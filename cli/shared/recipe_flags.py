@@ -32,6 +32,7 @@ DIRECT = (
     "container",
     "text_only",
     "preset",
+    "rotate_block",
 )
 
 
@@ -43,7 +44,8 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
             ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``, the names of
             `METHOD_FLAGS`, ``options`` (``KEY=VALUE`` strings), ``overrides`` (see `parse_override`), ``ignore``,
             ``dtype``, ``format``, ``preset``, ``act_format`` (``"none"`` is none), ``act_bits`` and ``kv_bits`` (0 is
-            none), ``act_symmetric``, ``kv_symmetric``, ``rotate`` (names, or several with commas), ``text_only``.
+            none), ``act_symmetric``, ``kv_symmetric``, ``rotate`` (names, or several with commas),
+            ``rotate_block``, ``text_only``.
 
     Raises:
         UsageError: an unknown method, option or format, or a value that a field refuses.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ptq.errors import NumericalError
 
-__all__ = ["BlockLayout", "fit_sub_block_scales"]
+__all__ = ["SubBlockLayout", "fit_sub_block_scales"]
 
 _STEP = math.log(15 / 8) / 31  # of the lattice: 15, 12, 10 and 8 are 31, 20, 11 and 0 steps, to a thousandth
 _BELOW, _ABOVE = 45, 60  # effective scales searched, in steps around the one that is best for Gaussian weights
@@ -33,7 +33,7 @@ _CHUNK, _DEVICE_CHUNK = 1 << 19, 1 << 24  # weights searched at once
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockLayout:
+class SubBlockLayout:
     """How the scales of a row are laid out.
 
     Args:
@@ -71,7 +71,7 @@ class BlockLayout:
 
 
 def fit_sub_block_scales(
-    target: Tensor, layout: BlockLayout, importance: Tensor | None = None
+    target: Tensor, layout: SubBlockLayout, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scales and multipliers of a weight.
 
@@ -100,7 +100,7 @@ def fit_sub_block_scales(
     return scale, index
 
 
-def _fit_blocks(target: Tensor, importance: Tensor | None, size: int, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+def _fit_blocks(target: Tensor, importance: Tensor | None, size: int, layout: SubBlockLayout) -> tuple[Tensor, Tensor]:
     """`fit_sub_block_scales` where all blocks have ``size`` columns."""
     out, width = target.shape
     ragged = -size % layout.sub
@@ -122,7 +122,7 @@ def _fit_blocks(target: Tensor, importance: Tensor | None, size: int, layout: Bl
     return scale.view(out, blocks), index.view(out, blocks * subs)
 
 
-def _search(weights: Tensor, h: Tensor | None, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+def _search(weights: Tensor, h: Tensor | None, layout: SubBlockLayout) -> tuple[Tensor, Tensor]:
     """Scale float16 ``[n]`` and multipliers uint8 ``[n, subs]`` of blocks ``[n, subs, sub]``."""
     rms = weights.square().mean((1, 2)).sqrt_()
     if not bool(torch.isfinite(rms).all()):
@@ -148,7 +148,7 @@ def _stored(scale: Tensor, rms: Tensor) -> Tensor:
     return torch.where(rms > 0, scale.clamp(min=smallest), 0.0).to(torch.float16).float()
 
 
-def _guess(weights: Tensor, h: Tensor | None, rms: Tensor, layout: BlockLayout) -> Tensor:
+def _guess(weights: Tensor, h: Tensor | None, rms: Tensor, layout: SubBlockLayout) -> Tensor:
     """The scale with the least error by the table, ``[n]``."""
     count, subs, sub = weights.shape
     unit = torch.where(rms > 0, rms, torch.ones_like(rms))
@@ -191,7 +191,7 @@ class _Best:
         layout: of the scales.
     """
 
-    def __init__(self, weights: Tensor, h: Tensor | None, layout: BlockLayout) -> None:
+    def __init__(self, weights: Tensor, h: Tensor | None, layout: SubBlockLayout) -> None:
         self._weights, self._h, self._layout = weights.abs(), h, layout
         self._factors = torch.tensor(layout.multipliers, dtype=torch.float32, device=weights.device)
         magnitudes = torch.tensor(layout.magnitudes, dtype=torch.float32, device=weights.device)

@@ -15,6 +15,7 @@ from ptq.methods.base import LayerMethod, LayerResult, WindowMethod, check_schem
 from ptq.methods.layerwise.coreq import COREQ
 from ptq.methods.layerwise.gptaq import GPTAQ
 from ptq.methods.layerwise.gptq import GPTQ
+from ptq.methods.layerwise.itq3s import ITQ3S
 from ptq.methods.layerwise.llm_fp4 import LLM_FP4
 from ptq.methods.layerwise.rtn import RTN
 from ptq.methods.learned.autoround import AUTOROUND
@@ -32,7 +33,7 @@ __all__ = [
     "parse_options",
 ]
 
-_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ, LLM_FP4, SLIDERQUANT, SLIDERQUANT_LORA, OMNIQUANT, AUTOROUND)
+_BUILT_IN = (RTN, GPTQ, GPTAQ, COREQ, ITQ3S, LLM_FP4, SLIDERQUANT, SLIDERQUANT_LORA, OMNIQUANT, AUTOROUND)
 
 
 def _collect() -> dict[str, LayerMethod | WindowMethod]:

@@ -87,6 +87,7 @@ class LayerMethod:
             nothing before it were quantized.
         fits_inputs: whether the method finds the parameters of static input formats itself, from inputs that are not
             rounded.
+        with_data: options that a user gets who names calibration data, of a method that works without.
     """
 
     name: str
@@ -99,6 +100,7 @@ class LayerMethod:
     adapt: Callable[[Scheme, Any], Scheme] = as_asked
     full_inputs: Callable[[Any], bool] = never
     fits_inputs: bool = False
+    with_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,11 +30,12 @@ from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
 from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
 from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary, choose_offload_target, resolve_device
-from ptq.pipeline.preparation.rotated_assignment import rotate_last_inputs
+from ptq.pipeline.preparation.rotated_assignment import rotate_inputs, rotate_last_inputs
 from ptq.pipeline.preparation.scheme_assignment import Plan, make_plan
 from ptq.proof import FormatChoice
 from ptq.recipe import Recipe
 from ptq.report import Report
+from ptq.scheme import Rotation
 from ptq.transforms.rotation.residual import rotate_residual
 
 __all__ = ["Request", "prepare"]
@@ -138,7 +139,7 @@ class _Preparation:
             self._emit(f"--text-only has no effect: {self.source.name} is a text model")
 
     def _rotate(self) -> None:
-        """Rotate the residual stream, and the inputs of the linears that end a block, where the recipe says so."""
+        """Rotate the residual stream and the inputs of linears, where the recipe says so."""
         seed = self.recipe.calibration.seed
         if "residual" in self.recipe.rotate:
             self._emit("rotating the residual stream: norm gains go into the linears that read them")
@@ -146,8 +147,12 @@ class _Preparation:
             for note in rotated.notes:
                 self._emit(note)
             self.source = rotated
-        if "down" in self.recipe.rotate:
-            self.assignment = rotate_last_inputs(self.assignment, self.source, seed, self.device, self.dtype)
+        block = self.recipe.rotate_block
+        if "input" in self.recipe.rotate:
+            self.assignment = rotate_inputs(self.assignment, seed, block)
+        elif "down" in self.recipe.rotate:
+            rotation = Rotation(seed, block)
+            self.assignment = rotate_last_inputs(self.assignment, self.source, rotation, self.device, self.dtype)
 
     def _container(self) -> FormatChoice:
         """The container, decided by the first process for all."""

@@ -83,6 +83,8 @@ CASES: dict[str, Case] = {
         "overrides": (("*.down_proj", ptq.Scheme(6, group_size=32)),),
         "ignore": ("*.layers.0.*.q_proj",),
     },
+    "itq3s": {"method": "itq3s"},
+    "itq3s coreq": {"method": "itq3s", "solver": "coreq"},
     "coreq rotated": {"method": "coreq", "rotate": ("residual", "down")},
     "gptq residual": {"method": "gptq", "rotate": ("residual",), "symmetric": False},
     "gptq down activations": {"method": "gptq", "rotate": ("down",), **_ACTIVATIONS},

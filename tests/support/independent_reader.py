@@ -35,17 +35,23 @@ def dense_tensors(folder: Path) -> dict[str, Tensor]:
         weight = _weight(parts, zero, scheme)
         rotation = scheme.get("input_rotation")
         if rotation is not None:
-            assert (rotation["block"], rotation["kind"]) == (None, "hadamard")
-            weight = weight @ rotation_matrix(weight.shape[1], rotation["seed"])  # stored is W R^T
+            assert rotation["kind"] == "hadamard"
+            matrix = rotation_matrix(weight.shape[1], rotation["seed"], rotation["block"])
+            weight = weight @ matrix  # stored is W R^T
         dense[f"{name}.weight"] = torch.from_numpy(weight).float()
     return {name: tensor.float() for name, tensor in stored.items()} | dense
 
 
-def rotation_matrix(width: int, seed: int) -> NDArray[np.float64]:
+def rotation_matrix(width: int, seed: int, block: int | None = None) -> NDArray[np.float64]:
     """``R = H diag(s)`` of the randomised Hadamard rotation, ``[width, width]``."""
     signs = torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8) * 2 - 1
     divisor = width & -width
-    sizes = [divisor] * (width // divisor) if divisor >= 64 else [1 << i for i in range(30, -1, -1) if width >> i & 1]
+    if block is None and divisor >= 64:
+        sizes = [divisor] * (width // divisor)
+    else:
+        largest = block or 1 << 30
+        rest = width % largest
+        sizes = [largest] * (width // largest) + [1 << i for i in range(30, -1, -1) if rest >> i & 1]
     blocks = block_diag(*[hadamard_matrix(size) / np.sqrt(size) for size in sizes])
     matrix: NDArray[np.float64] = blocks * signs.numpy()[None, :].astype(np.float64)
     return matrix

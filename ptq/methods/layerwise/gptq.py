@@ -89,17 +89,16 @@ def _dynamic_groups(
             f"gptq: static_groups=false fits scales to single groups while it rounds, and those of {scheme.format} are "
             "fitted before. Set static_groups=true."
         )
-    one_group = dataclasses.replace(scheme, group_size=None)
     importance = stats.hessian.diagonal() if config.scales == "hessian" else None
     found: list[Mapping[str, Tensor]] = []
 
     def refit(start: int, stop: int, columns: Tensor) -> ScaledGrid:
         part = None if importance is None else importance[start:stop]
-        found.append(record.fit(columns.contiguous(), one_group, config.scales, part, shared))
-        one = record.grid(found[-1], one_group, stop - start)
+        found.append(record.fit(columns.contiguous(), scheme, config.scales, part, shared))
+        one = record.grid(found[-1], scheme, stop - start)
         return dataclasses.replace(one, group=weight.new_zeros(weight.shape[1], dtype=torch.int64))
 
-    first = record.grid(record.fit(weight[:, :size], one_group, "minmax"), one_group, size)
+    first = record.grid(record.fit(weight[:, :size], scheme, "minmax"), scheme, size)
     first = dataclasses.replace(first, group=weight.new_zeros(weight.shape[1], dtype=torch.int64))
     codes, _ = successive_rounding(weight, first, factor, refit=refit, block=size)
     return codes, record.grid(join_groups(found), scheme, weight.shape[1])

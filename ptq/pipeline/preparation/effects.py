@@ -37,6 +37,11 @@ _NEEDS = (
         "{method} draws no calibration text and nothing is rotated",
     ),
     _Need(
+        ("rotate_block",),
+        lambda f: bool({"input", "down"} & set(f.recipe.rotate)),
+        "no input is rotated at run time (--rotate input or down)",
+    ),
+    _Need(
         ("act_symmetric",),
         lambda f: any(s.act_bits is not None for s in (f.recipe.scheme, *(scheme for _, scheme in f.recipe.overrides))),
         "the inputs of linears are not rounded (act_bits is not set)",

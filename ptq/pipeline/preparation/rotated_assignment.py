@@ -12,10 +12,31 @@ from ptq.pipeline.preparation.block_maps import trace_block_kinds
 from ptq.pipeline.preparation.scheme_assignment import Plan
 from ptq.scheme import Rotation
 
-__all__ = ["rotate_last_inputs"]
+__all__ = ["rotate_inputs", "rotate_last_inputs"]
+
+_INPUT_BLOCK = 256  # of `rotate_inputs`, where nothing is said
 
 
-def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch.device, dtype: torch.dtype) -> Plan:
+def rotate_inputs(plan: Plan, seed: int, block: int | None = None) -> Plan:
+    """The plan with a randomised Hadamard rotation of the input of every linear; equal ones, so that linears which read
+    the same input rotate it alike.
+
+    Args:
+        plan: Schemes.
+        seed: Of the rotation's signs.
+        block: The largest block of the transform, 256 by default.
+    """
+    rotation = Rotation(seed, block or _INPUT_BLOCK)
+    schemes = {
+        name: None if scheme is None else dataclasses.replace(scheme, input_rotation=rotation)
+        for name, scheme in plan.schemes.items()
+    }
+    return dataclasses.replace(plan, schemes=schemes)
+
+
+def rotate_last_inputs(
+    plan: Plan, source: ModelSource, rotation: Rotation, device: torch.device, dtype: torch.dtype
+) -> Plan:
     """The plan with a randomised Hadamard rotation of the input of the linears that end every block: what the MLP's
     activation leaves has the largest outliers of all inputs.
 
@@ -25,7 +46,7 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
     Args:
         plan: Schemes.
         source: The model.
-        seed: Of the rotation's signs.
+        rotation: Of these inputs.
         device: Where blocks are run.
         dtype: Of the pass.
 
@@ -34,7 +55,7 @@ def rotate_last_inputs(plan: Plan, source: ModelSource, seed: int, device: torch
     """
     ends = {name for groups in trace_block_kinds(source, device, dtype).values() for name in _last(groups)}
     schemes = {
-        name: dataclasses.replace(scheme, input_rotation=Rotation(seed))
+        name: dataclasses.replace(scheme, input_rotation=rotation)
         if scheme is not None and _inside(name, ends)
         else scheme
         for name, scheme in plan.schemes.items()

@@ -26,6 +26,7 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "none": {},
     "residual": {"rotate": ["residual"]},
     "down": {"rotate": ["down"]},
+    "input": {"rotate": ["input"], "rotate_block": 32},
     "both": {"rotate": ["residual", "down"]},
     "down-activations": {"rotate": ["down"], "act_bits": 8},
 }
@@ -34,7 +35,13 @@ FAST = {"iters": 2, "batch": 2}
 
 def quantize(model: Any, out: Path, method: str, **fields: Any) -> ptq.Report:
     fast = FAST if isinstance(METHODS[method], WindowMethod) else {}
-    defaults: dict[str, Any] = {"bits": 8, "group_size": 16, "calibration": CALIBRATION, "device": "cpu"}
+    defaults: dict[str, Any] = {
+        "format": "int",
+        "bits": 8,
+        "group_size": 16,
+        "calibration": CALIBRATION,
+        "device": "cpu",
+    }
     return ptq.quantize(model, out=out, method=method, **defaults | fast | fields)
 
 
@@ -62,7 +69,8 @@ def test_the_folder_describes_the_model(method: str, transform: str, tmp_path: P
     report = quantize(model, tmp_path, method, **TRANSFORMS[transform])
     assert divergence(model, tmp_path) < 2e-3
     rotated = [layer.name for layer in report.layers if layer.scheme.get("input_rotation") is not None]
-    expected = 2 if "down" in TRANSFORMS[transform].get("rotate", ()) else 0
+    kinds = TRANSFORMS[transform].get("rotate", ())
+    expected = len(report.layers) if "input" in kinds else 2 if "down" in kinds else 0
     assert len(rotated) == expected, "one linear per block ends it"
 
 
@@ -101,5 +109,6 @@ def test_a_transform_that_was_not_applied_is_never_written(tmp_path: Path, monke
 @pytest.mark.parametrize("width", [64, 96, 300])
 def test_the_readers_rotation_is_the_runtimes(width: int) -> None:
     x = torch.randn(3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = x @ torch.from_numpy(rotation_matrix(width, 11)).T
-    torch.testing.assert_close(InputRotation(width, 11)(x), expected)
+    for block in (None, 32, 256):
+        expected = x @ torch.from_numpy(rotation_matrix(width, 11, block)).T
+        torch.testing.assert_close(InputRotation(width, 11, block)(x), expected)

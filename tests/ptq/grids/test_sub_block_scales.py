@@ -11,19 +11,19 @@ from torch import Tensor
 
 from ptq.errors import NumericalError
 from ptq.grids.codebooks import GAUSSIAN, ITQ3_MAGNITUDES, TERNARY_MAGNITUDES, symmetric_levels
-from ptq.grids.sub_block_scales import BlockLayout, fit_sub_block_scales
+from ptq.grids.sub_block_scales import SubBlockLayout, fit_sub_block_scales
 
-ITQ3 = BlockLayout(256, 32, (15, 12, 10, 8), ITQ3_MAGNITUDES, 0.2545)
-FINE = BlockLayout(256, 16, (15, 13, 12, 10, 9, 8, 7, 6), ITQ3_MAGNITUDES, 0.2545)
-TERNARY = BlockLayout(256, 256, (1,), TERNARY_MAGNITUDES, 1.224)
-ONE_SCALE = {bits: BlockLayout(256, 256, (1,), magnitudes, 1.0) for bits, magnitudes in GAUSSIAN.items()}
+ITQ3 = SubBlockLayout(256, 32, (15, 12, 10, 8), ITQ3_MAGNITUDES, 0.2545)
+FINE = SubBlockLayout(256, 16, (15, 13, 12, 10, 9, 8, 7, 6), ITQ3_MAGNITUDES, 0.2545)
+TERNARY = SubBlockLayout(256, 256, (1,), TERNARY_MAGNITUDES, 1.224)
+ONE_SCALE = {bits: SubBlockLayout(256, 256, (1,), magnitudes, 1.0) for bits, magnitudes in GAUSSIAN.items()}
 
 
 def gauss(rows: int, width: int, seed: int = 0) -> Tensor:
     return 0.02 * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(weight: Tensor, layout: BlockLayout, importance: Tensor | None = None) -> Tensor:
+def rounded(weight: Tensor, layout: SubBlockLayout, importance: Tensor | None = None) -> Tensor:
     scale, index = fit_sub_block_scales(weight, layout, importance)
     effective = layout.expand(scale, index).repeat_interleave(layout.sub, 1)[:, : weight.shape[1]]
     grid = symmetric_levels(layout.magnitudes)
@@ -31,7 +31,7 @@ def rounded(weight: Tensor, layout: BlockLayout, importance: Tensor | None = Non
     return grid.values(grid.nearest(units)) * effective
 
 
-def relative(weight: Tensor, layout: BlockLayout) -> float:
+def relative(weight: Tensor, layout: SubBlockLayout) -> float:
     return float((weight - rounded(weight, layout)).square().sum() / weight.square().sum())
 
 
@@ -47,7 +47,7 @@ def relative(weight: Tensor, layout: BlockLayout) -> float:
     ],
     ids=["itq3s", "itq3s-104", "ternary", "gauss2", "gauss3", "gauss4"],
 )
-def test_relative_error_on_gaussian_weights(layout: BlockLayout, expected: float, tolerance: float) -> None:
+def test_relative_error_on_gaussian_weights(layout: SubBlockLayout, expected: float, tolerance: float) -> None:
     assert relative(gauss(400, 512), layout) == pytest.approx(expected, abs=tolerance)
 
 
@@ -66,7 +66,7 @@ def test_gaussian_codebooks_are_fixed_points_of_lloyds_iteration(bits: int) -> N
 
 
 def test_the_search_is_as_good_as_trying_everything() -> None:
-    layout = BlockLayout(8, 4, (15, 12, 10, 8), ITQ3_MAGNITUDES, 0.2545)
+    layout = SubBlockLayout(8, 4, (15, 12, 10, 8), ITQ3_MAGNITUDES, 0.2545)
     weight = gauss(12, 8, seed=3)
     levels = symmetric_levels(ITQ3_MAGNITUDES).levels
     error = (weight - rounded(weight, layout)).square().sum(1)

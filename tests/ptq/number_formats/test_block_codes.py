@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq.grids.codebooks import ITQ3_MAGNITUDES
-from ptq.grids.sub_block_scales import BlockLayout
-from ptq.number_formats.block_codes import block_words, pack_blocks, row_words, unpack_blocks
+from ptq.grids.sub_block_scales import SubBlockLayout
+from ptq.number_formats.rotated.block_codes import block_words, pack_blocks, row_words, unpack_blocks
 
-SMALL = BlockLayout(256, 32, (15, 12, 10, 8), ITQ3_MAGNITUDES, 0.2545)
-FINE = BlockLayout(256, 16, (15, 13, 12, 10, 9, 8, 7, 6), ITQ3_MAGNITUDES, 0.2545)
+SMALL = SubBlockLayout(256, 32, (15, 12, 10, 8), ITQ3_MAGNITUDES, 0.2545)
+FINE = SubBlockLayout(256, 16, (15, 13, 12, 10, 9, 8, 7, 6), ITQ3_MAGNITUDES, 0.2545)
 LEVELS = (-8, -5, -3, -1, 1, 3, 5, 8)
 
 
-def random_row(layout: BlockLayout, width: int, seed: int = 0, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def random_row(layout: SubBlockLayout, width: int, seed: int = 0, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 8, (rows, width), generator=generator, dtype=torch.uint8)
     scale = torch.randint(-(2**15), 2**15, (rows, layout.blocks(width)), generator=generator).to(torch.int16)
@@ -84,7 +84,7 @@ def test_a_byte_permutation_decodes_eight_codes_at_a_time() -> None:
 
 @pytest.mark.parametrize("layout", [SMALL, FINE], ids=["100", "104"])
 @given(width=st.integers(1, 600), seed=st.integers(0, 9))
-def test_unpacking_is_the_inverse(layout: BlockLayout, width: int, seed: int) -> None:
+def test_unpacking_is_the_inverse(layout: SubBlockLayout, width: int, seed: int) -> None:
     codes, scale, index = random_row(layout, width, seed)
     packed = pack_blocks(codes, scale, index, layout)
     assert packed.shape == (3, row_words(layout, width))

@@ -61,10 +61,12 @@ def test_what_is_stored_is_what_was_rounded(name: str) -> None:
     assert torch.equal(rows, weight.dequantize()[5:11])
     layer = QuantLinear.from_quantized(weight)
     x = torch.randn(3, WIDTH)
-    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight.dequantize()))
+    transformed = layer.transform_input(x)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(transformed, weight.dequantize()))
     assert torch.equal(layer.half().quantized().dequantize(), weight.dequantize())  # stored scales keep their bits
     error = (weight.dequantize() - weight_of()).square().sum() / weight_of().square().sum()
-    assert error < 0.05, f"{name} stores {error:.1%} of the weight's energy as something else"
+    limit = 0.25 if name == "itq3s-ternary" else 0.05  # three levels, for comparison only
+    assert error < limit, f"{name} stores {error:.1%} of the weight's energy as something else"
 
 
 @pytest.mark.parametrize("name", FORMATS)

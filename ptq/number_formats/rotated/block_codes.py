@@ -18,30 +18,30 @@ import math
 import torch
 from torch import Tensor
 
-from ptq.grids.sub_block_scales import BlockLayout
+from ptq.grids.sub_block_scales import SubBlockLayout
 
 __all__ = ["block_words", "multiplier_bits", "pack_blocks", "row_words", "unpack_blocks"]
 
 _MAGNITUDES = 4  # of the codebook: two bits
 
 
-def multiplier_bits(layout: BlockLayout) -> int:
+def multiplier_bits(layout: SubBlockLayout) -> int:
     """Width of one multiplier's code."""
     return (len(layout.multipliers) - 1).bit_length()
 
 
-def block_words(layout: BlockLayout, columns: int) -> int:
+def block_words(layout: SubBlockLayout, columns: int) -> int:
     """Words of a block of ``columns`` codes."""
     return _head_words(layout) + math.ceil(columns / 16) + math.ceil(columns / 32)
 
 
-def row_words(layout: BlockLayout, width: int) -> int:
+def row_words(layout: SubBlockLayout, width: int) -> int:
     """Words of a row of ``width`` codes."""
     full, rest = divmod(width, layout.block)
     return full * block_words(layout, layout.block) + (block_words(layout, rest) if rest else 0)
 
 
-def pack_blocks(codes: Tensor, scale: Tensor, index: Tensor, layout: BlockLayout) -> Tensor:
+def pack_blocks(codes: Tensor, scale: Tensor, index: Tensor, layout: SubBlockLayout) -> Tensor:
     """Pack whole rows.
 
     Args:
@@ -70,7 +70,7 @@ def pack_blocks(codes: Tensor, scale: Tensor, index: Tensor, layout: BlockLayout
     return torch.cat(parts, 1).contiguous()
 
 
-def unpack_blocks(packed: Tensor, layout: BlockLayout, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_blocks(packed: Tensor, layout: SubBlockLayout, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `pack_blocks`: codes, scales and multipliers of rows of ``width`` codes.
 
     Raises:
@@ -92,11 +92,11 @@ def unpack_blocks(packed: Tensor, layout: BlockLayout, width: int) -> tuple[Tens
     return codes, scale, index
 
 
-def _head_words(layout: BlockLayout) -> int:
+def _head_words(layout: SubBlockLayout) -> int:
     return math.ceil((16 + layout.block // layout.sub * multiplier_bits(layout)) / 32)
 
 
-def _pack(codes: Tensor, scale: Tensor, index: Tensor, layout: BlockLayout, columns: int) -> Tensor:
+def _pack(codes: Tensor, scale: Tensor, index: Tensor, layout: SubBlockLayout, columns: int) -> Tensor:
     """Blocks of ``columns`` codes."""
     out, blocks = scale.shape
     padded = math.ceil(columns / 32) * 32
@@ -120,11 +120,11 @@ def _collect(codes: Tensor, bits: int) -> Tensor:
 def _spread(words: Tensor, fields: int, bits: int) -> Tensor:
     """The inverse of `_collect`, uint8 ``[..., words * fields * 8]``."""
     shift = torch.arange(fields, device=words.device)[:, None] * bits + 4 * torch.arange(8, device=words.device)
-    codes: Tensor = (words[..., None, None] >> shift.to(torch.int32)) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(-3)
+    codes: Tensor = ((words[..., None, None] >> shift.to(torch.int32)) & (2**bits - 1)).to(torch.uint8)
+    return codes.flatten(-3)
 
 
-def _pack_head(scale: Tensor, index: Tensor, layout: BlockLayout) -> Tensor:
+def _pack_head(scale: Tensor, index: Tensor, layout: SubBlockLayout) -> Tensor:
     """int32 ``[out, blocks, head words]``."""
     out, blocks = scale.shape
     bits, words = multiplier_bits(layout), _head_words(layout)
@@ -141,7 +141,7 @@ def _words(values: Tensor) -> Tensor:
     return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
 
 
-def _unpack(packed: Tensor, layout: BlockLayout, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack(packed: Tensor, layout: SubBlockLayout, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of ``columns`` codes."""
     words = packed.reshape(len(packed), -1, block_words(layout, columns))  # [out, blocks, words]
     head, low_words = _head_words(layout), math.ceil(columns / 16)

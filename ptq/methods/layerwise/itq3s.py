@@ -1,0 +1,142 @@
+"""Rotated 3-bit codebooks, without data or with it.
+
+Without data a rotation alone makes a model worse, although every weight is rounded better: input channels that carry
+the largest activations have the smallest weights (a norm's gain, weight decay), plain rounding leaves those nearly
+exact, and a rotation spreads the rounding error evenly over all channels. So rounding here shapes its error as GPTQ
+does, with a Hessian that is guessed from the weight alone: input channel j is taken to have the second moment
+
+    h_j = (mean_j / mean_i w_ij^2)^shaping ,        H = R diag(h) R^T   for rotated inputs,
+
+and successive rounding moves the error to where ``h`` is small. ``shaping=0`` is plain rounding.
+
+With data (``solver=coreq`` or ``gptq``, the default once calibration data is named) it is that method on the same
+number format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calib.stats import LinearStatistics, Stat
+from ptq.errors import UsageError, unknown_name
+from ptq.grids import ScaleSearch
+from ptq.methods.base import LayerMethod, LayerResult
+from ptq.methods.common import check_damping, check_scales, fit_grid
+from ptq.methods.layerwise import coreq, gptq
+from ptq.quantized import QuantizedWeight
+from ptq.scheme import Scheme
+from ptq.solvers import factorize, factorize_flops, successive_rounding, sweep_flops
+from ptq.transforms.hadamard import InputRotation
+
+__all__ = ["ITQ3S", "Itq3sConfig", "guessed_hessian"]
+
+Solver = Literal["none", "coreq", "gptq"]
+SOLVERS: tuple[Solver, ...] = ("none", "coreq", "gptq")
+_LEAST = 1e-3  # of a channel's energy, relative to the mean
+_LARGEST = 30.0  # of a channel's guessed second moment, relative to the median
+_DAMPING = 1e-4  # of the guessed Hessian
+
+
+@dataclasses.dataclass(frozen=True)
+class Itq3sConfig:
+    """Args:
+    solver: ``none`` needs no data; ``coreq`` or ``gptq`` round with the Hessian of the calibration data.
+    shaping: without data, how strongly small weights are taken for large inputs; 0 to 2, 0 is plain rounding.
+    beam: with data, beams per row (coreq).
+    cd_passes: with data, sweeps of coordinate descent after rounding (coreq).
+    damping: with data, fraction of the Hessian's mean diagonal added to it.
+    scales: ``pnorm`` or ``hessian``, the latter with data only.
+    """
+
+    solver: Solver = "none"
+    shaping: float = 1.0
+    beam: int = 1
+    cd_passes: int = 0
+    damping: float = 0.01
+    scales: ScaleSearch = "pnorm"
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise unknown_name("solver", self.solver, SOLVERS)
+        check_damping(self.damping)
+        check_scales(self.scales)
+        if not 0.0 <= self.shaping <= 2.0:
+            raise UsageError(f"itq3s: shaping is 0 to 2, got {self.shaping!r}.")
+        if self.scales == "hessian" and self.solver == "none":
+            raise UsageError("itq3s: scales=hessian needs calibration data; give --calib, or solver=coreq.")
+        if self.solver != "coreq" and (self.beam != 1 or self.cd_passes):
+            raise UsageError(
+                f"itq3s: beam and cd_passes belong to solver=coreq, and the solver is {self.solver}: give --calib, or "
+                "leave them out."
+            )
+        self.coreq()  # checks beam and cd_passes
+
+    def coreq(self) -> coreq.CoreqConfig:
+        """The same for the solver ``coreq``."""
+        return coreq.CoreqConfig(beam=self.beam, cd_passes=self.cd_passes, damping=self.damping, scales=self.scales)
+
+    def gptq(self) -> gptq.GptqConfig:
+        """The same for the solver ``gptq``."""
+        return gptq.GptqConfig(damping=self.damping, scales=self.scales)
+
+
+def needs(config: Itq3sConfig) -> frozenset[Stat]:
+    if config.solver == "none":
+        return frozenset()
+    return coreq.needs(config.coreq()) if config.solver == "coreq" else gptq.needs(config.gptq())
+
+
+def guessed_hessian(weight: Tensor, rotation: InputRotation | None, shaping: float) -> Tensor:
+    """Second moments of a linear's inputs as its weight suggests them, float32 ``[in, in]``.
+
+    Args:
+        weight: ``[out, in]``, for rotated inputs if there is a rotation.
+        rotation: of the input.
+        shaping: power of the relation between weights and inputs.
+    """
+    plain = weight if rotation is None else rotation.inverse(weight)
+    energy = plain.square().mean(0)
+    relative = energy / energy.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    moments = relative.clamp(min=_LEAST) ** -shaping
+    moments = moments.clamp(max=float(moments.median()) * _LARGEST)
+    hessian = torch.diag(moments)
+    return hessian if rotation is None else rotation.on_hessian(hessian)
+
+
+def quantize(
+    weight: Tensor,
+    stats: LinearStatistics | None,
+    scheme: Scheme,
+    config: Itq3sConfig,
+    shared: Mapping[str, Tensor] | None = None,
+) -> LayerResult:
+    """Round ``weight`` ``[out, in]``."""
+    if config.solver == "coreq":
+        return coreq.quantize(weight, stats, scheme, config.coreq(), shared or {})
+    if config.solver == "gptq":
+        return gptq.quantize(weight, stats, scheme, config.gptq(), shared or {})
+    grid = fit_grid(weight, scheme, config.scales, None, shared)
+    if not config.shaping or scheme.input_rotation is None:  # a diagonal Hessian moves no error
+        return LayerResult(QuantizedWeight.from_grid(grid.round(weight), grid, scheme))
+    rotation = InputRotation.of(scheme.input_rotation, weight.shape[1])
+    hessian = guessed_hessian(weight, rotation, config.shaping)
+    factor = factorize(hessian, _DAMPING, "natural")
+    codes, _ = successive_rounding(weight, grid, factor)
+    flops = factorize_flops(weight.shape[1]) + sweep_flops(*weight.shape)
+    return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), notes=factor.notes, flops=flops)
+
+
+ITQ3S = LayerMethod(
+    "itq3s",
+    "rotated 3-bit codebook, 3.125 bits per weight; no data, or CoreQ's rounding with --calib",
+    Itq3sConfig,
+    needs,
+    quantize,
+    defaults={"format": "itq3s"},
+    with_data={"solver": "coreq"},
+)

@@ -1,0 +1,1 @@
+"""Number formats made for weights behind a random rotation, which look Gaussian."""

@@ -1,0 +1,195 @@
+"""ITQ3_S from a model to a folder and back: shaping without data, solvers with it, rotated inputs, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ptq
+from calib.data.tokens import Calibration
+from cli.main import main
+from ptq.errors import NumericalError, UsageError
+from ptq.methods import LayerMethod, find_method, make_config
+from ptq.methods.layerwise.itq3s import guessed_hessian
+from ptq.runtime.linear import QuantLinear
+from ptq.scheme import Rotation, Scheme
+from ptq.transforms.hadamard import InputRotation
+from tests.support.tiny_models import tiny_model
+
+TOKENS = torch.arange(16).reshape(2, 8)
+CALIBRATION = Calibration(torch.randint(0, 60, (4, 32), generator=torch.Generator().manual_seed(0)), "test", 1, "none")
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS).logits
+    return result
+
+
+def rounded(weight: Tensor, **options: Any) -> Tensor:
+    """The values that the method stores for ``weight``, rotated back."""
+    method = find_method("itq3s")
+    assert isinstance(method, LayerMethod)
+    scheme = Scheme.of("itq3s")
+    assert scheme.input_rotation is not None
+    rotation = InputRotation.of(scheme.input_rotation, weight.shape[1])
+    result = method.quantize(rotation.on_weight(weight), None, scheme, make_config(method, options), {})
+    return rotation.inverse(result.weight.dequantize())
+
+
+def test_small_columns_get_small_errors() -> None:
+    """Inputs are largest where weights are smallest: an even error would be as large as these weights."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 512, generator=generator)
+    weight[:, ::8] /= 8
+    plain, shaped = ((rounded(weight, shaping=p) - weight).square().mean(0) for p in (0.0, 1.0))
+    assert shaped[::8].mean() < 0.3 * plain[::8].mean()
+    assert shaped.mean() < 2 * plain.mean()
+    sizes = 1 / weight.square().mean(0)
+    assert (shaped * sizes).sum() < 0.7 * (plain * sizes).sum()
+
+
+def test_the_guessed_hessian_is_diagonal_before_the_rotation() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    rotation = InputRotation(64, 0, 32)
+    found = guessed_hessian(rotation.on_weight(weight), rotation, 1.0)
+    back = rotation.inverse(rotation.inverse(found).T)
+    expected = torch.diag(weight.square().mean() / weight.square().mean(0))
+    torch.testing.assert_close(back, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "itq3s"},
+        {"method": "itq3s", "calibration": CALIBRATION},
+        {"method": "itq3s", "calibration": CALIBRATION, "solver": "gptq"},
+        {"method": "coreq", "format": "itq3s-104", "calibration": CALIBRATION, "beam": 2},
+        {"method": "rtn", "format": "itq3s-ternary", "scales": "minmax"},
+        {
+            "method": "gptq",
+            "format": "higgs",
+            "bits": 2,
+            "calibration": CALIBRATION,
+            "act_order": False,
+            "static_groups": False,
+        },
+    ],
+    ids=lambda fields: "-".join(str(value) for value in fields.values() if not isinstance(value, Calibration)),
+)
+def test_a_model_is_stored_loaded_saved_and_run(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    report = ptq.quantize(model, out=tmp_path / "out", device="cpu", **fields)
+    names = {layer.scheme["name"] for layer in report.layers}
+    expected = {"itq3s": "itq3s", "higgs": "higgs2"}.get(fields.get("format", "itq3s"), fields.get("format"))
+    assert names == {f"{expected} rotated"}
+    loaded = ptq.load(tmp_path / "out")
+    assert (report.calibration is not None) == ("calibration" in fields)
+    q = loaded.model.layers[0].self_attn.q_proj
+    assert isinstance(q, QuantLinear)
+    assert q.scheme.input_rotation == Rotation(0, 256)
+    first = logits(loaded)
+    limit = 1.2 if expected in ("itq3s-ternary", "higgs2") else 0.3
+    assert 0 < (first - logits(model)).square().mean() / logits(model).square().mean() < limit
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(ptq.load(tmp_path / "again")), first)
+
+
+def test_three_and_an_eighth_bits_are_shown(tmp_path: Path) -> None:
+    weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(2))
+    bits = {
+        name: Scheme.of(name).number_format.payload_bits(4, 512, Scheme.of(name)) / weight.numel()
+        for name in ("itq3s", "itq3s-104", "itq3s-ternary", "higgs")
+    }
+    assert bits == {"itq3s": 3.125, "itq3s-104": 3.25, "itq3s-ternary": 3.125, "higgs": 4.0625}
+
+
+def test_every_input_is_rotated_for_any_method(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    report = ptq.quantize(
+        model, out=tmp_path / "out", device="cpu", method="rtn", bits=8, rotate=("input",), rotate_block=32, seed=7
+    )
+    rotation = {"seed": 7, "block": 32, "kind": "hadamard"}
+    assert all(layer.scheme["input_rotation"] == rotation for layer in report.layers)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]
+    assert [scheme["input_rotation"] for scheme in stored.values()] == [rotation]
+    torch.testing.assert_close(logits(ptq.load(tmp_path / "out")), logits(model), rtol=0.1, atol=0.1)
+
+
+def test_linears_with_one_input_rotate_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotation, calls = InputRotation(64, 0, 32), []
+    whole = InputRotation.__call__
+    monkeypatch.setattr(InputRotation, "__call__", lambda self, x: calls.append(1) or whole(self, x))
+    x = torch.randn(3, 64)
+    first = rotation.once(x)
+    assert rotation.once(x) is first
+    assert len(calls) == 1
+    x[0] = 0.0
+    assert not torch.equal(rotation.once(x), first)
+    rotation.once(torch.randn(3, 64))
+    assert len(calls) == 3
+    with torch.inference_mode():
+        torch.testing.assert_close(rotation.once(torch.ones(2, 64)), whole(rotation, torch.ones(2, 64)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bits": 4}, "itq3s has codes of 3 bits, got bits=4"),
+        ({"symmetric": False}, "itq3s is a symmetric codebook and has no zero points: leave out --asym"),
+        ({"group_size": 64}, "itq3s has one scale per 256 input channels, got group_size=64"),
+        ({"scale_dtype": "bfloat16"}, "itq3s stores its scales in float16, got scale_dtype='bfloat16'"),
+        ({"input_rotation": {"block": 48}}, r"must be one of 32, 64, 128, 256, 512, 1024; got 48"),
+        ({"input_rotation": {"kind": "dct"}}, "kind of input rotation 'dct'"),
+        ({"input_rotation": {"sign": 1}}, "key of input_rotation 'sign'"),
+        ({"input_rotation": {"kind": "hadamard-unsigned", "seed": 1}}, "without signs has the seed 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Scheme.of("itq3s", **fields)
+
+
+def test_options_of_a_solver_that_does_not_run_are_refused() -> None:
+    for options in ({"beam": 2}, {"cd_passes": 1}, {"scales": "hessian"}, {"shaping": 3.0}, {"solver": "ldl"}):
+        with pytest.raises(UsageError):
+            make_config(find_method("itq3s"), options)
+
+
+def test_narrow_linears_are_named(tmp_path: Path) -> None:
+    reason = Scheme.of("itq3s").number_format.unsupported_reason(8, 16, Scheme.of("itq3s"))
+    assert reason == "it has 16 input channels, and blocks of this format need at least 32"
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    weight = torch.randn(4, 64)
+    weight[0, 0] = torch.nan
+    for name in ("itq3s", "higgs", "itq3s-ternary"):
+        for search in ("pnorm", "minmax"):
+            with pytest.raises(NumericalError, match="NaN or Inf"):
+                Scheme.of(name).number_format.fit(weight, Scheme.of(name), search)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_with_another_rotation_is_refused(tmp_path: Path) -> None:
+    ptq.quantize(tiny_model("llama"), out=tmp_path / "out", device="cpu", method="itq3s")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    next(iter(config["quantization_config"]["schemes"].values()))["input_rotation"]["kind"] = "hadamard-3"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ptq.PtqError, match=r"kind of input rotation 'hadamard-3'"):
+        ptq.load(tmp_path / "out")
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "model")
+    tiny_model("llama").save_pretrained(folder)
+    assert main(["quantize", "--method", "itq3s", folder, "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "itq3s" in capsys.readouterr().out
+    assert main(["quantize", "--method", "itq3s", "--asym", folder, "-o", str(tmp_path / "no")]) != 0
+    assert "no zero points" in capsys.readouterr().err

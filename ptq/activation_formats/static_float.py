@@ -1,7 +1,7 @@
 """Floating-point activations with one scale from calibration, and LLM-FP4's shifts per channel.
 
 ``e2m1-static`` has a scale for the whole tensor. ``e2m1-shifted`` divides it, for every channel, by a power of two that
-is kept beside it (`ptq.grids.static_input`): the rounded input is that of the unchanged weight. ``e2m1-folded`` stores
+is kept beside it (`static_input`): the rounded input is that of the unchanged weight. ``e2m1-folded`` stores
 the same, but the powers of two are in the weight, which was quantized for them: all channels of the rounded input share
 one scale, so that both operands of the product are plain numbers of their formats.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ptq.activation_formats.base import ActivationFormat, TensorSpec
+from ptq.activation_formats.static_input import StaticInput, fit_static_input
 from ptq.grids.floating_point import FloatFormat, float_formats
-from ptq.grids.static_input import StaticInput, fit_static_input
 
 __all__ = ["FoldedFloat", "ShiftedFloat", "StaticFloat", "find_static_float", "static_float"]
 

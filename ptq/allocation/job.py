@@ -29,7 +29,7 @@ from ptq.errors import UsageError
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer
 from ptq.pipeline.preparation.preflight import check_vocabulary
-from ptq.pipeline.preparation.scheme_assignment import make_plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import make_plan
 from ptq.pipeline.preparation.sizes import plan_sizes
 from ptq.recipe import CalibrationSpec, Recipe
 from ptq.scheme import Scheme

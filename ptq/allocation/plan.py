@@ -24,7 +24,7 @@ from torch import nn
 from calib.checkpoint.atomic_files import write_file
 from calib.model.structure import find_blocks, find_linears
 from ptq.errors import UsageError, unknown_name
-from ptq.pipeline.preparation.scheme_assignment import is_router
+from ptq.pipeline.preparation.schemes.scheme_assignment import is_router
 from ptq.recipe import Recipe
 from ptq.recipe_files.safe_yaml import YamlFile, read_yaml
 from ptq.scheme import Scheme

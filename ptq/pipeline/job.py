@@ -27,7 +27,7 @@ from ptq.pipeline.preparation.container import CONTAINER_CONDITION, key_values_o
 from ptq.pipeline.preparation.labels import TensorLabels
 from ptq.pipeline.preparation.method_setup import MethodSetup
 from ptq.pipeline.preparation.preflight import cpu_name, stream_bytes
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.pipeline.preparation.sizes import Sizes, plan_sizes
 from ptq.proof import FormatChoice
 from ptq.recipe import Recipe

@@ -30,8 +30,8 @@ from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
 from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
 from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary, choose_offload_target, resolve_device
-from ptq.pipeline.preparation.rotated_assignment import rotate_inputs, rotate_last_inputs
-from ptq.pipeline.preparation.scheme_assignment import Plan, make_plan
+from ptq.pipeline.preparation.schemes.rotated_assignment import rotate_inputs, rotate_last_inputs
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan, make_plan
 from ptq.proof import FormatChoice
 from ptq.recipe import Recipe
 from ptq.report import Report

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from calib.stats import LinearStatistics, Stat
 from ptq.activation_formats.static_float import StaticFloat, static_float
+from ptq.activation_formats.static_input import StaticInput
 from ptq.errors import NumericalError, UsageError, unknown_name
 from ptq.grids.floating_point import FloatFormat, float_formats
-from ptq.grids.static_input import StaticInput
 from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import require
 from ptq.quantized import QuantizedWeight

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ptq.pipeline.preparation.method_setup import MethodSetup
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 
 __all__ = ["LONG_SECONDS", "long_run_notices", "rough_operations"]
 

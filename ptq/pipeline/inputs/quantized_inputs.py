@@ -9,8 +9,8 @@ from torch import nn
 from calib.runner.block import BlockContext
 from ptq.errors import ModelError
 from ptq.pipeline.inputs.input_transforms import transform_block_inputs
-from ptq.pipeline.preparation.block_maps import BlockKind, block_kind
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.block_maps import BlockKind, block_kind
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.runtime.kv_cache import supports_key_values
 from ptq.scheme import KeyValueScheme
 

@@ -11,7 +11,7 @@ from calib.runner.block import BlockContext
 from ptq.errors import ModelError, UsageError
 from ptq.learning.config import LearnedConfig
 from ptq.pipeline.job import Job
-from ptq.pipeline.preparation.block_maps import BlockKind
+from ptq.pipeline.preparation.schemes.block_maps import BlockKind
 from ptq.transforms.scaling.search import Scaling, find_scalings, in_float32, unsupported_reason
 
 __all__ = ["WindowScalings"]

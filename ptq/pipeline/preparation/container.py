@@ -12,9 +12,9 @@ from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
 from ptq.checkpoint.journal import Journal
 from ptq.errors import UsageError
-from ptq.pipeline.preparation.block_maps import trace_block_kinds
 from ptq.pipeline.preparation.preflight import clashing_schemes
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.block_maps import trace_block_kinds
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.proof import FormatChoice, settle_format
 from ptq.recipe import Recipe
 from ptq.report import STAGING

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calib.model.structure import fused_experts
-from ptq.pipeline.preparation.scheme_assignment import Plan, is_router
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan, is_router
 from ptq.pipeline.preparation.sizes import FUSED_EXPERTS
 
 __all__ = ["TensorLabels"]

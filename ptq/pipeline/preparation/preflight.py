@@ -17,7 +17,7 @@ from torch import Tensor
 from calib.model.input_groups import InputGroup
 from calib.runner.activation_store import Offload, OffloadTarget, settle_offload
 from ptq.errors import DataError, OutputError, UsageError
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.scheme import Scheme
 
 __all__ = [

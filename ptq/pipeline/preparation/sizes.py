@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.structure import linear_weight
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.report import KeptTensor, PartRecord
 
 __all__ = ["FUSED_EXPERTS", "NOT_IN_MODEL", "Sizes", "dense_experts", "model_tensor", "plan_sizes"]

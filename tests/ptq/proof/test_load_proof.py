@@ -19,7 +19,7 @@ import ptq
 from calib.checkpoint.reader import ModelSource, open_model
 from ptq.containers.vllm import vllm_problem
 from ptq.errors import ModelError, UsageError
-from ptq.pipeline.preparation.scheme_assignment import make_plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import make_plan
 from ptq.proof import FormatChoice, settle, settle_format, verdicts
 from ptq.proof.loader import try_to_load
 from ptq.proof.prover import StockProver

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptq.activation_formats.static_input import fit_static_input
 from ptq.grids.floating_point import FloatFormat, float_format, float_formats
-from ptq.grids.static_input import fit_static_input
 from ptq.solvers.float_search import (
     RATIOS,
     FloatWeight,

@@ -15,7 +15,7 @@ import ptq.pipeline.preparation.preflight as preflight
 from calib.data.tokens import Calibration
 from calib.model.input_groups import InputGroup
 from ptq.errors import OutputError, UsageError
-from ptq.pipeline.preparation.scheme_assignment import make_plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import make_plan
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 from tests.support.tiny_models import tiny_model

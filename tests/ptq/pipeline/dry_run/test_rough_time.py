@@ -14,7 +14,7 @@ from calib.data.tokens import Calibration
 from ptq.pipeline.dry_run.rough_time import long_run_notices, rough_operations
 from ptq.pipeline.events import Event
 from ptq.pipeline.preparation.method_setup import set_up_method
-from ptq.pipeline.preparation.scheme_assignment import make_plan
+from ptq.pipeline.preparation.schemes.scheme_assignment import make_plan
 from ptq.recipe import Recipe
 from tests.support.tiny_models import tiny_model
 

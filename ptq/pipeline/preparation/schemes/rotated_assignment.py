@@ -8,8 +8,8 @@ import torch
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
-from ptq.pipeline.preparation.block_maps import trace_block_kinds
-from ptq.pipeline.preparation.scheme_assignment import Plan
+from ptq.pipeline.preparation.schemes.block_maps import trace_block_kinds
+from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.scheme import Rotation
 
 __all__ = ["rotate_inputs", "rotate_last_inputs"]

@@ -43,7 +43,7 @@ def verify_files(folder: str | Path) -> int:
     for name, stated in files.items():
         _verify(folder, name, stated)
     single = folder / "model.safetensors"
-    if single.name not in files and single.exists():
+    if files and single.name not in files and single.exists():
         raise OutputError(f"{single} is not in {REPORT_NAME}, and would be loaded in place of its files. {_WAY_OUT}")
     if len(files) > 1:
         _verify_index(folder, files)

@@ -17,7 +17,7 @@ REQUESTS = {
     "bits": ("--bits 9", "9"),
     "format": ("--format fp5", "unknown number format 'fp5'. Did you mean"),
     "container": ("--container natve", "native"),
-    "method and format": ("--method autoround --format fp4", "Methods that can: coreq, gptaq, gptq, rtn"),
+    "method and format": ("--method autoround --format fp4", "Methods that can: coreq, gptaq, gptq, itq3s, rtn"),
     "dtype": ("--dtype float31", "float32"),
     "ignore": ("--ignore *.q_prj", "q_proj"),
     "override": ("--override *.dwn_proj=4", "down_proj"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -171,7 +170,8 @@ def test_statistics_that_are_named_are_enough(name: str) -> None:
     needs = method.needs(method.config())
     assert method.summary
     stats = gather(weight, inputs, full, needs) if needs else None
-    result = method.quantize(weight, stats, dataclasses.replace(SCHEME, **method.defaults), method.config())
+    scheme = Scheme.of(**method.defaults) if method.defaults else SCHEME
+    result = method.quantize(weight, stats, scheme, method.config())
     assert result.weight.shape == (24, 40)
 
 

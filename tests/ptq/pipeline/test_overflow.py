@@ -43,11 +43,9 @@ def test_every_method_names_the_layer(method: str, tmp_path: Path) -> None:
         ptq.quantize(
             enormous(),
             method=method,
-            bits=4,
-            group_size=32,
             calibration=Calibration(tokens, "made up", 0, "0", "0", 64),
             out=tmp_path,
-            **options,
+            **{**({} if METHODS[method].defaults else {"bits": 4, "group_size": 32}), **options},
         )
     report = ptq.quantize(
         enormous(), method="gptq", bits=4, group_size=32, ignore=(NAME,), out=tmp_path / "out",

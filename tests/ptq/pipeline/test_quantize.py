@@ -24,7 +24,7 @@ TOKENS = torch.randint(2, 400, (6, 32), generator=torch.Generator().manual_seed(
 CALIBRATION = Calibration(TOKENS, "test", 1, "none")
 VARIANTS: dict[str, dict[str, Any]] = {"coreq-beam": {"method": "coreq", "beam": 3, "cd_passes": 1}}
 INTEGER_METHODS = [
-    name for name, m in METHODS.items() if isinstance(m, LayerMethod) and m.unsupported_reason(ptq.Scheme()) is None
+    name for name, m in METHODS.items() if isinstance(m, LayerMethod) and m.defaults.get("format", "int") == "int"
 ]
 """From the table itself, so that no method is without the common tests (learned ones: test_windowed.py)."""
 

@@ -176,7 +176,7 @@ def test_another_method_drops_the_files_options_aloud(
         ({"calib_samples": 0}, "got 0"),
         ({"calib_bos": "yes"}, "unknown choice for calibration bos 'yes'"),
         ({"calib_template": "alwys"}, "Did you mean 'always'"),
-        ({"act_bits": 16}, "act_bits must be a whole number from 2 to 8"),
+        ({"act_bits": 12}, "act_bits must be a whole number from 2 to 8"),
         ({"act_symmetric": True}, r"act_bits \(--act-bits\) is not set"),
         ({"kv_bits": 1}, "kv_bits must be a whole number from 2 to 8"),
         ({"rotate": ("residul",)}, "Did you mean 'residual'"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["plan_flags", "planned_output", "planned_recipe"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_STORAGE = ("format", "bits", "group_size", "symmetric", "scale_dtype", "preset")
 
 
 def plan_flags(command: F) -> F:
@@ -28,10 +29,23 @@ def plan_flags(command: F) -> F:
         ),
         click.option("--candidates", metavar="NAMES", help="With --target-bpw: the formats.  [default: 2,3,4,5,6,8]"),
         click.option("--target-bpw", type=float, metavar="X", help="Plan first: ptq plan, then this with its plan."),
-        click.option("--plan", "plan_file", metavar="FILE.yaml", help="The format of every linear, from ptq plan."),
+        click.option(
+            "--plan",
+            "plan_file",
+            multiple=True,
+            callback=_one_plan,
+            metavar="FILE.yaml",
+            help="The format of every linear, from ptq plan.",
+        ),
     ):
         command = option(command)
     return command
+
+
+def _one_plan(context: click.Context, option: click.Parameter, files: tuple[str, ...]) -> str | None:
+    if len(files) > 1:
+        raise UsageError(f"--plan is given {len(files)} times ({', '.join(files)}): give one plan.")
+    return files[0] if files else None
 
 
 def planned_output(model: str, recipe: Recipe, flags: Mapping[str, Any]) -> Path | None:
@@ -60,6 +74,13 @@ def planned_recipe(
             raise UsageError(f"--{name} belongs to --target-bpw, which makes a plan; ptq plan takes it as well.")
     if file is None and target is None:
         return recipe
+    given = [name for name in _STORAGE if file is not None and flags.get(name) is not None]
+    if given:
+        flag = given[0].replace("_", "-").replace("symmetric", "sym")
+        raise UsageError(
+            f"--{flag} has no effect beside --plan, which gives every linear its format: leave it out, or change "
+            "single linears with --override."
+        )
     import ptq
     from ptq.allocation import PlanOptions, read_plan, recipe_from_plan
     from ptq.pipeline.events import Event
@@ -70,9 +91,9 @@ def planned_recipe(
     if file is not None:
         plan = read_plan(Path(file))
     else:
-        given = {name: flags[name] for name in ("candidates", "score") if flags[name] is not None}
+        asked = {name: flags[name] for name in ("candidates", "score") if flags[name] is not None}
         calibration = dataclasses.replace(PlanOptions().calibration, **_text(recipe))
-        options = PlanOptions(base=recipe.scheme, ignore=recipe.ignore, calibration=calibration, **given)
+        options = PlanOptions(base=recipe.scheme, ignore=recipe.ignore, calibration=calibration, **asked)
         plan = ptq.plan(
             model,
             target_bpw=target,

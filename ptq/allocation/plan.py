@@ -187,9 +187,11 @@ def _shown(scheme: Scheme) -> dict[str, Any]:
 
 def _with_inputs_of(scheme: Scheme, base: Scheme) -> Scheme:
     """A plan says how weights are stored; whether inputs are rounded at run time is the recipe's affair."""
-    if base.act_bits is None or scheme.act_bits is not None:
+    if scheme.act_bits is not None or scheme.act_format is not None:
         return scheme
-    return dataclasses.replace(scheme, act_bits=base.act_bits, act_symmetric=base.act_symmetric)
+    return dataclasses.replace(
+        scheme, act_bits=base.act_bits, act_symmetric=base.act_symmetric, act_format=base.act_format
+    )
 
 
 def read_plan(path: Path) -> Plan:

@@ -284,3 +284,18 @@ def test_how_sequences_begin_is_part_of_the_recipe() -> None:
     recipe = build_recipe(Recipe(), {"calib_bos": "never", "calib_template": "never"})
     assert recipe.to_dict()["calibration"]["bos"] == "never"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plan", "a.yaml", "--plan", "b.yaml"], "--plan is given 2 times"),
+        (["--plan", "a.yaml", "--bits", "4"], "--bits has no effect beside --plan"),
+        (["--plan", "a.yaml", "--target-bpw", "4"], "give one of them"),
+    ],
+)
+def test_a_plan_stands_alone(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["quantize", "MODEL", "-o", str(tmp_path / "OUT"), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """LLM-FP4's search (arXiv 2310.16836): number format and clip ratio of weights and of activations, on output errors.
 
 A weight ``W [out, n]`` has one format and a scale per output channel, an activation tensor ``X [t, n]`` one format and
-a static scale, which per-channel shifts divide by powers of two (`ptq.activation_formats.static_input`). Both are chosen
-to make
+a static scale, which per-channel shifts divide by powers of two (`ptq.activation_formats.static_input`). Both are
+chosen to make
 
     ||X^ W^^T - X W^T||^2        X^ = Q(X), W^ = Q(W)
 

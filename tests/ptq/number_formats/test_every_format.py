@@ -65,7 +65,7 @@ def test_what_is_stored_is_what_was_rounded(name: str) -> None:
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(transformed, weight.dequantize()))
     assert torch.equal(layer.half().quantized().dequantize(), weight.dequantize())  # stored scales keep their bits
     error = (weight.dequantize() - weight_of()).square().sum() / weight_of().square().sum()
-    limit = 0.25 if name == "itq3s-ternary" else 0.05  # three levels, for comparison only
+    limit = 0.25 if name == "itq3s-ternary" or scheme.bits == 2 else 0.05  # three or four levels
     assert error < limit, f"{name} stores {error:.1%} of the weight's energy as something else"
 
 

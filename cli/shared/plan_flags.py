@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["plan_flags", "planned_output", "planned_recipe"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_STORAGE = ("format", "bits", "group_size", "symmetric", "scale_dtype", "preset")
 
 
 def plan_flags(command: F) -> F:
@@ -74,13 +73,6 @@ def planned_recipe(
             raise UsageError(f"--{name} belongs to --target-bpw, which makes a plan; ptq plan takes it as well.")
     if file is None and target is None:
         return recipe
-    given = [name for name in _STORAGE if file is not None and flags.get(name) is not None]
-    if given:
-        flag = given[0].replace("_", "-").replace("symmetric", "sym")
-        raise UsageError(
-            f"--{flag} has no effect beside --plan, which gives every linear its format: leave it out, or change "
-            "single linears with --override."
-        )
     import ptq
     from ptq.allocation import PlanOptions, read_plan, recipe_from_plan
     from ptq.pipeline.events import Event

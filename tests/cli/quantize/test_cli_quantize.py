@@ -290,7 +290,6 @@ def test_how_sequences_begin_is_part_of_the_recipe() -> None:
     ("flags", "message"),
     [
         (["--plan", "a.yaml", "--plan", "b.yaml"], "--plan is given 2 times"),
-        (["--plan", "a.yaml", "--bits", "4"], "--bits has no effect beside --plan"),
         (["--plan", "a.yaml", "--target-bpw", "4"], "give one of them"),
     ],
 )

@@ -9,6 +9,7 @@ the record.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ptq.grids import ScaledGrid, ScaleSearch
 from ptq.grids.storage import Storage
 
-__all__ = ["NumberFormat", "TensorSpec", "join_groups"]
+__all__ = ["NumberFormat", "TensorSpec", "join_groups", "stored_bits"]
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one stored tensor."""
@@ -143,3 +144,8 @@ def join_groups(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.cat([part[name] for part in parts], 1) if value.ndim == 2 else value
         for name, value in first.items()
     }
+
+
+def stored_bits(specs: Mapping[str, TensorSpec]) -> int:
+    """The bits of all tensors of a format that stores nothing but its payload."""
+    return sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())

@@ -17,7 +17,6 @@ any solver rounds, and stay.
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -27,7 +26,7 @@ from ptq.errors import UsageError, unknown_name
 from ptq.grids import ScaledGrid, ScaleSearch, Storage
 from ptq.grids.block_scales import as_blocks, e8m0_values, exponent_scales, fit_e4m3, fit_e8m0, global_scale
 from ptq.grids.floating_point import E2M1, E4M3, FloatFormat
-from ptq.number_formats.base import NumberFormat, TensorSpec
+from ptq.number_formats.base import NumberFormat, TensorSpec, stored_bits
 from ptq.packing.nibbles import pack_nibbles, unpack_nibbles
 
 __all__ = ["MXFP4", "MXFP8", "NVFP4", "MxFormat", "Nvfp4Format"]
@@ -57,8 +56,7 @@ class _BlockFormat(NumberFormat):
         return self.name
 
     def payload_bits(self, out_features: int, in_features: int, scheme: Storage) -> int:
-        specs = self.tensor_specs(out_features, in_features, scheme)
-        return sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        return stored_bits(self.tensor_specs(out_features, in_features, scheme))
 
     def tensor_specs(self, out_features: int, in_features: int, scheme: Storage) -> dict[str, TensorSpec]:
         packed: TensorSpec = ((out_features, in_features), torch.float8_e4m3fn)

@@ -8,7 +8,6 @@ The tensors of a weight ``[out, in]`` in a checkpoint:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +17,7 @@ from ptq.errors import UsageError, unknown_name
 from ptq.grids import SCALE_DTYPES, ScaledGrid, ScaleSearch, Storage
 from ptq.grids.block_scales import as_blocks, fit_ratio
 from ptq.grids.floating_point import E4M3
-from ptq.number_formats.base import NumberFormat, TensorSpec
+from ptq.number_formats.base import NumberFormat, TensorSpec, stored_bits
 
 __all__ = ["FP8", "FP8_BLOCK", "FP8_TENSOR", "Fp8Format"]
 
@@ -53,8 +52,7 @@ class Fp8Format(NumberFormat):
         return self.name
 
     def payload_bits(self, out_features: int, in_features: int, scheme: Storage) -> int:
-        specs = self.tensor_specs(out_features, in_features, scheme)
-        return sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        return stored_bits(self.tensor_specs(out_features, in_features, scheme))
 
     def tensor_specs(self, out_features: int, in_features: int, scheme: Storage) -> dict[str, TensorSpec]:
         scale: tuple[int, ...] = (1,)

@@ -16,6 +16,7 @@ from ptq.grids.block_scales import block_exponents, divided, exponent_scales, gl
 from ptq.grids.floating_point import E2M1, E4M3, FloatFormat
 
 __all__ = [
+    "SMALLEST_SCALE",
     "BlockFp8",
     "MxActivations",
     "Nvfp4Activations",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _SMALLEST_E4M3 = 2.0**-9
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a token of zeros: 0 / tiny is 0, where 0 / 0 is not
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a token of zeros: 0 / tiny is 0, where 0 / 0 is not
 
 
 class Nvfp4Activations(ActivationFormat):
@@ -97,7 +98,7 @@ class TensorFp8(ActivationFormat):
         return {"input_scale": ((1,), torch.float32)}
 
     def fit(self, largest: Tensor) -> dict[str, Tensor]:
-        return {"input_scale": divided(largest.max(), E4M3.maximum).clamp(min=_SMALLEST_SCALE).reshape(1)}
+        return {"input_scale": divided(largest.max(), E4M3.maximum).clamp(min=SMALLEST_SCALE).reshape(1)}
 
     def round(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         return _rounded(x.float(), params["input_scale"], E4M3, x)
@@ -135,7 +136,7 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 def _range(x: Tensor, top: float) -> Tensor:
     """The scale ``[..., 1]`` that brings the largest magnitude of the last dimension to ``top``."""
-    return divided(x.abs().amax(-1, keepdim=True), top).clamp_(min=_SMALLEST_SCALE)
+    return divided(x.abs().amax(-1, keepdim=True), top).clamp_(min=SMALLEST_SCALE)
 
 
 def _rounded(values: Tensor, scale: Tensor, number: FloatFormat, like: Tensor) -> Tensor:

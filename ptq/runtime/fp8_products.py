@@ -7,11 +7,14 @@ additions (and one rounding of inputs to the activations' dtype) differs.
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ptq.activation_formats.hardware import quantize_tokens_fp8, quantize_with_fp8
+from ptq.activation_formats.hardware import SMALLEST_SCALE, quantize_tokens_fp8, quantize_with_fp8
+from ptq.grids.floating_point import E4M3
 from ptq.runtime.dispatch import Kernel, PackedWeight
 from ptq.scheme import Scheme
 
@@ -42,11 +45,25 @@ def unsupported_reason(scheme: Scheme, out_features: int, in_features: int) -> s
     return _missing()
 
 
+@functools.lru_cache(maxsize=1)
+def _quantizer() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The fused kernel where Triton builds it here, else the eager formula, which costs more than the product."""
+    try:
+        from ptq.runtime.fp8_quantizer import quantize_rows
+
+        fused = functools.partial(quantize_rows, top=E4M3.maximum, smallest=SMALLEST_SCALE)
+        fused(torch.zeros(1, _MULTIPLE, device="cuda", dtype=torch.bfloat16))
+    except Exception as error:  # Triton's compiler, the C compiler it calls and the driver raise what they like
+        warnings.warn(f"inputs are quantized to FP8 without Triton, which is slower: {error}", stacklevel=2)
+        return quantize_tokens_fp8
+    return fused
+
+
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``[..., in]`` before rounding to ``[..., out]``, both bfloat16."""
     rows = x.reshape(-1, x.shape[-1])
     if weight.scheme.act_format == "fp8":
-        codes, scale = quantize_tokens_fp8(rows)
+        codes, scale = _quantizer()(rows)
     else:
         codes, scale = quantize_with_fp8(rows, weight.tensors["input_scale"])
     columns = weight.tensors["weight_scale"].float().reshape(1, -1).expand(1, weight.out_features)

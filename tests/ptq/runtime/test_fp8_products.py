@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
+from ptq.activation_formats.hardware import SMALLEST_SCALE, quantize_tokens_fp8
+from ptq.grids.floating_point import E4M3
 from ptq.quantized import QuantizedWeight
+from ptq.runtime import fp8_products
 from ptq.runtime.dispatch import KERNELS, REFERENCE, PackedWeight, choose
 from ptq.runtime.fp8_products import FP8_PRODUCTS, product, unsupported_reason
 from ptq.runtime.linear import QuantLinear
@@ -50,6 +54,7 @@ def test_products_of_codes_are_the_reference_but_for_rounding(
         return ((a.float() * scale_a) @ (b.float() * scale_b) + bias.float()).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    monkeypatch.setattr(fp8_products, "_quantizer", lambda: quantize_tokens_fp8)
     linear = layer(number, inputs)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     names = ("weight_packed", "weight_scale", *linear.scheme.input_specs(64))
@@ -69,3 +74,30 @@ def test_the_gpu_multiplies_natively(inputs: str, monkeypatch: pytest.MonkeyPatc
     native = linear(x)
     monkeypatch.setenv("PTQ_KERNEL", "reference")
     torch.testing.assert_close(native, linear(x), rtol=2e-2, atol=0.1)
+
+
+def test_without_triton_the_formula_quantizes_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ptq.runtime.fp8_quantizer", None)
+    fp8_products._quantizer.cache_clear()
+    with pytest.warns(UserWarning, match="without Triton"):
+        assert fp8_products._quantizer() is quantize_tokens_fp8
+    fp8_products._quantizer.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [16, 100, 4096, 9000])
+def test_the_fused_quantizer_gives_the_codes_of_the_formula_on_a_gpu(width: int) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from ptq.runtime.fp8_quantizer import quantize_rows
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(37, width, generator=generator) * torch.logspace(-30, 30, 37)[:, None]
+    x[3] = 0
+    x[4, 5], x[5, 6] = torch.inf, torch.nan
+    for dtype in (torch.bfloat16, torch.float32):
+        given = x.to("cuda", dtype)
+        codes, scale = quantize_rows(given, E4M3.maximum, SMALLEST_SCALE)
+        expected, expected_scale = quantize_tokens_fp8(given)
+        torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(codes.float(), expected.float(), rtol=0, atol=0, equal_nan=True)

@@ -234,7 +234,8 @@ class StatisticsAccumulator:
         """One batch.
 
         Args:
-            quantized, full: inputs ``[sequences, tokens, n]`` of the quantized and of the full-precision stream.
+            quantized: inputs ``[sequences, tokens, n]`` of the quantized stream.
+            full: inputs ``[sequences, tokens, n]`` of the full-precision stream; ``None`` where only one runs.
             first: number of the batch's first sequence among all; folds are the even and the odd numbers.
 
         Raises:

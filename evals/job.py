@@ -31,7 +31,8 @@ class TextJob:
     Args:
         name: as asked for.
         text: the characters.
-        convention, options: arguments of `evals.texts.windows.make_plan`; ``bos`` is resolved by `evals.bos_choice`.
+        convention: argument of `evals.texts.windows.make_plan`.
+        options: further arguments of it; ``bos`` is resolved by `evals.bos_choice`.
     """
 
     name: str

@@ -71,7 +71,8 @@ class Record:
         date: UTC, to the second.
         model: what was measured.
         tokenizer_hash: of everything that decides how the tokenizer cuts text.
-        texts, tasks: results, in the order asked for.
+        texts: results of the texts, in the order of the request.
+        tasks: results of the tasks, in the order of the request.
         harness: results of lm-evaluation-harness, as it gives them; ``None`` if it was not asked.
         environment: versions, device, dtype, batch size.
         seconds: of everything but loading.

@@ -53,7 +53,8 @@ class Scorer:
     """Scores texts and tasks with one model.
 
     Args:
-        model, tokenizer: as in `evals.evaluate`.
+        model: as in `evals.evaluate`.
+        tokenizer: as in `evals.evaluate`.
         batch_size: sequences at once, or ``auto``.
         seed: of the bootstrap.
         progress: as in `evals.evaluate`.

@@ -96,7 +96,9 @@ def block_bootstrap(
     ``sqrt((n - 1) / n)``. Its percentiles are too narrow for few blocks: `evals.comparison.intervals` studentises them.
 
     Args:
-        sums, counts, clusters: as in `mean_and_error`.
+        sums: ``[items]``, as in `mean_and_error`.
+        counts: ``[items]``, as in `mean_and_error`.
+        clusters: ``[items]``, as in `mean_and_error`.
         draws: number of samples.
         seed: of the draws; the same seed gives the same array.
 

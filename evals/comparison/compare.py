@@ -40,7 +40,8 @@ def compare(
             record that was measured against a base is compared with that base.
         labels: one per record; records of one label are pooled.
         confidence: of the intervals; a difference is significant if its adjusted p is below ``1 - confidence``.
-        draws, seed: of the bootstrap.
+        draws: samples of the bootstrap.
+        seed: of the bootstrap.
         shared: compare the items that all records have, instead of refusing records of different items.
 
     Raises:

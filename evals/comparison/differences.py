@@ -123,7 +123,8 @@ def average_difference(
     Args:
         samples: headline of each task, two or more.
         parts: the differences of these samples between ``reference`` and ``candidate``.
-        reference, candidate: as in `difference`.
+        reference: as in `difference`.
+        candidate: as in `difference`.
         settings: only the confidence is used.
     """
     mean = sum(part.difference for part in parts) / len(parts)

@@ -35,7 +35,8 @@ class Inference(NamedTuple):
     """What a sample says about a difference; ``None`` where it is too small to say anything.
 
     Args:
-        low, high: the confidence interval.
+        low: lower end of the confidence interval.
+        high: upper end of the confidence interval.
         p_value: two-sided, of no difference.
     """
 
@@ -80,9 +81,12 @@ def paired_inference(
     correction for many comparisons asks for smaller p values than samples can resolve.
 
     Args:
-        sums, counts, clusters: as in `evals.statistics.mean_and_error`, ``sums`` being differences.
+        sums: differences ``[items]``, as in `evals.statistics.mean_and_error`.
+        counts: ``[items]``, as in `evals.statistics.mean_and_error`.
+        clusters: ``[items]``, as in `evals.statistics.mean_and_error`.
         confidence: of the interval.
-        draws, seed: of the bootstrap.
+        draws: samples of the bootstrap.
+        seed: of the bootstrap.
     """
     mean, error = mean_and_error(sums, counts, clusters=clusters)
     s, c = by_cluster(sums, counts, clusters)
@@ -126,7 +130,8 @@ def accuracy_inference(lost: int, won: int, items: int, confidence: float) -> In
     2005), so that it has a width even if no item changed sides. Near the edge the two can disagree: the test decides.
 
     Args:
-        lost, won: items that changed sides, as in `evals.statistics.mcnemar`.
+        lost: items that only the reference got right, as in `evals.statistics.mcnemar`.
+        won: items that only the candidate got right.
         items: of all kinds.
         confidence: of the interval.
     """

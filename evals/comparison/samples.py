@@ -25,7 +25,10 @@ class Sample:
     """One measure of one target, item by item.
 
     Args:
-        target, measure, headline, higher_is_better: as in `evals.comparison.types.Difference`.
+        target: as in `evals.comparison.types.Difference`.
+        measure: as in `evals.comparison.types.Difference`.
+        headline: as in `evals.comparison.types.Difference`.
+        higher_is_better: as in `evals.comparison.types.Difference`.
         sums: for each record ``[n]``, or ``None`` where it has not measured this.
         counts: ``[n]``, what ``sums`` are divided by.
         clusters: ``[n]`` group of each item, where items are not independent draws.

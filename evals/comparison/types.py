@@ -72,11 +72,15 @@ class Difference:
     """``candidate - reference`` on the same items.
 
     Args:
-        reference, candidate: labels.
-        target, measure, headline: as in `Score`.
+        reference: label of the reference.
+        candidate: label of the candidate.
+        target: as in `Score`.
+        measure: as in `Score`.
+        headline: as in `Score`.
         difference: mean of the paired differences, over items and then over seeds.
         standard_error: of `difference`, from items within seeds and from seeds where there are several.
-        low, high: the confidence interval.
+        low: lower end of the confidence interval.
+        high: upper end of the confidence interval.
         p_value: of no difference: exact McNemar for accuracies of one record per side, otherwise from the studentised
             bootstrap or Student's t (`evals.comparison.intervals`).
         p_adjusted: Holm's, over the headline differences of the comparison; ``None`` for others.

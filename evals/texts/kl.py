@@ -72,7 +72,8 @@ class Scores:
     Args:
         nll: ``-ln q`` of the true token.
         kl: ``found`` of the module's docstring.
-        kl_low, kl_high: ``lower`` and ``upper``.
+        kl_low: ``lower`` of the module's docstring.
+        kl_high: ``upper`` of the module's docstring.
         kl_variance: of ``kl``, by the draws.
         same_top: 1 where both find the same token likeliest.
         base_nll: ``-ln p`` of the true token.

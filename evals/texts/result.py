@@ -19,15 +19,21 @@ class Divergence:
     """How far predictions moved from the base's, token by token, in nats: KL(base || model).
 
     Args:
-        kl_mean, kl_standard_error: over scored tokens; the error by bootstrap over the text's segments.
-        kl_median, kl_p99, kl_p999, kl_max: quantiles over tokens (linear between ranks).
-        kl_low, kl_high: the exact mean is between these, whatever was drawn; both are it for the full vocabulary.
+        kl_mean: over scored tokens.
+        kl_standard_error: of ``kl_mean``, by bootstrap over the text's segments.
+        kl_median: over tokens.
+        kl_p99: 99 % quantile over tokens (linear between ranks).
+        kl_p999: 99.9 % quantile over tokens.
+        kl_max: over tokens.
+        kl_low: the exact mean is not below it, whatever was drawn; it is the mean for the full vocabulary.
+        kl_high: the exact mean is not above it; it is the mean for the full vocabulary.
         kl_draw_error: standard error that drawing from the base's less likely tokens adds; 0 for the full vocabulary.
         top1_agreement: share of tokens for which both find the same token most probable.
         top1_standard_error: of it, by the same bootstrap.
         dp_rms: root of the mean squared change of the true token's probability.
         dp_mean: its mean change; negative where the model became worse.
-        log_ratio, log_ratio_standard_error: ``ln(perplexity / base's)``, paired, by the same bootstrap.
+        log_ratio: ``ln(perplexity / base's)``, paired.
+        log_ratio_standard_error: of ``log_ratio``, by the same bootstrap.
         top_k: likeliest tokens of the base that were kept; ``None`` for all.
         base: fingerprint of the base.
     """
@@ -62,7 +68,9 @@ class TextResult:
         convention: ``segments``, ``llamacpp``, ``sliding`` or ``documents`` (docs/evaluation.md).
         settings: ``seqlen`` and whatever else decides what is scored.
         nll: sum of ``-ln p`` over the scored tokens, in nats.
-        tokens, words, bytes: what was scored; words and bytes may be unknown.
+        tokens: scored ones.
+        words: scored ones; ``None`` where unknown.
+        bytes: scored ones; ``None`` where unknown.
         items: a segment, chunk, window or document each: ``nll`` (nats), ``tokens``, and where known ``bytes``,
             ``words``; with a base also ``kl`` (sum, nats) and ``same_top`` (count).
         divergence: against the base, if there was one.

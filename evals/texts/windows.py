@@ -63,7 +63,8 @@ class Plan:
         convention: its name.
         settings: whatever else decides the figure.
         windows: in order.
-        bytes, words: of each item; ``None`` where they are unknown or have no meaning.
+        bytes: of each item; ``None`` where they are unknown or have no meaning.
+        words: of each item; ``None`` where they are unknown or have no meaning.
         notes: what a reader must know.
     """
 

@@ -47,17 +47,28 @@ class Forecast:
     """What a run will take and give. Sizes in bytes, times in seconds; everything is plain data.
 
     Args:
-        model: name and class; container: of the output, and why.
-        blocks, linears: how many are quantized; quantized_parameters, kept_parameters: likewise.
+        model: name and class.
+        container: of the output, and why.
+        blocks: how many are quantized.
+        linears: how many are quantized.
+        quantized_parameters: in these linears.
+        kept_parameters: in full precision.
         bits_per_weight: of the quantized linears, with scales and zero points.
-        payload_bytes: of those; kept_bytes: of everything else; file_bytes: of all weight files; source_bytes: before.
+        payload_bytes: of the quantized linears.
+        kept_bytes: of everything else.
+        file_bytes: of all weight files of the output.
+        source_bytes: of the weight files of the model.
         kept: what stays in full precision, and why.
         shared: linears of the first block that read the same input and that runtimes may fuse, with their scheme.
         calibration: sequences, tokens in each, batches.
-        offload: where activations are kept; lockstep: whether a block is run once, or again for every group.
-        seconds: of the whole run, and by kind of work; peak_memory: of the process; peak_device: of the GPU or
-            ``None``.
-        free_disk, free_memory, free_device: now.
+        offload: where activations are kept.
+        lockstep: whether a block is run once for all groups; otherwise again for every group.
+        seconds: of the whole run, and by kind of work.
+        peak_memory: of the process.
+        peak_device: of the GPU; ``None`` without one.
+        free_disk: now.
+        free_memory: now.
+        free_device: now.
         warnings: what the user should know.
         learning: of a learned method, `ptq.pipeline.dry_run.windows.WindowForecast`: its windows in words, steps,
             seconds.

@@ -59,6 +59,7 @@ def command(
     from cli.shared.idle import given_options, idle_sentences
     from cli.shared.models import load_model
     from cli.shared.terminal.screen import echo
+    from ptq.runtime.chosen import kernel_line
 
     drawn = {"seed": "at temperature 0 nothing is drawn"} if temperature == 0 else {}
     for sentence in idle_sentences(given_options(click.get_current_context()), drawn):
@@ -66,6 +67,9 @@ def command(
     if not prompt:
         raise UsageError('the prompt is empty; give some text to continue, for example "Once upon a time".')
     loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    kernels = kernel_line(loaded.model)
+    if kernels is not None:
+        echo(kernels, err=True)
     started = time.monotonic()
     prompt_ids, new = _continue(loaded, prompt, max_new_tokens, temperature, seed)
     seconds = time.monotonic() - started

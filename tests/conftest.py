@@ -8,6 +8,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Exact and without a compiler, unless a test is about another kernel; those compile once per machine.
+os.environ["PTQ_KERNEL"] = "reference"
+os.environ.setdefault("PTQ_KERNEL_CACHE", os.path.expanduser("~/.cache/ptq/kernels"))
 
 import contextlib
 from collections.abc import Iterator

@@ -133,7 +133,7 @@ class InputRotation:
         """
         if x.is_inference():  # such tensors do not say when they were written to
             return self(x)
-        last, grad = self._last, torch.is_grad_enabled()
+        last, grad = self._last, torch.is_grad_enabled() and x.requires_grad
         if last is not None and last[0]() is x and last[1:3] == (x._version, grad):
             return last[3]
         rotated = self(x)

@@ -23,31 +23,41 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quality import Bench, Cell, brief
 
 INT3 = {"bits": 3, "group_size": 64, "symmetric": False, "scale_dtype": "float16"}
+ITQ3S = {"method": "coreq", "format": "itq3s"}
+REFITTED = {"cd_passes": 2, "refit_passes": 4}
+NO_DATA = ("itq3s no data", "itq3s no data refitted", "itq3s no data unshaped", "int3 rtn", "int3 g128 rtn")
+"""Rows without calibration: one seed says all."""
 ROWS: dict[str, dict[str, Any]] = {
-    "itq3s coreq": {"method": "coreq", "format": "itq3s"},
-    "itq3s coreq beam 4 cd 2": {"method": "coreq", "format": "itq3s", "beam": 4, "cd_passes": 2},
-    "int3 coreq": {"method": "coreq", **INT3},
+    "itq3s coreq min-pivot beam 4 refit": {**ITQ3S, "order": "min_pivot", "beam": 4, **REFITTED},
+    "itq3s coreq": ITQ3S,
+    "itq3s coreq refit": {**ITQ3S, **REFITTED},
+    "itq3s coreq beam 4 cd 2": {**ITQ3S, "beam": 4, "cd_passes": 2},
+    "itq3s coreq min-pivot beam 16 refit": {**ITQ3S, "order": "min_pivot", "beam": 16, **REFITTED},
     "itq3s gptq": {"method": "gptq", "format": "itq3s"},
+    "int3 gptq": {"method": "gptq", **INT3},
+    "int3 coreq": {"method": "coreq", **INT3},
+    "int3 coreq beam 4": {"method": "coreq", **INT3, "beam": 4},
+    "int3 coreq refit": {"method": "coreq", **INT3, **REFITTED},
     "itq3s no data": {"method": "itq3s"},
     "int3 rtn": {"method": "rtn", **INT3},
-    "itq3s no data unshaped": {"method": "itq3s", "shaping": 0.0},
-    "itq3s coreq min-pivot": {"method": "coreq", "format": "itq3s", "order": "min_pivot"},
-    "itq3s coreq cd 2": {"method": "coreq", "format": "itq3s", "cd_passes": 2},
-    "int3 rotated coreq": {"method": "coreq", **INT3, "rotate": ("input",)},
+    "int3 g128 rtn": {"method": "rtn", **INT3, "group_size": 128},
+    "itq3s calib self": {**ITQ3S, "calib": "self"},
     "itq3s-104 coreq": {"method": "coreq", "format": "itq3s-104"},
-    "int3 gptq": {"method": "gptq", **INT3},
-    "int3 coreq beam 4": {"method": "coreq", **INT3, "beam": 4},
+    "itq3s-ternary coreq": {"method": "coreq", "format": "itq3s-ternary"},
+    **{f"higgs {bits} coreq": {"method": "coreq", "format": "higgs", "bits": bits} for bits in (2, 3, 4)},
     **{
-        f"itq3s coreq blocks of {block}": {
-            "method": "coreq",
-            "format": "itq3s",
-            "rotate": ("input",),
-            "rotate_block": block,
-        }
+        f"itq3s coreq blocks of {block}": {**ITQ3S, "rotate": ("input",), "rotate_block": block}
         for block in (32, 64, 128, 512)
     },
+    "int3 rotated coreq": {"method": "coreq", **INT3, "rotate": ("input",)},
+    "itq3s coreq min-pivot": {**ITQ3S, "order": "min_pivot"},
+    "itq3s coreq cd 2": {**ITQ3S, "cd_passes": 2},
+    "itq3s coreq row": {**ITQ3S, "coefficient": "row"},
+    "itq3s coreq damping .003": {**ITQ3S, "damping": 0.003},
+    "itq3s coreq hessian scales": {**ITQ3S, "scales": "hessian"},
+    "itq3s no data refitted": {"method": "itq3s", **REFITTED},
+    "itq3s no data unshaped": {"method": "itq3s", "shaping": 0.0},
     "itq3s gptq dynamic scales": {"method": "gptq", "format": "itq3s", "act_order": False, "static_groups": False},
-    "higgs 3 coreq": {"method": "coreq", "format": "higgs", "bits": 3},
 }
 
 
@@ -71,7 +81,7 @@ def main() -> None:
         for row in options.rows:
             cell = Cell(row, "itq3s", seed)
             target = folder / cell.file
-            if target.exists() or (seed != options.seeds[0] and ("no data" in row or "rtn" in row)):
+            if target.exists() or (seed != options.seeds[0] and row in NO_DATA):
                 continue
             if time.monotonic() - started > options.seconds:
                 print(f"stopped before {row}, seed {seed}: run the same command again to go on", file=sys.stderr)

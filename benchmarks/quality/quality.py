@@ -118,8 +118,8 @@ class Bench:
         """Quantize, load and evaluate one cell."""
         recipe = make_recipe(
             {
-                **self.fields(cell),
                 "calib": self.options.calib,
+                **self.fields(cell),
                 "calib_samples": self.options.samples,
                 "calib_seqlen": self.options.seqlen,
                 "seed": cell.seed,

@@ -109,6 +109,13 @@ class NumberFormat(abc.ABC):
     def grid(self, params: Mapping[str, Tensor], scheme: Storage, in_features: int) -> ScaledGrid:
         """The grid of a weight with these parameters, on their device."""
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        """The scale of every input channel, int64 ``[in_features]``, ascending, of formats whose scales can be refitted
+        to given codes: the parameter ``scale`` ``[out, n]`` multiplies the values of its channels, and any number of
+        its dtype will do. ``None`` (the default) where that is not so.
+        """
+        return None
+
     @abc.abstractmethod
     def pack(self, codes: Tensor, params: Mapping[str, Tensor], scheme: Storage) -> dict[str, Tensor]:
         """The tensors of `tensor_specs`, contiguous, on the device of ``codes``.

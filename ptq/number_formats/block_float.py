@@ -146,6 +146,9 @@ class Nvfp4Format(_BlockFormat):
     def scale(self, params: Mapping[str, Tensor]) -> Tensor:
         return params["scale"].float() / params["global_scale"]
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        return scheme.group_index(in_features)
+
     def _params(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"scale": tensors["weight_scale"], "global_scale": tensors["weight_global_scale"]}
 

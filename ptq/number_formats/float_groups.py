@@ -86,6 +86,9 @@ class FloatGroupsFormat(NumberFormat):
         index = scheme.group_index(in_features, scale.device)
         return ScaledGrid(self.number.grid(scale.device), scale, torch.zeros_like(scale), index, params)
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        return scheme.group_index(in_features)
+
     def pack(self, codes: Tensor, params: Mapping[str, Tensor], scheme: Storage) -> dict[str, Tensor]:
         return {
             "weight_packed": pack_nibbles(self.number.patterns_of_codes(codes)),

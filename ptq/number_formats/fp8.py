@@ -92,6 +92,9 @@ class Fp8Format(NumberFormat):
         index = scheme.group_index(in_features, scale.device)
         return ScaledGrid(E4M3.grid(scale.device), scale, torch.zeros_like(scale), index, params)
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        return scheme.group_index(in_features) if self._rows == 1 else None
+
     def pack(self, codes: Tensor, params: Mapping[str, Tensor], scheme: Storage) -> dict[str, Tensor]:
         scale = params["scale"]
         return {

@@ -73,6 +73,9 @@ class IntegerFormat(NumberFormat):
         grid = uniform_grid(scheme.bits, scale.device)
         return ScaledGrid(grid, scale, zero, scheme.group_index(in_features, scale.device), params)
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        return scheme.group_index(in_features)
+
     def pack(self, codes: Tensor, params: Mapping[str, Tensor], scheme: Storage) -> dict[str, Tensor]:
         if ("zero" in params) == scheme.symmetric:
             raise ValueError(f"{self.describe(scheme)} with{'' if 'zero' in params else 'out'} zero points")

@@ -23,20 +23,18 @@ from torch import Tensor
 from calib.precision import product
 from calib.stats import LinearStatistics, Moments, Stat
 from ptq.errors import UsageError, unknown_name
-from ptq.grids import ScaledGrid, ScaleSearch
+from ptq.grids import ScaleSearch
 from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import check_damping, check_order, check_scales, fit_grid, group_factor, require
+from ptq.methods.refinement import check_passes, refine, refine_flops
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 from ptq.solvers import (
-    Factor,
     Order,
     beam_flops,
     beam_search,
-    coordinate_descent,
     factorize,
     factorize_flops,
-    quadratic,
     solve_flops,
     successive_rounding,
     sweep_flops,
@@ -56,6 +54,7 @@ class CoreqConfig:
     alpha: the value of ``fixed``, 0 (GPTQ's target) to 1.
     beam: beams a row; 1 is successive rounding.
     cd_passes: sweeps of coordinate descent after rounding.
+    refit_passes: how often scales are refitted to the codes by least squares, each time after ``cd_passes`` sweeps.
     order: ``descending``, ``natural`` or ``min_pivot``.
     damping: fraction of the Hessian's mean diagonal added to it.
     scales: ``minmax``, ``pnorm`` or ``hessian``.
@@ -65,6 +64,7 @@ class CoreqConfig:
     alpha: float = 0.5
     beam: int = 1
     cd_passes: int = 0
+    refit_passes: int = 0
     order: Order = "descending"
     damping: float = 0.01
     scales: ScaleSearch = "pnorm"
@@ -79,8 +79,7 @@ class CoreqConfig:
             raise UsageError(f"coreq: alpha is 0 to 1, got {self.alpha!r}.")
         if not 1 <= self.beam <= 256:
             raise UsageError(f"coreq: beam is 1 to 256, got {self.beam!r}.")
-        if self.cd_passes < 0:
-            raise UsageError(f"coreq: cd_passes is 0 or more, got {self.cd_passes!r}.")
+        check_passes("coreq", cd_passes=self.cd_passes, refit_passes=self.refit_passes)
 
 
 def needs(config: CoreqConfig) -> frozenset[Stat]:
@@ -107,11 +106,12 @@ def quantize(
         codes = beam_search(target, grid, factor, width=config.beam)
     else:
         codes, _ = successive_rounding(target, grid, factor)
-    if config.cd_passes:
-        codes = _descend(target, codes, grid, factor, config.cd_passes)
+    codes, grid, notes = refine(
+        target, codes, grid, factor, scheme, cd_passes=config.cd_passes, refit_passes=config.refit_passes
+    )
     figures = {"alpha": float(alpha.mean()), "r2": r2, "damping": factor.damping}
     flops += _flops(weight.shape, config)
-    return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), figures, factor.notes, flops)
+    return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), figures, (*factor.notes, *notes), flops)
 
 
 def _flops(shape: torch.Size, config: CoreqConfig) -> int:
@@ -120,16 +120,8 @@ def _flops(shape: torch.Size, config: CoreqConfig) -> int:
     square = rows * width * width
     folds = 2 * (factorize_flops(width) + solve_flops(rows, width) + 6 * square) if config.coefficient == "cv" else 0
     rounding = beam_flops(rows, width, config.beam) if config.beam > 1 else sweep_flops(rows, width)
-    descent = 2 * width**3 + (2 * config.cd_passes + 4) * square if config.cd_passes else 0
-    return 2 * square + solve_flops(rows, width) + folds + rounding + descent
-
-
-def _descend(target: Tensor, codes: Tensor, grid: ScaledGrid, factor: Factor, passes: int) -> Tensor:
-    """Coordinate descent, kept only where it lowered a row's loss (rounding of sums could raise it by an ulp)."""
-    found = coordinate_descent(target, codes, grid, factor, passes=passes)
-    before = quadratic(target - grid.dequantize(codes), factor)
-    better = quadratic(target - grid.dequantize(found), factor) < before
-    return torch.where(better[:, None], found, codes)
+    refinement = refine_flops(shape, config.cd_passes, config.refit_passes)
+    return 2 * square + solve_flops(rows, width) + folds + rounding + refinement
 
 
 def coefficient(

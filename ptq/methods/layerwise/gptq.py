@@ -18,6 +18,7 @@ from ptq.errors import UsageError
 from ptq.grids import ScaledGrid, ScaleSearch
 from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import check_damping, check_scales, fit_grid, group_factor, require
+from ptq.methods.refinement import check_passes, refine, refine_flops
 from ptq.number_formats import join_groups
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
@@ -33,16 +34,21 @@ class GptqConfig:
     act_order: columns in descending order of the diagonal.
     static_groups: scales fitted before rounding.
     scales: ``minmax``, ``pnorm`` or ``hessian``.
+    cd_passes: sweeps of coordinate descent after rounding.
+    refit_passes: how often scales are refitted to the codes by least squares, each time after ``cd_passes`` sweeps.
     """
 
     damping: float = 0.01
     act_order: bool = True
     static_groups: bool = True
     scales: ScaleSearch = "pnorm"
+    cd_passes: int = 0
+    refit_passes: int = 0
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_scales(self.scales)
+        check_passes("gptq", cd_passes=self.cd_passes, refit_passes=self.refit_passes)
         if self.act_order and not self.static_groups:
             raise UsageError(
                 "gptq: act_order needs static_groups: scales fitted along a permuted order need a group index that "
@@ -69,9 +75,12 @@ def quantize(
         codes, _ = successive_rounding(weight, grid, factor)
     else:
         codes, grid = _dynamic_groups(weight, stats, scheme, config, factor, shared)
-    flops += sweep_flops(*weight.shape)
+    codes, grid, notes = refine(
+        weight, codes, grid, factor, scheme, cd_passes=config.cd_passes, refit_passes=config.refit_passes
+    )
+    flops += sweep_flops(*weight.shape) + refine_flops(weight.shape, config.cd_passes, config.refit_passes)
     weight_q = QuantizedWeight.from_grid(codes, grid, scheme)
-    return LayerResult(weight_q, {"damping": factor.damping}, factor.notes, flops)
+    return LayerResult(weight_q, {"damping": factor.damping}, (*factor.notes, *notes), flops)
 
 
 def _dynamic_groups(

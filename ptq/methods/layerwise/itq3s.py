@@ -28,9 +28,10 @@ from ptq.grids import ScaleSearch
 from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import check_damping, check_scales, fit_grid
 from ptq.methods.layerwise import coreq, gptq
+from ptq.methods.refinement import refine, refine_flops
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
-from ptq.solvers import factorize, factorize_flops, successive_rounding, sweep_flops
+from ptq.solvers import Order, factorize, factorize_flops, successive_rounding, sweep_flops
 from ptq.transforms.hadamard import InputRotation
 
 __all__ = ["ITQ3S", "Itq3sConfig", "guessed_hessian"]
@@ -48,7 +49,9 @@ class Itq3sConfig:
     solver: ``none`` needs no data; ``coreq`` or ``gptq`` round with the Hessian of the calibration data.
     shaping: without data, how strongly small weights are taken for large inputs; 0 to 2, 0 is plain rounding.
     beam: with data, beams per row (coreq).
-    cd_passes: with data, sweeps of coordinate descent after rounding (coreq).
+    cd_passes: sweeps of coordinate descent after rounding.
+    refit_passes: how often scales are refitted to the codes, each time after ``cd_passes`` sweeps.
+    order: with data, of columns: ``descending``, ``natural`` or ``min_pivot`` (coreq).
     damping: with data, fraction of the Hessian's mean diagonal added to it.
     scales: ``pnorm`` or ``hessian``, the latter with data only.
     """
@@ -57,6 +60,8 @@ class Itq3sConfig:
     shaping: float = 1.0
     beam: int = 1
     cd_passes: int = 0
+    refit_passes: int = 0
+    order: Order = "descending"
     damping: float = 0.01
     scales: ScaleSearch = "pnorm"
 
@@ -69,20 +74,29 @@ class Itq3sConfig:
             raise UsageError(f"itq3s: shaping is 0 to 2, got {self.shaping!r}.")
         if self.scales == "hessian" and self.solver == "none":
             raise UsageError("itq3s: scales=hessian needs calibration data; give --calib, or solver=coreq.")
-        if self.solver != "coreq" and (self.beam != 1 or self.cd_passes):
+        if self.solver != "coreq" and (self.beam != 1 or self.order != "descending"):
             raise UsageError(
-                f"itq3s: beam and cd_passes belong to solver=coreq, and the solver is {self.solver}: give --calib, or "
+                f"itq3s: beam and order belong to solver=coreq, and the solver is {self.solver}: give --calib, or "
                 "leave them out."
             )
-        self.coreq()  # checks beam and cd_passes
+        self.coreq()  # checks beam, order and passes
 
     def coreq(self) -> coreq.CoreqConfig:
         """The same for the solver ``coreq``."""
-        return coreq.CoreqConfig(beam=self.beam, cd_passes=self.cd_passes, damping=self.damping, scales=self.scales)
+        return coreq.CoreqConfig(
+            beam=self.beam,
+            cd_passes=self.cd_passes,
+            refit_passes=self.refit_passes,
+            order=self.order,
+            damping=self.damping,
+            scales=self.scales,
+        )
 
     def gptq(self) -> gptq.GptqConfig:
         """The same for the solver ``gptq``."""
-        return gptq.GptqConfig(damping=self.damping, scales=self.scales)
+        return gptq.GptqConfig(
+            damping=self.damping, scales=self.scales, cd_passes=self.cd_passes, refit_passes=self.refit_passes
+        )
 
 
 def needs(config: Itq3sConfig) -> frozenset[Stat]:
@@ -121,14 +135,19 @@ def quantize(
     if config.solver == "gptq":
         return gptq.quantize(weight, stats, scheme, config.gptq(), shared or {})
     grid = fit_grid(weight, scheme, config.scales, None, shared)
-    if not config.shaping or scheme.input_rotation is None:  # a diagonal Hessian moves no error
+    diagonal = not config.shaping or scheme.input_rotation is None  # such a Hessian moves no error
+    if diagonal and not config.refit_passes:
         return LayerResult(QuantizedWeight.from_grid(grid.round(weight), grid, scheme))
-    rotation = InputRotation.of(scheme.input_rotation, weight.shape[1])
+    rotation = None if scheme.input_rotation is None else InputRotation.of(scheme.input_rotation, weight.shape[1])
     hessian = guessed_hessian(weight, rotation, config.shaping)
     factor = factorize(hessian, _DAMPING, "natural")
     codes, _ = successive_rounding(weight, grid, factor)
+    codes, grid, notes = refine(
+        weight, codes, grid, factor, scheme, cd_passes=config.cd_passes, refit_passes=config.refit_passes
+    )
     flops = factorize_flops(weight.shape[1]) + sweep_flops(*weight.shape)
-    return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), notes=factor.notes, flops=flops)
+    flops += refine_flops(weight.shape, config.cd_passes, config.refit_passes)
+    return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), notes=(*factor.notes, *notes), flops=flops)
 
 
 ITQ3S = LayerMethod(

@@ -75,6 +75,9 @@ class GaussianFormat(NumberFormat):
             scale, torch.zeros_like(scale, dtype=torch.uint8), _LAYOUTS[scheme.bits], in_features, dict(params)
         )
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        return scheme.group_index(in_features)
+
     def pack(self, codes: Tensor, params: Mapping[str, Tensor], scheme: Storage) -> dict[str, Tensor]:
         return {
             "weight_packed": pack_rows(codes, scheme.bits),

@@ -78,6 +78,9 @@ class Itq3sFormat(NumberFormat):
     def grid(self, params: Mapping[str, Tensor], scheme: Storage, in_features: int) -> ScaledGrid:
         return sub_block_grid(params["scale"], params["multiplier"], self.layout, in_features, dict(params))
 
+    def scale_groups(self, scheme: Storage, in_features: int) -> Tensor | None:
+        return scheme.group_index(in_features)
+
     def pack(self, codes: Tensor, params: Mapping[str, Tensor], scheme: Storage) -> dict[str, Tensor]:
         return {
             "weight_packed": pack_blocks(codes, params["scale"], params["multiplier"], self.layout),

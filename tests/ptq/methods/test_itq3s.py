@@ -156,7 +156,7 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, Any], said: str) -> No
 
 
 def test_options_of_a_solver_that_does_not_run_are_refused() -> None:
-    for options in ({"beam": 2}, {"cd_passes": 1}, {"scales": "hessian"}, {"shaping": 3.0}, {"solver": "ldl"}):
+    for options in ({"beam": 2}, {"order": "natural"}, {"scales": "hessian"}, {"shaping": 3.0}, {"solver": "ldl"}):
         with pytest.raises(UsageError):
             make_config(find_method("itq3s"), options)
 

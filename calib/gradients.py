@@ -12,9 +12,9 @@ second-order scores of a linear are made of: its inputs X and the gradients G of
             batch["mlp.down_proj"]               # [(X, G), ...] of every call
 
 The loss is the sum over all tokens of the negative log-likelihood of labels *drawn from the model itself*,
-independently at every position. Then the covariance of a weight's gradient, sum_t g_t x_t^T of a sequence, is the
-Fisher matrix, which is the Hessian of the KL divergence from the model. The gradient by the logits is
-``softmax - onehot``, in closed form.
+independently at every position (or, with `text_labels`, of the text's own next tokens). Then the covariance of a
+weight's gradient, sum_t g_t x_t^T of a sequence, is the Fisher matrix, which is the Hessian of the KL divergence from
+the model. The gradient by the logits is ``softmax - onehot``, in closed form.
 """
 
 from __future__ import annotations
@@ -213,21 +213,33 @@ class GradientPasses:
             generator: on the CPU; the draw does not depend on the device.
         """
 
+        self._begin_backward(generator)
+
+    def text_labels(self) -> None:
+        """Begin the backward pass of the negative log-likelihood of the text itself: every next token is a label."""
+        self._begin_backward(None)
+
+    def _begin_backward(self, generator: torch.Generator | None) -> None:
         self._gradients = self._new_store("gradients")
         with self.head():
             for number, batch in enumerate(self.tokens):
                 rows = [self._label_gradient(number, sequence, generator) for sequence in range(len(batch))]
                 self._gradients.append(torch.cat(rows), (batch.shape[0], batch.shape[1]))
 
-    def _label_gradient(self, number: int, sequence: int, generator: torch.Generator) -> Tensor:
-        """The gradient by the last block's output of one sequence."""
+    def _label_gradient(self, number: int, sequence: int, generator: torch.Generator | None) -> Tensor:
+        """The gradient by the last block's output of one sequence; without a generator, of the text's own labels."""
         with torch.enable_grad():
             hidden = self._last(number, sequence).detach().requires_grad_()
             logits = self._after_blocks(number, sequence, hidden)
         gradient = torch.softmax(logits.detach()[0].float(), -1)
-        below = torch.rand(len(gradient), 1, generator=generator).to(gradient.device)
-        label = torch.searchsorted(gradient.cumsum(-1), below).clamp_(max=gradient.shape[-1] - 1)
-        gradient.scatter_add_(-1, label, torch.full_like(below, -1.0))
+        if generator is None:
+            label = self.tokens[number][sequence].roll(-1)[:, None].to(gradient.device)
+        else:
+            below = torch.rand(len(gradient), 1, generator=generator).to(gradient.device)
+            label = torch.searchsorted(gradient.cumsum(-1), below).clamp_(max=gradient.shape[-1] - 1)
+        gradient.scatter_add_(-1, label, torch.full_like(label, -1.0, dtype=gradient.dtype))
+        if generator is None:
+            gradient[-1] = 0  # no token of the text follows the last
         logits.backward(gradient[None].to(logits))  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         return hidden.grad

@@ -1,16 +1,18 @@
 """Which linear gets how many bits: KL and perplexity of allocations at equal real bytes.
 
     python benchmarks/quality/allocation.py MODEL OUT --calib TEXT --text TEXT
+    python benchmarks/quality/allocation.py MODEL OUT --only coreq --rows 'coreq-3.0-*-seed0'
     python benchmarks/quality/allocation.py MODEL OUT --tiny        # a few tokens, to try the program itself
 
 Every row is a JSON file in OUT, written when it is there, so that an interrupted run goes on. The most important rows
-come first:
+come first (``--only`` takes parts in this order, ``--rows`` those whose name matches a pattern):
 
-    rtn      4.0, 3.5, 3.0 bits (those of uniform codes in groups of 64, scales and zero points included): uniform,
-             LIM, ZD, five random orders of blocks, hawq, fisher, kl
-    itq3s    3.15 bits with itq3s among the candidates, where that number format is installed
-    coreq    fisher, hawq and uniform under CoreQ, three calibration seeds
+    itq      3.15 bits with itq3s among the candidates under CoreQ, beside itq3s for all, three calibration seeds
+    coreq    4.0, 3.5, 3.0 bits under CoreQ: uniform, fisher, hawq, three calibration seeds
     blocks   how many blocks may drop to the lower level at 5 % loss of perplexity, by order
+    refine   fisher at 3.5, 3.0 and 2.5 bits under nearest rounding, before and after rounds of refinement
+    rtn      4.0, 3.5, 3.0 bits (those of uniform codes in groups of 64, scales and zero points included): uniform,
+             LIM, ZD, five random orders of blocks, hawq, fisher, ModelOpt's score, kl; 3.15 bits with itq3s
     cost     seconds of scoring beside those of plain forward and backward passes
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import shutil
 import time
@@ -36,13 +39,14 @@ from ptq.allocation import Plan, Planner, PlanOptions, make_planner
 from ptq.allocation.measure import token_kl
 from ptq.allocation.problem.budget import Budget
 from ptq.allocation.problem.candidates import Candidate, rounding_errors
-from ptq.number_formats import FORMATS
 
 LEVELS = (4.0, 3.5, 3.0)
 WIDE = "2,3,4,5,6,8"
 UNIFORM = {4.0: "4", 3.5: "3g24", 3.0: "3"}  # smaller groups spend the half bit on scales, as far as groups allow
 RANKINGS = ("lim", "zd", *(f"random-{seed}" for seed in range(5)))
-TABLES = ("fisher", "hawq", "kl")
+TABLES = ("fisher", "hawq", "modelopt", "kl")
+ITQ = "itq3s,2,3,4,5,6,8"
+BEST = {"beam": 4, "cd_passes": 2}  # CoreQ's slower options, for the row that goes for quality
 LOSS = 0.05  # of perplexity, at which a block order is through
 
 
@@ -68,7 +72,9 @@ class Bench:
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def row(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A row, from its file where it is there."""
+        """A row, from its file where it is there; nothing where it is not asked for."""
+        if not fnmatch.fnmatchcase(name, self.arguments.rows):
+            return {}
         file = self.out / f"{name}.json"
         if file.is_file():
             return dict(json.loads(file.read_text()))
@@ -163,11 +169,11 @@ class Weights:
             self._bench.model.get_submodule(name).weight.data = weight
 
 
-def levels(bench: Bench) -> dict[float, float]:
+def real_bits(bench: Bench, level: float) -> float:
     """Real bits per weight of codes of so many bits in the base's groups; between two widths their mean."""
     linears = bench.planner("uniform", WIDE).table
     whole = {c.bits: float(linears.bits[:, i].sum() / linears.sizes.sum()) for i, c in enumerate(linears.candidates)}
-    return {level: (whole[int(level)] + whole[int(level + 0.5)]) / 2 for level in LEVELS}
+    return (whole[int(level)] + whole[int(level + 0.5)]) / 2
 
 
 def allocate(bench: Bench, score: str, candidates: str, target: float) -> tuple[Planner, Any, dict[str, Any]]:
@@ -188,15 +194,16 @@ def rtn_row(bench: Bench, score: str, candidates: str, target: float) -> dict[st
 
 def rtn_rows(bench: Bench) -> None:
     """The table of allocations under nearest rounding."""
-    real = levels(bench)
-    for level, target in real.items():
-        uniform = UNIFORM[level]
+    for level in LEVELS:
+        target, uniform = real_bits(bench, level), UNIFORM[level]
         bench.row(f"rtn-{level}-uniform", lambda u=uniform: rtn_row(bench, "uniform", u, cost_of(bench, u)))
         for score in TABLES:
             bench.row(f"rtn-{level}-{score}", lambda s=score, t=target: rtn_row(bench, s, WIDE, t))
         pair = {4.0: "3,5", 3.5: "3,4", 3.0: "2,4"}[level]
         for score in RANKINGS:
             bench.row(f"rtn-{level}-{score}", lambda s=score, t=target, p=pair: rtn_row(bench, s, p, t))
+    for score in ("fisher", "kl"):
+        bench.row(f"rtn-3.15-itq3s-{score}", lambda s=score: rtn_row(bench, s, ITQ, 3.15))
 
 
 def cost_of(bench: Bench, candidate: str) -> float:
@@ -206,32 +213,40 @@ def cost_of(bench: Bench, candidate: str) -> float:
 
 
 def itq_rows(bench: Bench) -> None:
-    """The trellis-free 3-bit format among the candidates, where it is installed."""
-    if "itq3s" in FORMATS:
-        for score in ("fisher", "kl"):
-            bench.row(f"rtn-3.15-itq3s-{score}", lambda s=score: rtn_row(bench, s, f"itq3s,{WIDE}", 3.15))
+    """The rotated 3-bit format among the candidates under CoreQ, beside the same format for all."""
+    for seed in range(bench.arguments.seeds):
+        for options, mark in ((BEST, "-best"), ({}, "")):
+            for score, names in (("fisher", ITQ), ("uniform", "itq3s"), ("hawq", ITQ)):
+                target = cost_of(bench, names) if score == "uniform" else 3.15
+                bench.row(
+                    f"coreq{mark}-3.15-itq3s-{score}-seed{seed}",
+                    lambda s=score, n=names, t=target, d=seed, o=options: coreq_row(bench, s, n, t, d, o),
+                )
 
 
 def coreq_rows(bench: Bench) -> None:
     """The best two and uniform under CoreQ, by seed of the calibration."""
-    real = levels(bench)
-    for level in (4.0, 3.5):
-        for seed in range(bench.arguments.seeds):
+    for seed in range(bench.arguments.seeds):
+        for level in reversed(LEVELS):
             for score, names in (("uniform", UNIFORM[level]), ("fisher", WIDE), ("hawq", WIDE)):
-                target = cost_of(bench, names) if score == "uniform" else real[level]
+                target = cost_of(bench, names) if score == "uniform" else real_bits(bench, level)
                 bench.row(
                     f"coreq-{level}-{score}-seed{seed}",
                     lambda s=score, n=names, t=target, d=seed: coreq_row(bench, s, n, t, d),
                 )
 
 
-def coreq_row(bench: Bench, score: str, candidates: str, target: float, seed: int) -> dict[str, Any]:
+def coreq_row(
+    bench: Bench, score: str, candidates: str, target: float, seed: int, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One allocation under CoreQ."""
     a = bench.arguments
     planner, allocation, about = allocate(bench, score, candidates, target)
     plan: Plan = planner.plan(allocation, {"bpw": target})
     text = ptq.CalibrationSpec(a.calib, a.coreq_samples, a.seqlen, seed)
-    recipe = dataclasses.replace(plan.recipe(ptq.Recipe(method="coreq", calibration=text)), container="native")
+    recipe = dataclasses.replace(
+        plan.recipe(ptq.Recipe(method="coreq", options=options or {}, calibration=text)), container="native"
+    )
     folder = bench.out / "work"
     shutil.rmtree(folder, ignore_errors=True)
     report = ptq.quantize(a.model, recipe, out=folder, device=bench.device.type)
@@ -240,6 +255,24 @@ def coreq_row(bench: Bench, score: str, candidates: str, target: float, seed: in
     shutil.rmtree(folder, ignore_errors=True)
     real = report.totals["bits_per_weight"]
     return {"score": score, "target": target, "seed": seed, **about, "written_bits_per_weight": real, **measured}
+
+
+def refine_rows(bench: Bench) -> None:
+    """What measuring again in the mixed model is worth, under nearest rounding."""
+    for level in (3.0, 2.5, 3.5):
+        bench.row(f"refine-{level}", lambda v=level: refine_row(bench, real_bits(bench, v)))
+
+
+def refine_row(bench: Bench, target: float) -> dict[str, Any]:
+    """KL before refinement and after, with what each round did."""
+    planner, before, about = allocate(bench, "fisher", WIDE, target)
+    with bench.weights(planner.candidates_of(before)):
+        first = bench.measure(bench.model)
+    planner.notes = []
+    _, after = planner.planned(Budget(bpw=target), check=False, rounds=bench.arguments.rounds)
+    with bench.weights(planner.candidates_of(after)):
+        last = bench.measure(bench.model)
+    return {"target": target, **about, "before": first, "after": last, "rounds": planner.notes}
 
 
 def block_rows(bench: Bench) -> None:
@@ -280,7 +313,7 @@ def cost_row(bench: Bench) -> dict[str, Any]:
     bench.model.zero_grad()
     planner = bench.planner("fisher", WIDE)
     start = time.perf_counter()
-    planner.allocate(Budget(bpw=levels(bench)[3.5]))
+    planner.allocate(Budget(bpw=real_bits(bench, 3.5)))
     solved = time.perf_counter() - start
     return {"plain_forward_backward_seconds": plain, "score_seconds": bench.seconds, "solve_seconds": solved}
 
@@ -298,7 +331,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--coreq-samples", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--block-steps", type=int, default=30)
-    parser.add_argument("--only", default="rtn,itq,cost,coreq,blocks")
+    parser.add_argument("--rounds", type=int, default=3, help="of refinement, at most")
+    parser.add_argument("--only", default="itq,coreq,blocks,refine,rtn,cost")
+    parser.add_argument("--rows", default="*", help="only rows whose name matches this pattern")
     parser.add_argument("--tiny", action="store_true", help="a few tokens of everything, to try the program itself")
     found = parser.parse_args()
     if found.tiny:
@@ -309,11 +344,12 @@ def arguments() -> argparse.Namespace:
 
 def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is measured, in the order of importance."""
-    yield "rtn", lambda: rtn_rows(bench)
     yield "itq", lambda: itq_rows(bench)
-    yield "cost", lambda: bench.row("cost", lambda: cost_row(bench))
     yield "coreq", lambda: coreq_rows(bench)
     yield "blocks", lambda: block_rows(bench)
+    yield "refine", lambda: refine_rows(bench)
+    yield "rtn", lambda: rtn_rows(bench)
+    yield "cost", lambda: bench.row("cost", lambda: cost_row(bench))
 
 
 def main() -> None:

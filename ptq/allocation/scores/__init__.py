@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from ptq.allocation.scores.base import Context, Score, ScoreValues
 from ptq.allocation.scores.baselines import RANDOM, UNIFORM
-from ptq.allocation.scores.fisher import FISHER, HAWQ, OUT_FISHER
+from ptq.allocation.scores.fisher import FISHER, HAWQ, MODELOPT, OUT_FISHER
 from ptq.allocation.scores.hessian import HAWQ_EIG, HAWQ_HVP
 from ptq.allocation.scores.kl import KL
 from ptq.allocation.scores.lim import LIM
@@ -15,7 +15,7 @@ from ptq.errors import unknown_name
 
 __all__ = ["SCORES", "Context", "Score", "ScoreValues", "find_score"]
 
-_ROWS = (FISHER, OUT_FISHER, HAWQ, HAWQ_HVP, HAWQ_EIG, KL, LIM, ZD, UNIFORM, RANDOM)
+_ROWS = (FISHER, OUT_FISHER, MODELOPT, HAWQ, HAWQ_HVP, HAWQ_EIG, KL, LIM, ZD, UNIFORM, RANDOM)
 SCORES = MappingProxyType({score.name: score for score in _ROWS})
 
 

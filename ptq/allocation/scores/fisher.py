@@ -6,11 +6,13 @@ the Fisher matrix F, the Hessian of the KL divergence. Per token of T, for the e
     fisher      1/(2T) sum_seq sum_oi (G^T X)_oi^2 D_oi^2        F's diagonal
     out-fisher  1/(2T) sum_t (g_t . D x_t)^2                     all of F within a token
     hawq        1/(2T) sum_seq |G^T X|^2 / n  |D|^2              F's mean trace (HAWQ-V2)
+    modelopt    1/(2T) sum_t sum_o g_to^2 (D x_t)_o^2            as published: labels are the text's next tokens
 
 Nothing of the model's size is stored: a block's squared gradients are contracted with the errors of all formats before
 the next block is loaded.
 
-Sources: SqueezeLLM (arXiv 2306.07629) for the diagonal; HAWQ-V2 (arXiv 1911.03852) for the trace.
+Sources: SqueezeLLM (arXiv 2306.07629) for the diagonal; HAWQ-V2 (arXiv 1911.03852) for the trace; the "gradient" method
+of AutoQuantize in NVIDIA Model Optimizer for modelopt.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from calib.gradients import BlockGradients, GradientPasses
 from calib.model.structure import linear_weight
 from ptq.allocation.scores.base import Context, Score, ScoreValues
 
-__all__ = ["FISHER", "HAWQ", "OUT_FISHER", "squared_gradient"]
+__all__ = ["FISHER", "HAWQ", "MODELOPT", "OUT_FISHER", "squared_gradient"]
 
 _BY_TOKEN = (
     "experts: squared gradients are summed token by token, because their rows come without the sequence they belong to"
@@ -50,7 +52,7 @@ def squared_gradient(calls: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-def _gradients(context: Context, visit: Callable[[BlockGradients], None]) -> GradientPasses:
+def _gradients(context: Context, visit: Callable[[BlockGradients], None], *, sampled: bool = True) -> GradientPasses:
     """Forward and backward over the context's tokens; every block is visited on the way back."""
     assert context.tokens is not None
     passes = GradientPasses(
@@ -63,7 +65,10 @@ def _gradients(context: Context, visit: Callable[[BlockGradients], None]) -> Gra
     )
     try:
         passes.forward()
-        passes.sample_labels(torch.Generator().manual_seed(context.seed))
+        if sampled:
+            passes.sample_labels(torch.Generator().manual_seed(context.seed))
+        else:
+            passes.text_labels()
         for block in passes.backward():
             visit(block)
     finally:
@@ -111,7 +116,8 @@ def _hawq(context: Context) -> ScoreValues:
     return _from_squares(context, lambda squares, error: squares.mean() * error.square().sum())
 
 
-def _out_fisher(context: Context) -> ScoreValues:
+def _from_outputs(context: Context, value: Callable[[Tensor, Tensor], Tensor], *, sampled: bool = True) -> ScoreValues:
+    """A score that is a function of what a format moves an output by, and of the gradient by that output."""
     assert context.tokens is not None
     per_token = 0.5 / context.tokens.numel()
     wanted = frozenset(context.linears)
@@ -130,10 +136,18 @@ def _out_fisher(context: Context) -> ScoreValues:
                 for inputs, gradients in calls[name]:
                     for column, error in enumerate(errors[name]):
                         moved = (inputs @ error.T).float()
-                        row[column] += per_token * float((moved * gradients.float()).sum(-1).square().sum())
+                        row[column] += per_token * float(value(moved, gradients.float()))
 
-    _gradients(context, visit)
+    _gradients(context, visit, sampled=sampled)
     return ScoreValues(table)
+
+
+def _out_fisher(context: Context) -> ScoreValues:
+    return _from_outputs(context, lambda moved, gradients: (moved * gradients).sum(-1).square().sum())
+
+
+def _modelopt(context: Context) -> ScoreValues:
+    return _from_outputs(context, lambda moved, gradients: (moved * gradients).square().sum(), sampled=False)
 
 
 _COST = "one forward pass and one backward pass with recomputation over the tokens, and one rounding per candidate"
@@ -150,4 +164,12 @@ OUT_FISHER = Score(
 )
 HAWQ = Score(
     "hawq", "HAWQ-V2: mean trace of the Hessian (sampled gradients) x squared error", _COST, "nats", True, _hawq
+)
+MODELOPT = Score(
+    "modelopt",
+    "squared products of outputs' gradients and errors (AutoQuantize of Model Optimizer), labels of the text",
+    f"{_COST}; also a forward pass of the linears per candidate",
+    "nats",
+    True,
+    _modelopt,
 )

@@ -146,6 +146,29 @@ def test_scores_scale_with_the_squared_error_and_vanish_without_one() -> None:
             assert none[linear] == [0.0, 0.0, 0.0]
 
 
+def test_the_score_of_model_optimizer_is_made_of_element_wise_products_with_the_labels_of_the_text() -> None:
+    model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj"
+    found = SCORES["modelopt"].compute(context(model)).table[name]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        seen.append((args[0].detach(), output))
+
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    for row in TOKENS:
+        logits = model(input_ids=row[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
+    handle.remove()
+    expected = []
+    for error in rounding_errors(model.get_submodule(name).weight.detach(), CANDIDATES):
+        products = [(inputs @ error.T) * output.grad for inputs, output in seen if output.grad is not None]
+        expected.append(0.5 / TOKENS.numel() * float(sum(product.square().sum() for product in products)))
+    assert len(seen) == 3
+    assert min(expected) > 0
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_experts_are_scored_on_the_rows_that_reach_them() -> None:
     model = tiny_model("qwen3_moe")
     source = open_model(model)

@@ -59,7 +59,7 @@ test-latest:
 	$(MAKE) check VENV=.venv-latest STAMP=pyproject.toml
 
 lock: $(STAMP)
-	bash requirements/lock.sh $(BIN)/uv
+	bash requirements/lock.sh $(abspath $(BIN))/uv
 
 $(STAMP): pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or say make PYTHON=/path/to/python" >&2; exit 1; }

@@ -79,8 +79,11 @@ def _digest(sources: Sequence[str], flags: tuple[str, ...]) -> str:
 def _build(
     name: str, sources: Sequence[str], flags: tuple[str, ...], cuda_flags: tuple[str, ...] | None, library: Path
 ) -> None:
+    import ninja
     from torch.utils import cpp_extension
 
+    if shutil.which("ninja") is None:  # an environment that is not activated: torch looks for it on the path
+        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
     library.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=library.parent))
     _LOG.warning("compiling the %s kernels once for this machine, a minute or less (into %s)", name, library.parent)

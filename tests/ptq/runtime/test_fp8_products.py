@@ -68,6 +68,7 @@ def test_products_of_codes_are_the_reference_but_for_rounding(
 def test_the_gpu_multiplies_natively(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
+    monkeypatch.delenv("PTQ_KERNEL", raising=False)
     linear = layer("fp8", inputs, "cuda")
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16)
     assert linear.kernel_name(x) == "fp8"

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,16 @@ class PackedWeight:
         scheme: the number format and its layout.
         out_features: rows of the weight.
         in_features: columns of the weight.
+        prepared: what the kernel's `Kernel.prepare` made of it.
+        rotated: the input that goes with it was rotated as the scheme says.
     """
 
     tensors: Mapping[str, Tensor]
     scheme: Scheme
     out_features: int
     in_features: int
+    prepared: Any = None
+    rotated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,9 @@ class Kernel:
             the dtype of ``x``.
         rounds_input: ``product`` takes the input before it is rounded (but rotated) and rounds it itself, as the
             scheme's activation format says.
+        prepare: made of a layer's weight once, for a kernel that reads it in an order of its own; comes back as
+            `PackedWeight.prepared`.
+        rotates_input: ``product`` takes the input before it is rotated where `PackedWeight.rotated` is false.
     """
 
     name: str
@@ -67,6 +75,8 @@ class Kernel:
     unsupported_reason: Callable[[Scheme, int, int], str | None]
     product: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
     rounds_input: bool = False
+    prepare: Callable[[PackedWeight], Any] | None = None
+    rotates_input: bool = False
 
     def refusal(
         self, device: str, dtype: torch.dtype, scheme: Scheme, out_features: int, in_features: int

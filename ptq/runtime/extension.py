@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["SOURCES", "load_operators"]
+__all__ = ["SOURCES", "cache_folder", "load_operators", "say_building", "say_missing", "sources_digest"]
 
 SOURCES = Path(__file__).parent / "sources"
 _LOG = logging.getLogger("ptq.kernels")
@@ -27,39 +27,45 @@ _FAILURES = (RuntimeError, OSError, ImportError)  # of a compiler, a linker, a d
 
 
 @functools.cache
-def load_operators(
-    name: str, sources: Sequence[str], flags: tuple[str, ...] = (), cuda_flags: tuple[str, ...] | None = None
-) -> str | None:
+def load_operators(name: str, sources: Sequence[str], flags: tuple[str, ...] = ()) -> str | None:
     """Load the operators that some of `SOURCES` define, compiling them if this machine has not yet.
 
     Args:
         name: of the operators' namespace.
         sources: files to compile; headers beside them count as part of them.
         flags: for the C++ compiler.
-        cuda_flags: for nvcc; ``None`` where nothing is for a GPU.
 
     Returns:
         Why there are none, in a few words, said once in a warning; ``None`` if they are there.
     """
-    library = _folder() / f"{name}-{_digest(sources, (*flags, *(cuda_flags or ())))}.so"
+    library = cache_folder() / f"{name}-{sources_digest(SOURCES, (torch.__version__, *flags))}.so"
     try:
         if library.is_file():
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         else:
-            _build(name, sources, flags, cuda_flags, library)
+            _build(name, sources, flags, library)
     except _FAILURES as error:
-        reason = _first_cause(error)
-        warnings.warn(
-            f"the {name} kernels could not be built ({reason}): packed weights are unpacked at every product, which is "
-            "slow. PTQ_KERNEL=reference says that this is meant.",
-            stacklevel=2,
-        )
-        return reason
+        return say_missing(name, _first_cause(error))
     return None
 
 
-def _folder() -> Path:
-    """``kernels`` in ``$PTQ_CACHE``, or in ``ptq`` in the user's cache folder; `PTQ_KERNEL_CACHE` names another."""
+def say_missing(name: str, reason: str) -> str:
+    """Warn that kernels could not be built, and return why, in one line."""
+    warnings.warn(
+        f"the {name} kernels could not be built ({reason}): packed weights are unpacked at every product, which is "
+        "slow. PTQ_KERNEL=reference says that this is meant.",
+        stacklevel=3,
+    )
+    return reason
+
+
+def say_building(name: str, folder: Path) -> None:
+    """One line before a compiler runs for a while."""
+    _LOG.warning("compiling the %s kernels once for this machine, a minute or less (into %s)", name, folder)
+
+
+def cache_folder() -> Path:
+    """``kernels`` in ``$PTQ_CACHE``, or in ``ptq`` in the user's cache folder; ``$PTQ_KERNEL_CACHE`` names another."""
     chosen = os.environ.get("PTQ_KERNEL_CACHE")
     if chosen:
         return Path(chosen)
@@ -68,17 +74,15 @@ def _folder() -> Path:
     return (Path(base) if base else user / "ptq") / "kernels"
 
 
-def _digest(sources: Sequence[str], flags: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr((torch.__version__, flags)).encode())
-    folders = {(SOURCES / source).parent for source in sources}
-    for file in sorted(file for folder in folders for file in folder.iterdir() if file.is_file()):
+def sources_digest(folder: Path, conditions: tuple[str, ...]) -> str:
+    """A short digest of all files of a folder, and of what else decides how they are compiled."""
+    digest = hashlib.sha256(repr(conditions).encode())
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _build(
-    name: str, sources: Sequence[str], flags: tuple[str, ...], cuda_flags: tuple[str, ...] | None, library: Path
-) -> None:
+def _build(name: str, sources: Sequence[str], flags: tuple[str, ...], library: Path) -> None:
     import ninja
     from torch.utils import cpp_extension
 
@@ -86,7 +90,7 @@ def _build(
         os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
     library.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=library.parent))
-    _LOG.warning("compiling the %s kernels once for this machine, a minute or less (into %s)", name, library.parent)
+    say_building(name, library.parent)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the loader, about compilers that it does not know
@@ -94,10 +98,9 @@ def _build(
                 name,
                 [str(SOURCES / source) for source in sources],
                 extra_cflags=["-O3", "-w", *flags],
-                extra_cuda_cflags=list(cuda_flags or ()),
                 extra_ldflags=["-fopenmp"] if "-fopenmp" in flags else [],
                 build_directory=str(work),
-                with_cuda=cuda_flags is not None,
+                with_cuda=False,
                 is_python_module=False,
             )
         os.replace(next(work.glob("*.so")), library)

@@ -81,6 +81,7 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self._activations = dtype or torch.get_default_dtype()
         self._scheme = scheme
+        self._prepared: tuple[object, PackedWeight] | None = None
         self._rotation: InputRotation | None = None  # made at the first forward: here may be a skeleton on meta
         specs = scheme.number_format.tensor_specs(out_features, in_features, scheme) | scheme.input_specs(in_features)
         self._stored = tuple(specs)
@@ -139,9 +140,13 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
-        x, kernel = self._rotated(x), self._kernel(x)
-        x = x if kernel.rounds_input else self._rounded(x)
-        return kernel.product(x, self._packed(), self.bias)
+        kernel = self._kernel(x)
+        rotated = not kernel.rotates_input or self._scheme.rounds_input or self._scheme.input_rotation is None
+        if rotated:
+            x = self._rotated(x)
+            x = x if kernel.rounds_input else self._rounded(x)
+        weight = self._packed() if kernel.prepare is None else self._prepared_weight(kernel, rotated)
+        return kernel.product(x, weight, self.bias)
 
     def kernel_name(self, x: Tensor) -> str:
         """The name of the kernel that multiplies inputs of the device and dtype of ``x``: ``fp8`` is native FP8."""
@@ -176,6 +181,18 @@ class QuantLinear(nn.Linear):
 
     def _packed(self) -> PackedWeight:
         return PackedWeight(self._tensors(), self._scheme, self.out_features, self.in_features)
+
+    def _prepared_weight(self, kernel: Kernel, rotated: bool) -> PackedWeight:
+        """The weight in the kernel's own order, made at the first use and again where the stored tensors changed."""
+        assert kernel.prepare is not None
+        made = self._prepared
+        if made is not None and torch.compiler.is_compiling():  # compiled code takes what was made before
+            return made[1]
+        key = (kernel.name, *((t.data_ptr(), t._version) for t in (self._buffers[name] for name in self._stored)))  # type: ignore[union-attr]
+        if made is None or made[0] != key:
+            weight = self._packed()
+            made = self._prepared = (key, dataclasses.replace(weight, prepared=kernel.prepare(weight), rotated=rotated))
+        return made[1]
 
     @property
     def _device(self) -> torch.device:

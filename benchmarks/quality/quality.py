@@ -16,21 +16,15 @@ import argparse
 import dataclasses
 import json
 import math
-import platform
 import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import bench
+from bench import brief, spread
 
-import ptq
-from evals import evaluate
-from evals.record import TextResult
-from ptq.api import make_recipe, resolve_device
+__all__ = ["Bench", "Cell", "brief", "spread"]
 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
@@ -80,7 +74,7 @@ def main() -> None:
     if options.table:
         print(table(Path(options.table)))
         return
-    bench = Bench(options)
+    measured = Bench(options)
     cells = [
         Cell(method, scheme, seed)
         for seed in options.seeds
@@ -93,22 +87,13 @@ def main() -> None:
         target = Path(options.records) / cell.file
         if target.exists():
             continue
-        record = bench.run(cell)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1) + "\n")
+        record = measured.run(cell)
+        bench.write(target, record)
         print(f"{cell}: {brief(record)}", file=sys.stderr, flush=True)
 
 
-class Bench:
-    """The full model and the machine, shared by all runs."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = resolve_device(options.device)
-        self.dtype = getattr(torch, options.eval_dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        base = AutoModelForCausalLM.from_pretrained(options.model, dtype=self.dtype)
-        self.base = base.to(self.device).eval()
+class Bench(bench.Bench):
+    """`bench.Bench` for the cells here."""
 
     def fields(self, cell: Cell) -> dict[str, Any]:
         """What is asked of ``ptq.quantize``, without the data."""
@@ -116,73 +101,8 @@ class Bench:
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Quantize, load and evaluate one cell."""
-        recipe = make_recipe(
-            {
-                "calib": self.options.calib,
-                **self.fields(cell),
-                "calib_samples": self.options.samples,
-                "calib_seqlen": self.options.seqlen,
-                "seed": cell.seed,
-                "compute_dtype": self.options.dtype,
-            }
-        )
-        with tempfile.TemporaryDirectory(prefix="ptq-quality-") as folder:
-            start = time.perf_counter()
-            report = ptq.quantize(self.options.model, recipe, out=folder, device=str(self.device))
-            seconds = time.perf_counter() - start
-            model = ptq.load(folder, dtype=self.dtype).to(self.device).eval()
-            result = self.evaluate(model)
-        alphas = [layer.figures["alpha"] for layer in report.layers if "alpha" in layer.figures]
-        return {
-            "cell": dataclasses.asdict(cell),
-            "bits_per_weight": report.totals["bits_per_weight"],
-            "seconds": seconds,
-            "timing": report.timing,
-            "alpha_mean": statistics.fmean(alphas) if alphas else None,
-            "losses": {layer.name: layer.loss for layer in report.layers},
-            "recipe": report.recipe,
-            "calibration": report.calibration,
-            "environment": dict(report.environment) | {"platform": platform.platform(), "eval_dtype": str(self.dtype)},
-            **result,
-        }
-
-    def evaluate(self, model: Any) -> dict[str, Any]:
-        """KL and perplexity on the first text, perplexity on the held-out part of the second."""
-        cut = {"seqlen": 2048, "bos": "never"}
-        moved = evaluate(
-            model,
-            self.tokenizer,
-            texts=[self.options.wiki],
-            against=self.base,
-            max_tokens=self.options.max_tokens,
-            **cut,
-        )
-        (held,) = evaluate(
-            model, self.tokenizer, texts=[self.options.held_out], max_tokens=self.options.max_held_out, **cut
-        ).texts
-        (wiki,), (base,) = moved.texts, moved.base.texts
-        return {
-            "wiki": wiki.perplexity or math.inf,
-            "wiki_base": base.perplexity or math.inf,
-            "wiki_segment_nll": segment_nll(wiki),
-            "divergence": dataclasses.asdict(wiki.divergence),
-            "held_out": held.perplexity or math.inf,
-            "held_out_segment_nll": segment_nll(held),
-            "scored_tokens": {"wiki": wiki.tokens, "held_out": held.tokens},
-        }
-
-
-def segment_nll(text: TextResult) -> list[float]:
-    """Mean ``-ln p`` of every segment."""
-    return [float(value) for value in text.items["nll"] / text.items["tokens"]]
-
-
-def brief(record: dict[str, Any]) -> str:
-    kl = record["divergence"]["kl_mean"]
-    return (
-        f"wiki {record['wiki']:.2f} held-out {record['held_out']:.2f} KL {kl:.3f} "
-        f"bpw {record['bits_per_weight']:.3f} {record['seconds']:.0f} s"
-    )
+        record = self.measure(dataclasses.asdict(cell), self.fields(cell), cell.seed)
+        return record | {"divergence": record["wiki_divergence"]}
 
 
 def table(folder: Path) -> str:
@@ -234,34 +154,12 @@ def paired(records: list[dict[str, Any]], reference: dict[int, dict[str, Any]]) 
     return f"{statistics.fmean(means):+.4f} (SE {statistics.fmean(errors):.4f})" if means else ""
 
 
-def spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="a local Hugging Face folder or a hub id")
-    parser.add_argument("--table", metavar="RECORDS", help="print the records of a folder as a table, and stop")
-    parser.add_argument("--calib", default="c4")
-    parser.add_argument("--wiki", default="wikitext2", help="the text for perplexity and KL")
-    parser.add_argument("--held-out", default="c4", help="the text to rank by")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--max-tokens", type=int, help="of the first text; default all")
-    parser.add_argument("--max-held-out", type=int, help="of the second text; default all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = bench.arguments(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:6])
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES)[:4])
-    parser.add_argument("--dtype", default="auto", help="of the passes while quantizing")
-    parser.add_argument("--eval-dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--records", default="records", help="folder for the records")
     parser.add_argument("--shard", default="0/1", help="this process's part of the runs, e.g. 0/2 and 1/2")
-    options = parser.parse_args()
-    if not options.table and not options.model:
-        parser.error("MODEL is required")
-    return options
+    return bench.parsed(parser)
 
 
 if __name__ == "__main__":

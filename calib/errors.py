@@ -71,10 +71,14 @@ class WorkersError(PtqError):
     exit_code = 7
 
 
+_SHOWN_NAMES = 40  # a model has hundreds of linears
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """A `UsageError` for a failed look-up: names near ``name`` first, then the whole list."""
+    """A `UsageError` for a failed look-up: names near ``name`` first, then the list, of a long one the start."""
     names = sorted(known)
     folded = {known_name.casefold(): known_name for known_name in names}
     near = [folded[match] for match in difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names[:_SHOWN_NAMES])}{more}.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from calib.errors import UsageError
 
 if TYPE_CHECKING:
     from ptq.allocation import Plan, Planner, PlanOptions
@@ -17,7 +20,13 @@ __all__ = ["command"]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
-@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="The plan.  [default: plan.yaml]")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="The plan; with --pareto alone the curve, .html or .json.  [default: plan.yaml]",
+)
 @click.option("--target-bpw", type=float, metavar="X", help="Real bits per weight of the linears, scales included.")
 @click.option("--target-size", metavar="SIZE", help="Bytes of all weight files, e.g. 90MB.")
 @click.option(
@@ -73,12 +82,14 @@ def command(model: str, **flags: Any) -> None:
 
     Scores are kept: another budget, solver or limit takes seconds.
     """
+    from cli.shared.plan_curve import show_curve
     from cli.shared.terminal.progress import ProgressListener
     from cli.shared.terminal.screen import console, echo
     from ptq.allocation import make_planner
 
     budget = _budget(flags)
-    target = Path(flags["out"] or "plan.yaml")
+    target = None if budget is None and flags["out"] is None else Path(flags["out"] or "plan.yaml")
+    _check_targets(target, flags, only_curve=budget is None)
     with ProgressListener(console(stderr=True)) as listener:
         planner = make_planner(
             model,
@@ -89,7 +100,7 @@ def command(model: str, **flags: Any) -> None:
             cache=flags["cache"] or "",
         )
         plan, layers = None, []
-        if budget is not None:
+        if budget is not None and target is not None:
             plan, allocation = planner.planned(budget, flags["solver"], check=flags["check"], rounds=flags["refine"])
             plan.save(target)
             layers = planner.layers(allocation)
@@ -97,20 +108,32 @@ def command(model: str, **flags: Any) -> None:
             planner.curve(solver=flags["solver"]) if flags["pareto"] or (flags["html"] and _predicts(planner)) else []
         )
         uniform = planner.uniform() if curve else []
-    if flags["html"]:
-        _write_page(Path(flags["html"]), model, plan, layers, curve, uniform)
+    if flags["html"] or (plan is None and target is not None):
+        _write_pages(model, flags["html"], target if plan is None else None, plan, layers, curve, uniform)
     if flags["as_json"]:
         shown = ({} if plan is None else plan.to_dict()) | (
             {"curve": curve, "uniform": uniform} if flags["pareto"] else {}
         )
         echo(json.dumps(shown, allow_nan=False))
         return
-    if plan is not None:
+    if plan is not None and target is not None:
         _show_plan(plan, target)
     if flags["pareto"]:
-        _show_curve(curve, uniform)
-    if flags["html"]:
-        console().print(f"page: {flags['html']}", soft_wrap=True)
+        show_curve(console(), curve, uniform)
+    for file in (flags["html"], target if plan is None else None):
+        if file is not None:
+            console().print(f"written to {file}", soft_wrap=True)
+
+
+def _check_targets(target: Path | None, flags: dict[str, Any], *, only_curve: bool) -> None:
+    """Before minutes of scoring: files can be written where they are asked for."""
+    from cli.shared.plan_curve import check_curve_file
+
+    if only_curve and target is not None:
+        check_curve_file(target)
+    for path in (target, flags["html"]):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: there is no folder {Path(path).absolute().parent}; make it first.")
 
 
 def _budget(flags: dict[str, Any]) -> Budget | None:
@@ -128,36 +151,37 @@ def _predicts(planner: Planner) -> bool:
     return planner.setting.score.unit != "order"
 
 
-def _write_page(path: Path, model: str, plan: Plan | None, layers: Any, curve: Any, uniform: Any) -> None:
-    from calib.checkpoint.atomic_files import write_file
+def _write_pages(
+    model: str, html: str | None, data: Path | None, plan: Plan | None, layers: Any, curve: Any, uniform: Any
+) -> None:
+    from cli.shared.plan_curve import write_curve
     from evals.report.plan_page import plan_page
 
     about = {"model": model} if plan is None else plan.about
     page = plan_page(title=f"Plan: {Path(model).name}", layers=layers, about=about, curve=curve, uniform=uniform)
-    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    for path in (html, data):
+        if path is not None:
+            write_curve(Path(path), page, curve, uniform)
 
 
 def _show_plan(plan: Plan, target: Path) -> None:
+    from cli.shared.tables import size
     from cli.shared.terminal.screen import console
 
     screen = console()
     screen.print(f"{target}: {plan.describe()}", soft_wrap=True)
-    for key in ("predicted_kl", "measured_kl", "file_bytes"):
-        if key in plan.about:
-            screen.print(f"  {key.replace('_', ' ')}: {plan.about[key]:,}", soft_wrap=True)
+    about = plan.about
+    for key, origin in (("predicted_kl", f"errors {about['errors']}"), ("measured_kl", _held_out(about))):
+        if key in about:
+            screen.print(f"  {key.replace('_kl', ' KL')}: {about[key]:.4g} nats per token, {origin}", soft_wrap=True)
+    screen.print(f"  weight files: {size(about['file_bytes'])} ({about['file_bytes']:,} bytes)", soft_wrap=True)
     for note in plan.about.get("notes", ()):
         screen.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
-def _show_curve(curve: list[dict[str, float]], uniform: list[dict[str, Any]]) -> None:
-    from cli.shared.terminal.screen import console
-
-    screen = console()
-    screen.print("bits per weight   file MB   predicted KL")
-    for row in sorted([*curve, *uniform], key=lambda row: float(row["bits_per_weight"])):
-        name = f"   all {row['label']}" if "label" in row else ""
-        size = row["file_bytes"] / 1e6
-        screen.print(f"{row['bits_per_weight']:15.3f}{size:10.2f}{row['predicted_kl']:15.5g}{name}", soft_wrap=True)
+def _held_out(about: Mapping[str, Any]) -> str:
+    error = f" +- {about['measured_kl_se']:.2g}" if "measured_kl_se" in about else ""
+    return f"on {about.get('held_out_tokens', 0):,} held-out tokens{error}, weights rounded to nearest"
 
 
 def _options(flags: dict[str, Any]) -> PlanOptions:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.shared.method_flags import method_flags
-from cli.shared.plan_flags import plan_flags, planned_output, planned_recipe
+from cli.shared.plan_flags import plan_flags, planned_formats, planned_output, planned_recipe
 
 if TYPE_CHECKING:
     from ptq.pipeline.dry_run.forecast import Forecast
@@ -197,7 +197,8 @@ def command(
     run: dict[str, Any] = {"out": target, "device": device, "offload": offload, "trust_remote_code": trust_remote_code}
     with ProgressListener(console(stderr=True)) as listener:
         if is_main_process:
-            listener.say(f"{recipe.method}, {recipe.scheme.describe()}: {model} -> {target}")
+            formats = planned_formats(flags) or recipe.scheme.describe()
+            listener.say(f"{recipe.method}, {formats}: {model} -> {target}")
             if base.options and recipe.method != base.method:
                 listener.say(f"options of {base.method} in {recipe_file} do not apply to {recipe.method}: left out")
             for sentence in idle_sentences(*_idle(recipe, flags, restart and dry_run)):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ptq.pipeline.events import Listener
     from ptq.recipe import Recipe
 
-__all__ = ["plan_flags", "planned_output", "planned_recipe"]
+__all__ = ["plan_flags", "planned_formats", "planned_output", "planned_recipe"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,6 +45,15 @@ def _one_plan(context: click.Context, option: click.Parameter, files: tuple[str,
     if len(files) > 1:
         raise UsageError(f"--plan is given {len(files)} times ({', '.join(files)}): give one plan.")
     return files[0] if files else None
+
+
+def planned_formats(flags: Mapping[str, Any]) -> str | None:
+    """What decides the formats of linears where a plan does, in words; ``None`` where none does."""
+    if flags["plan_file"] is not None:
+        return f"formats of {flags['plan_file']}"
+    if flags["target_bpw"] is not None:
+        return f"a plan of {flags['target_bpw']:g} bits per weight"
+    return None
 
 
 def planned_output(model: str, recipe: Recipe, flags: Mapping[str, Any]) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ptq.report import KeptTensor, LayerRecord, Report
 
 __all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table", "window_table"]
 
+_FORMATS = 6  # that the summary names
 WORST = 5  # layers in the summary; ptq inspect shows all of them
 
 
@@ -118,18 +120,27 @@ def _layer_cells(record: LayerRecord, figures: Sequence[str]) -> tuple[str, ...]
 
 def _totals(report: Report) -> list[tuple[str, str]]:
     totals, recipe = report.totals, report.recipe
-    scheme = recipe["scheme"]["name"]
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.timing.items())
     before = f"{size(totals['source_bytes'])} {report.model['dtype']}"
     return [
         ("model", f"{report.model['source']} ({report.model['architecture']})"),
-        ("method", f"{recipe['method']}, {scheme}"),
+        ("method", f"{recipe['method']}, {_formats(report)}"),
         *_at_run_time(report.recipe),
         ("container", f"{report.container}: {report.container_reason}"),
         ("bits per weight", f"{totals['bits_per_weight']:.3f} in {len(report.layers)} quantized linears"),
         ("weights", f"{before} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
         ("time", f"{duration(totals['seconds'])} ({parts})" if parts else duration(totals["seconds"])),
     ]
+
+
+def _formats(report: Report) -> str:
+    """The recipe's format, or those that linears have where others were given to them, by how many have each."""
+    counts = Counter(str(record.scheme["name"]) for record in report.layers)
+    plain = str(report.recipe["scheme"]["name"])
+    if len(counts) < 2:
+        return next(iter(counts), plain)
+    shown = [f"{count} x {name}" for name, count in counts.most_common(_FORMATS)]
+    return ", ".join(shown) + (f" and {len(counts) - _FORMATS} more" if len(counts) > _FORMATS else "")
 
 
 def _at_run_time(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ import yaml
 from torch import nn
 
 from calib.checkpoint.atomic_files import write_file
-from calib.model.structure import find_blocks, find_linears
+from calib.model.structure import find_blocks, find_linears, linear_weight
 from ptq.errors import UsageError, unknown_name
 from ptq.pipeline.preparation.schemes.scheme_assignment import is_router
 from ptq.recipe import Recipe
 from ptq.recipe_files.safe_yaml import YamlFile, read_yaml
 from ptq.scheme import Scheme
 
-__all__ = ["Plan", "read_plan"]
+__all__ = ["Plan", "linear_weights", "read_plan"]
 
 _KEYS = ("about", "formats", "linears")
 _ALWAYS_SHOWN = ("bits", "group_size", "format", "name")
@@ -94,6 +95,23 @@ class Plan:
         if missing:
             raise UsageError(f"{self._at(missing[0])}: {unknown_name('linear', missing[0], linears)}")
         self._check_patterns([key for key in self.linears if _is_pattern(key)], linears)
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Check that the linears of the model have the number of weights that the plan was made for.
+
+        Args:
+            model: the skeleton.
+
+        Raises:
+            UsageError: they have not; models of one family share names, but not their sizes or number of blocks.
+        """
+        made, found = self.about.get("weights"), linear_weights(model)
+        if isinstance(made, int) and made != found:
+            raise UsageError(
+                f"{self.file or 'the plan'}: this plan is for another model{self._made_for()}: the linears of its "
+                f"blocks have {made:,} weights, those of this {type(model).__name__} {found:,}. Make a plan for it "
+                f"(ptq plan), or take the section 'about' out of the file to use its names and patterns all the same."
+            )
 
     def uncovered(self, model: nn.Module) -> list[str]:
         """Linears that no name or pattern of the plan matches, routers aside."""
@@ -173,6 +191,15 @@ class Plan:
 
 def _linears(model: nn.Module) -> list[str]:
     return [f"{block}.{name}" for block in find_blocks(model) for name in find_linears(model.get_submodule(block))]
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(linear_weight(model.get_submodule(name)).shape)
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Weights of all linears in the blocks of a model."""
+    return sum(math.prod(_shape(model, name)) for name in _linears(model))
 
 
 def _is_pattern(key: str) -> bool:

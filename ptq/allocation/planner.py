@@ -18,13 +18,13 @@ from calib.model.structure import find_blocks
 from calib.precision import strict_float32
 from calib.runner.activation_store import ActivationStore, settle_offload
 from ptq.allocation.measure import measure_kl
-from ptq.allocation.plan import Plan
+from ptq.allocation.plan import Plan, linear_weights
 from ptq.allocation.problem.budget import Budget, budget_limit, fit_budget
 from ptq.allocation.problem.candidates import STAND_IN, Candidate, rounding_errors
 from ptq.allocation.problem.groups import Limit, allowed_formats, group_linears
 from ptq.allocation.problem.items import Item, Table, payload_bits
 from ptq.allocation.problem.layerwise import two_levels
-from ptq.allocation.problem.solver import Allocation
+from ptq.allocation.problem.solver import Allocation, check_solver
 from ptq.allocation.refine import Refiner
 from ptq.allocation.scores import Context, ScoreValues
 from ptq.allocation.scores.cache import ScoreCache
@@ -159,6 +159,19 @@ class Planner:
         limit = None if budget.fraction is not None else budget_limit(table, budget, self.setting.kept_bytes)
         return two_levels(table, self.score().blocks, blocks, limit, budget.fraction)
 
+    def check_budget(self, budget: Budget, solver: str = "milp") -> None:
+        """Check before anything is scored, which takes minutes, what only depends on sizes and names.
+
+        Raises:
+            UsageError: the budget cannot be met with these candidates and limits, or an unknown solver.
+        """
+        check_solver(solver, more_budgets=budget.bitops is not None)
+        if budget.bpw is None and budget.size is None:
+            return
+        zeros = {one.name: [0.0] * len(self.setting.candidates) for one in self.setting.linears}
+        table = Table.make(self.items, self.setting.candidates, zeros)
+        budget_limit(table.with_scores(np.where(self._allowed, 0.0, np.inf)), budget, self.setting.kept_bytes)
+
     def planned(
         self, budget: Budget, solver: str = "milp", *, check: bool = True, rounds: int = 0
     ) -> tuple[Plan, Allocation]:
@@ -173,6 +186,7 @@ class Planner:
         Raises:
             UsageError: the budget cannot be met, or refinement has nothing to measure with.
         """
+        self.check_budget(budget, solver)
         allocation = self.allocate(budget, solver)
         if rounds:
             allocation = self._refined(allocation, budget, rounds)
@@ -213,6 +227,7 @@ class Planner:
         about: dict[str, Any] = {
             "model": s.source.name,
             "fingerprint": s.source.fingerprint(),
+            "weights": linear_weights(s.source.skeleton),
             "score": s.score.name,
             "target": dict(asked),
             "solver": allocation.solver,

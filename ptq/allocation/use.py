@@ -40,6 +40,7 @@ def recipe_from_plan(
         text_only=base.text_only,
     )
     plan.check(source.skeleton)
+    plan.check_weights(source.skeleton)
     made = plan.about.get("fingerprint")
     if made is not None and made != source.fingerprint():
         say(

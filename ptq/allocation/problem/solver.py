@@ -28,7 +28,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from ptq.errors import UsageError, unknown_name
 
-__all__ = ["SOLVERS", "Allocation", "Problem", "solve"]
+__all__ = ["SOLVERS", "Allocation", "Problem", "check_solver", "solve"]
 
 Matrix = NDArray[np.float64]
 _GAP = 1e-4
@@ -90,16 +90,25 @@ class Allocation:
     solver: str
 
 
+def check_solver(solver: str, *, more_budgets: bool) -> None:
+    """Check a solver's name.
+
+    Raises:
+        UsageError: there is none of that name, or it takes one budget and there are more.
+    """
+    if solver not in SOLVERS:
+        raise unknown_name("solver", solver, SOLVERS)
+    if more_budgets and solver != "milp":
+        raise UsageError(f"the solver {solver!r} takes one budget; for bit operations or latency use milp.")
+
+
 def solve(problem: Problem, solver: str = "milp") -> Allocation:
     """Solve with the solver of that name.
 
     Raises:
         UsageError: an unknown solver, no choice fits the budget, or budgets that the solver does not take.
     """
-    if solver not in SOLVERS:
-        raise unknown_name("solver", solver, SOLVERS)
-    if problem.more and solver != "milp":
-        raise UsageError(f"the solver {solver!r} takes one budget; for bit operations or latency use milp.")
+    check_solver(solver, more_budgets=bool(problem.more))
     least = np.where(problem.allowed, problem.costs, np.inf).min(1)
     if not np.isfinite(least).all():
         raise UsageError("an item has no format that its limits allow.")

@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "quantize": Entry("cli.quantize", "Quantize a model and write a checkpoint that transformers loads."),
     "plan": Entry("cli.plan", "Choose a format for every linear within a budget of bytes."),
+    "export": Entry("cli.export", "Write a result in the format of another runtime."),
     "eval": Entry("cli.eval", "Measure perplexity, task accuracy and KL divergence of a model."),
     "compare": Entry("cli.compare", "Compare evaluations item by item, with significance tests."),
     "report": Entry("cli.report", "Write an HTML report about a quantized model and its evaluations."),

@@ -175,7 +175,7 @@ class CheckpointWriter:
                 tensor = file.get_slice(name)
                 self._shard_of[name] = index
                 dtype = _DENSE_DTYPES.get(tensor.get_dtype())
-                if dtype and not name.endswith(".weight_scale"):
+                if dtype and not name.endswith((".weight_scale", ".scales")):
                     self._dense_dtypes[dtype] += math.prod(tensor.get_shape())
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class CheckpointWriter:
         """Names of these files, relative to the output folder."""
         return _files_below(self.staging / COMPANIONS)
 
-    def finish(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any], report: Report) -> None:
+    def finish(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None, report: Report) -> None:
         """Write ``config.json``, the index and the report, and move everything into place.
 
         Cut off at any moment, the next writer with the same conditions has all parts and comes here again.
@@ -200,7 +200,7 @@ class CheckpointWriter:
         Args:
             config: the source model's config as plain data; its own ``quantization_config`` is dropped, and a missing
                 ``dtype`` is filled in with that of the tensors that were not quantized.
-            quantization_config: from the format's module.
+            quantization_config: from the container; ``None`` for a model in full precision.
             report: becomes ``ptq_report.json``; give it `files`.
 
         Raises:
@@ -218,11 +218,13 @@ class CheckpointWriter:
             self._move_into_place(names)
             self.release()
 
-    def _full_config(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-        full = {key: value for key, value in config.items() if key != GUARD_KEY}
+    def _full_config(self, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None) -> dict[str, Any]:
+        full = {key: value for key, value in config.items() if key not in (GUARD_KEY, "quantization_config")}
         if self._dense_dtypes and not (full.get("dtype") or full.get("torch_dtype")):
             # Without it, transformers takes the first floating tensor it meets for the model's dtype: a scale.
             full["dtype"] = self._dense_dtypes.most_common(1)[0][0]
+        if quantization_config is None:
+            return full
         full["quantization_config"] = dict(quantization_config)
         if quantization_config["quant_method"] == NATIVE.quant_method:
             full |= NATIVE.config_entries()

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ptq.quantized import QuantizedWeight
@@ -81,4 +82,16 @@ class Container(abc.ABC):
 
     def config_entries(self) -> dict[str, Any]:
         """More entries of ``config.json``."""
+        return {}
+
+    def config_changes(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Entries of ``config.json`` that this container has otherwise than the source model.
+
+        Args:
+            dtype: of the source model.
+        """
+        return {}
+
+    def files(self, quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """More JSON files beside the weights, by name."""
         return {}

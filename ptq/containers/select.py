@@ -8,14 +8,17 @@ from torch import nn
 
 from ptq.containers.base import Container
 from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
+from ptq.containers.gptq import GPTQ, GPTQ_V2
 from ptq.containers.native import NATIVE
 from ptq.errors import UsageError
 from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["CONTAINERS", "select_container"]
 
-CONTAINERS: dict[str, Container] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE)}
-"""The table; ``auto`` takes the first row that can carry the result."""
+CONTAINERS: dict[str, Container] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE, GPTQ, GPTQ_V2)}
+"""The table."""
+_CHOICES = {"auto": (COMPRESSED_TENSORS, NATIVE), "gptq": (GPTQ, GPTQ_V2)}
+"""What a name stands for: the first of these that can carry the result; any other name is a row of the table."""
 
 
 def select_container(
@@ -35,9 +38,9 @@ def select_container(
     if requested == NATIVE.name:
         return NATIVE.name, "asked for"
     first = ""
-    for container in CONTAINERS.values() if requested == "auto" else (CONTAINERS[requested],):
+    for container in _CHOICES.get(requested, (CONTAINERS[requested],) if requested in CONTAINERS else ()):
         problem = container.unsupported_reason(schemes, linears, model, key_values)
         if problem is None:
             return container.name, first or "it carries every scheme here"
-        first = first or problem
+        first = problem if requested != "auto" else first or problem
     raise UsageError(f"the container {requested} cannot carry this: {first}. Use --container native or auto.")

@@ -72,7 +72,7 @@ def settle_format(
     """Choose the format of an output and try whether it loads.
 
     Args:
-        requested: ``auto``, ``compressed-tensors`` or ``native``.
+        requested: ``auto`` or the name of a container.
         schemes: of all linears in the blocks by full name, ``None`` for full precision.
         source: the model.
         key_values: how keys and values are rounded at run time.
@@ -98,6 +98,8 @@ def settle_format(
             if problem is None:
                 return FormatChoice(name, _stock_reason(proofs[name], schemes, linears), proofs)
             reason = problem
+        elif name != "native":
+            return FormatChoice(name, f"{reason}; written as its readers have it, and not tried here")
         else:
             proofs["native"] = trial.verdict("native")
     _require(proofs["native"], reason)

@@ -33,12 +33,12 @@ from calib.model.expert_tensors import ExpertTensors
 from calib.model.experts import split_experts
 from calib.model.model_class import find_model_class, is_multimodal
 
-__all__ = ["FolderSource"]
+__all__ = ["FolderSource", "build_skeleton"]
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
-def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def build_skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of a config: an auto class asks the config which class it is, any other one is it."""
     found: Any = find_model_class(config, trust_remote_code=trust_remote_code)
     if issubclass(found, PreTrainedModel):
@@ -67,7 +67,7 @@ class FolderSource:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         try:
             with init_empty_weights(include_buffers=False):
-                model = _build(config, self.dtype, trust_remote_code)
+                model = build_skeleton(config, self.dtype, trust_remote_code)
         except Exception as error:  # whatever modelling code raises on a config that does not fit together
             raise ModelError(f"cannot build the model that {folder / 'config.json'} describes: {error!r}") from error
         self.skeleton: PreTrainedModel = model.eval()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from calib.checkpoint.atomic_files import write_json
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.containers.select import CONTAINERS
@@ -36,9 +37,12 @@ def finish(job: Job, checkpoint: CheckpointWriter, total: PartRecord) -> Report:
         job.warn(total, f"{len(unused)} tensors of the checkpoint are no part of the model, left out: {shown}")
     job.warn(total, *_idle_windows(total.windows))
     job.warn(total, *dense_experts(total.kept.values(), sum(r.payload_bytes for r in total.layers)))
-    report = _report(job, checkpoint, total)
     schemes = {record.name: Scheme.from_dict(record.scheme) for record in total.layers}  # as applied, not as planned
-    checkpoint.finish(_model_config(job), _quantization_config(job, schemes), report)
+    quantization = _quantization_config(job, schemes)
+    for name, content in CONTAINERS[job.container.name].files(quantization).items():
+        write_json(checkpoint.companions / name, content)
+    report = _report(job, checkpoint, total)
+    checkpoint.finish(_model_config(job), quantization, report)
     return report
 
 
@@ -81,7 +85,8 @@ def _quantization_config(job: Job, schemes: Mapping[str, Scheme]) -> dict[str, A
 def _model_config(job: Job) -> dict[str, Any]:
     config = job.source.stored_config()
     architectures = config.get("architectures") or [type(job.source.skeleton).__name__]
-    return {**config, "architectures": architectures, **job.source.config_changes}
+    changes = CONTAINERS[job.container.name].config_changes(job.source.dtype)
+    return {**config, "architectures": architectures, **job.source.config_changes, **changes}
 
 
 def _report(job: Job, checkpoint: CheckpointWriter, total: PartRecord) -> Report:

@@ -1,0 +1,137 @@
+"""`export`: from a finished result to a folder or file that another runtime reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from calib.checkpoint.atomic_files import write_json
+from ptq.checkpoint.companions import copy_companions, find_companions
+from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
+from ptq.errors import OutputError, unknown_name
+from ptq.export.dense import DENSE_DTYPES, DenseExport
+from ptq.export.repack import ContainerExport
+from ptq.export.result import Part, Result
+from ptq.pipeline.events import Event, Listener, ignore_events
+from ptq.pipeline.preparation.preflight import check_disk
+from ptq.report import REPORT_NAME, Report
+
+__all__ = ["EXPORT_FORMATS", "export"]
+
+
+class FolderExport(Protocol):
+    """How one format writes a folder."""
+
+    name: str
+
+    def notes(self) -> list[str]:
+        """What a reader of the folder does not do, one sentence each."""
+
+    def tensors(self, part: Part) -> dict[str, Tensor]:
+        """What one weight file of the result becomes."""
+
+    def config(self) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, dict[str, Any]]]:
+        """``config.json``, its ``quantization_config``, and more files."""
+
+
+EXPORT_FORMATS: Mapping[str, Callable[[Result, str], FolderExport]] = {
+    **dict.fromkeys(("compressed-tensors", "gptq", "native"), ContainerExport),
+    **dict.fromkeys(DENSE_DTYPES, DenseExport),
+}
+"""What ``--format`` takes."""
+
+
+def export(
+    result: str | os.PathLike[str],
+    *,
+    format: str,
+    out: str | os.PathLike[str],
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_event: Listener | None = None,
+) -> Report:
+    """Write a finished result in the format of another runtime.
+
+    Args:
+        result: an output folder of ``ptq quantize``.
+        format: a name of `EXPORT_FORMATS`.
+        out: the new folder, which must be empty.
+        overwrite: replace an earlier output of ptq there.
+        trust_remote_code: run modelling code that ships with the model.
+        on_event: called at every step.
+
+    Returns:
+        The report of the exported folder, which is also in it.
+
+    Raises:
+        UsageError: an unknown format, or one that cannot carry the result.
+        OutputError: the result is damaged, or the target is in use.
+    """
+    if format not in EXPORT_FORMATS:
+        raise unknown_name("export format", format, EXPORT_FORMATS)
+    source, target, listener = Path(result), Path(out), on_event or ignore_events
+    _check_target(source, target, overwrite)
+    opened = Result(source, trust_remote_code=trust_remote_code)
+    return _write_folder(opened, EXPORT_FORMATS[format](opened, format), target, listener)
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse a target that is the source, or in use.
+
+    Raises:
+        OutputError: says which, and what to do.
+    """
+    if target.resolve() == source.resolve():
+        raise OutputError(f"{target} is the result itself: name another folder with -o.")
+    check_output_folder(target)
+    if (target / REPORT_NAME).exists() and not overwrite:
+        raise OutputError(f"{target} holds a result of ptq: name another folder with -o, or replace it (--overwrite).")
+
+
+def _write_folder(result: Result, writer: FolderExport, out: Path, listener: Listener) -> Report:
+    start = time.monotonic()
+    files = result.files
+    for note in writer.notes():
+        listener(Event("message", note))
+    check_disk(
+        out, sum(path.stat().st_size for path in files) if writer.name not in DENSE_DTYPES else _dense_bytes(result)
+    )
+    listener(Event("blocks", text="weight files", total=len(files)))
+    with CheckpointWriter(out) as checkpoint:
+        for number, part in enumerate(result.parts(), start=1):
+            checkpoint.write_part(part.name, writer.tensors(part))
+            listener(Event("block_done", name=part.name, done=number, total=len(files)))
+        found = find_companions(result.folder, out, code=result.trust_remote_code)
+        copy_companions(found, checkpoint.companions)
+        config, quantization, more = writer.config()
+        for name, content in more.items():
+            write_json(checkpoint.companions / name, content)
+        report = _report(result, writer, checkpoint, time.monotonic() - start)
+        checkpoint.finish(config, quantization, report)
+    return report
+
+
+def _dense_bytes(result: Result) -> int:
+    """Bytes of the dequantized model, about."""
+    return int(result.report.totals["source_bytes"])
+
+
+def _report(result: Result, writer: FolderExport, checkpoint: CheckpointWriter, seconds: float) -> Report:
+    """The result's report with what is other in the exported folder."""
+    old = result.report
+    return dataclasses.replace(
+        old,
+        container=writer.name,
+        container_reason=f"exported from {result.folder} ({old.container})",
+        totals={**old.totals, "file_bytes": checkpoint.weight_bytes},
+        environment={**old.environment, "export_seconds": seconds},
+        warnings=(*old.warnings, *writer.notes()),
+        files=checkpoint.files(),
+        companions=tuple(checkpoint.companion_names()),
+    )

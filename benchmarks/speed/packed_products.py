@@ -1,6 +1,6 @@
 """The CUDA kernels on this card: right against the reference, then how fast, each result a line of JSON at once.
 
-    python benchmarks/speed/kernels.py --out kernels.jsonl --rows correct,one,batches,decode
+    python benchmarks/speed/packed_products.py --out kernels.jsonl --rows correct,one,batches,decode
 
 One H100 takes about three minutes, and one more where the kernels must be compiled first. Timings are medians of CUDA
 graphs over at least 1 GB of distinct weights; per cent are of the copy bandwidth of the same run (read + written).

@@ -58,6 +58,7 @@ class GradientPasses:
         new_store: makes the stores of hidden states.
         on_block: called after every block of either direction with its name.
         edit: called with a block's name and the loaded block, to give it other weights.
+        edit_outside: called with the model whenever what lies outside the blocks is loaded, likewise.
         keep_all: keep what enters every block, for `backward`; otherwise only what leaves the last.
     """
 
@@ -71,10 +72,12 @@ class GradientPasses:
         new_store: NewStore,
         on_block: Callable[[str], object] = lambda _: None,
         edit: Callable[[str, nn.Module], object] = lambda _, __: None,
+        edit_outside: Callable[[nn.Module], object] = lambda _: None,
         keep_all: bool = True,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self.on_block, self._edit, self._keep_all = on_block, edit, keep_all
+        self._edit_outside = edit_outside
         self.block_names = find_blocks(source.skeleton)
         size = max(1, _BATCH_TOKENS.get(device.type, 4096) // tokens.shape[1])
         self.tokens = [tokens[i : i + size] for i in range(0, len(tokens), size)]
@@ -129,6 +132,7 @@ class GradientPasses:
         needed = self._outside() | self._inside(first)
         self.source.load(needed)
         move_to(model, self.device, self.dtype)
+        self._edit_outside(model)
         store = self._new_store("entering-0")
 
         def enter(hidden: Tensor, batch: Tensor) -> None:
@@ -155,6 +159,7 @@ class GradientPasses:
         outside = self._outside()
         self.source.load(outside)
         move_to(self.source.skeleton, self.device, self.dtype)
+        self._edit_outside(self.source.skeleton)
         try:
             yield
         finally:

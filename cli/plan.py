@@ -40,6 +40,9 @@ __all__ = ["command"]
 @click.option("--score", default="fisher", metavar="NAME", help="How sensitivity is measured; see docs/allocation.md.")
 @click.option("--solver", default="milp", metavar="NAME", help="milp, lagrangian or greedy.")
 @click.option("--limit", "limits", multiple=True, metavar="PATTERN>=BITS", help="Also <= and =; repeat.")
+@click.option(
+    "--include", metavar="embedding,lm_head", help="Also choose a format for these; a tied head is the embedding."
+)
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
 @click.option("--fused/--free", default=False, help="q, k and v (gate and up) share a format, as vLLM needs it.")
 @click.option(
@@ -200,6 +203,7 @@ def _options(flags: dict[str, Any]) -> PlanOptions:
         base=Scheme(**fields),
         score=flags["score"],
         limits=flags["limits"],
+        include=tuple(name.strip() for name in (flags["include"] or "").split(",") if name.strip()),
         ignore=flags["ignore"],
         fused=flags["fused"],
         calibration=CalibrationSpec(flags["calib"], flags["calib_samples"], flags["calib_seqlen"], flags["seed"]),

@@ -20,6 +20,7 @@ from calib.model.model_class import language_model, other_modalities
 
 __all__ = [
     "all_linears",
+    "end_modules",
     "find_blocks",
     "find_linears",
     "foreign_code",
@@ -27,6 +28,7 @@ __all__ = [
     "is_linear",
     "linear_weight",
     "set_linear_weight",
+    "tied_head",
 ]
 
 
@@ -117,6 +119,22 @@ def _of_language(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> li
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     """Linears of a block by their name in it."""
     return {name: module for name, module in block.named_modules() if is_linear(module)}
+
+
+def end_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the head, as the model names them."""
+    return model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The full name of a head whose weight is the embedding's; ``None`` where it has one of its own."""
+    embedding, head = end_modules(model)
+    if embedding is None or head is None:
+        return None
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    if head.weight is not embedding.weight and not getattr(config, "tie_word_embeddings", False):
+        return None
+    return next(str(name) for name, module in model.named_modules() if module is head)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint.reader import ModelSource, open_model
 from calib.data.tokens import Calibration
-from calib.model.structure import find_blocks
+from calib.model.structure import end_modules, find_blocks, tied_head
 from calib.runner.forward import pass_dtype
 from ptq.allocation.plan import Plan
 from ptq.allocation.planner import Planner
@@ -21,21 +21,24 @@ from ptq.allocation.problem.budget import Budget
 from ptq.allocation.problem.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
 from ptq.allocation.problem.groups import parse_limit
 from ptq.allocation.problem.items import linears_of
-from ptq.allocation.scores import find_score
+from ptq.allocation.scores import Score, find_score
 from ptq.allocation.scores.cache import default_cache
 from ptq.allocation.setting import Setting
 from ptq.api import resolve_device
-from ptq.errors import UsageError
+from ptq.errors import UsageError, unknown_name
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer
 from ptq.pipeline.preparation.preflight import check_vocabulary
+from ptq.pipeline.preparation.schemes.outside import outside_modules
 from ptq.pipeline.preparation.schemes.scheme_assignment import make_plan
 from ptq.pipeline.preparation.sizes import plan_sizes
 from ptq.recipe import CalibrationSpec, Recipe
 from ptq.scheme import Scheme
 
-__all__ = ["PlanOptions", "make_planner", "plan"]
+__all__ = ["INCLUDES", "PlanOptions", "make_planner", "plan"]
 
+INCLUDES = ("embedding", "lm_head")
+"""What ``--include`` takes."""
 _HELD_OUT = 4  # one sequence in so many, at least 2, is drawn besides for measuring
 
 
@@ -48,6 +51,7 @@ class PlanOptions:
         base: what a candidate's name does not say: groups, sign, dtype of the scales.
         score: a name of `ptq.allocation.scores.SCORES`.
         limits: conditions such as ``*.down_proj>=4``.
+        include: ``embedding`` and ``lm_head``, which are no candidates otherwise. A tied head is the embedding.
         ignore: patterns of linears that stay in full precision and out of the budget.
         fused: linears that runtimes such as vLLM compute in one kernel share a format.
         calibration: the text that scores read.
@@ -59,6 +63,7 @@ class PlanOptions:
     base: Scheme = dataclasses.field(default_factory=Scheme)
     score: str = "fisher"
     limits: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     fused: bool = False
     calibration: CalibrationSpec = dataclasses.field(default_factory=lambda: CalibrationSpec(samples=32, seqlen=512))
@@ -140,11 +145,15 @@ def make_planner(
     )
     assigned = make_plan(source.skeleton, Recipe(ignore=options.ignore), source.dtype)
     names = tuple(name for name, scheme in assigned.schemes.items() if scheme is not None)
+    outside = _included(source.skeleton, options.include, score)
+    assigned = dataclasses.replace(
+        assigned, outside=dict.fromkeys(outside, Scheme.of("int", bits=8).resolved(source.dtype))
+    )
     kept = plan_sizes(source, assigned, lambda name, _: (name, "")).kept_bytes
     tokens, held_out = _tokens(source, options, score.reads_tokens, tokenizer, calibration, listener, trust_remote_code)
     setting = Setting(
         source,
-        linears_of(source.skeleton, names),
+        linears_of(source.skeleton, (*names, *outside)),
         candidates,
         kept,
         score,
@@ -154,6 +163,7 @@ def make_planner(
         _dtype(options.compute_dtype, source.dtype, where),
         options.calibration.seed,
         options.probes,
+        outside,
     )
     return Planner(
         setting,
@@ -163,6 +173,27 @@ def make_planner(
         say=lambda text: listener(Event("message", text)),
         step=_stepper(listener, len(find_blocks(source.skeleton))),
     )
+
+
+def _included(model: nn.Module, include: tuple[str, ...], score: Score) -> tuple[str, ...]:
+    """Full names of the embedding and the head, where they are asked for."""
+    if not include:
+        return ()
+    if score.unit != "nats":
+        raise UsageError(
+            f"--include measures KL for the embedding and the head, which the score {score.name!r} is no sum with: "
+            f"take fisher, out-fisher, hawq or kl."
+        )
+    modules, (embedding, head) = outside_modules(model), end_modules(model)
+    found: dict[str, None] = {}
+    for name in include:
+        if name not in INCLUDES:
+            raise unknown_name("part for --include", name, INCLUDES)
+        wanted = head if name == "lm_head" and tied_head(model) is None else embedding
+        found |= {full: None for full, module in modules.items() if module is wanted}
+    if not found:
+        raise UsageError(f"--include {','.join(include)}: {type(model).__name__} has no such module.")
+    return tuple(found)
 
 
 def _stepper(listener: Listener, total: int) -> Any:

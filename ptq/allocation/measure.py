@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from calib.checkpoint.reader import ModelSource
 from calib.gradients import GradientPasses, NewStore
-from calib.model.structure import find_linears, linear_weight, set_linear_weight
+from calib.model.structure import end_modules, find_linears, linear_weight, set_linear_weight
 from ptq.allocation.problem.candidates import Candidate, rounding_errors
+from ptq.pipeline.preparation.schemes.outside import outside_modules
 
 __all__ = ["measure_kl", "token_kl"]
 
@@ -53,7 +54,17 @@ def measure_kl(
                 (error,) = rounding_errors(weight, (candidate,))
                 set_linear_weight(module, (weight + error).to(dtype))
 
-    def passes(label: str, change: Callable[[str, nn.Module], object]) -> GradientPasses:
+    ends = {
+        name: one for name, one in chosen.items() if one.scheme is not None and name in outside_modules(source.skeleton)
+    }
+
+    def edit_ends(model: nn.Module) -> None:
+        for name, candidate in ends.items():
+            _round_end(model, name, candidate, dtype)
+
+    def passes(
+        label: str, change: Callable[[str, nn.Module], object], change_ends: Callable[[nn.Module], object]
+    ) -> GradientPasses:
         return GradientPasses(
             source,
             tokens,
@@ -62,19 +73,43 @@ def measure_kl(
             new_store=lambda store: new_store(f"{label}-{store}"),
             on_block=on_step,
             edit=change,
+            edit_outside=change_ends,
             keep_all=False,
         )
 
-    full, rounded = passes("full", lambda _, __: None), passes("rounded", edit)
+    full = passes("full", lambda _, __: None, lambda _: None)
+    rounded = passes("rounded", edit, edit_ends)
     try:
         full.forward()
         rounded.forward()
-        rows = []
-        with full.head(), torch.no_grad():
-            for number, sequence in full.sequences():
-                kl = token_kl(full.logits(number, sequence), rounded.logits(number, sequence))
-                rows.append(kl.double().cpu().numpy())
+        rows = [kl.double().cpu().numpy() for kl in _by_sequence(full, rounded, alike=not ends)]
     finally:
         full.close()
         rounded.close()
     return np.stack(rows)
+
+
+def _by_sequence(full: GradientPasses, rounded: GradientPasses, *, alike: bool) -> Iterator[Tensor]:
+    """KL per token of every sequence; where the heads are alike, one is loaded for both models."""
+    with torch.no_grad():
+        if alike:
+            with full.head():
+                for place in full.sequences():
+                    yield token_kl(full.logits(*place), rounded.logits(*place))
+            return
+        for place in full.sequences():
+            with full.head():
+                reference = full.logits(*place)
+            with rounded.head():
+                yield token_kl(reference, rounded.logits(*place))
+
+
+def _round_end(model: nn.Module, name: str, candidate: Candidate, dtype: torch.dtype) -> None:
+    """Round the embedding or the head, and with it what shares its weight."""
+    old = model.get_submodule(name).weight
+    assert isinstance(old, Tensor)
+    (error,) = rounding_errors(old.detach().float(), (candidate,))
+    new = nn.Parameter((old.detach().float() + error).to(dtype), requires_grad=False)
+    for module in end_modules(model):
+        if module is not None and isinstance(module.weight, Tensor) and module.weight.data_ptr() == old.data_ptr():
+            module._parameters["weight"] = new

@@ -23,8 +23,9 @@ import yaml
 from torch import nn
 
 from calib.checkpoint.atomic_files import write_file
-from calib.model.structure import find_blocks, find_linears, linear_weight
+from calib.model.structure import find_blocks, find_linears, linear_weight, tied_head
 from ptq.errors import UsageError, unknown_name
+from ptq.pipeline.preparation.schemes.outside import outside_modules
 from ptq.pipeline.preparation.schemes.scheme_assignment import is_router
 from ptq.recipe import Recipe
 from ptq.recipe_files.safe_yaml import YamlFile, read_yaml
@@ -83,7 +84,7 @@ class Plan:
             UsageError: a name or pattern matches no linear, or two patterns give one linear different formats.
         """
         linears = _linears(model)
-        known = frozenset(linears)
+        known = frozenset(linears) | outside_modules(model).keys()
         names = [key for key in self.linears if not _is_pattern(key)]
         missing = [name for name in names if name not in known]
         if missing and 2 * len(missing) > len(names):
@@ -91,6 +92,11 @@ class Plan:
                 f"{self._at(missing[0])}: this plan is for another model"
                 f"{self._made_for()}: {len(missing)} of its {len(names)} linears are not in "
                 f"{type(model).__name__}, for example {missing[0]}."
+            )
+        if missing and missing[0] == tied_head(model):
+            raise UsageError(
+                f"{self._at(missing[0])}: {missing[0]} has no weight of its own in this model, it multiplies by the "
+                f"embedding's: name {next(iter(outside_modules(model)))} instead."
             )
         if missing:
             raise UsageError(f"{self._at(missing[0])}: {unknown_name('linear', missing[0], linears)}")

@@ -18,6 +18,7 @@ from calib.model.structure import find_blocks
 from calib.precision import strict_float32
 from calib.runner.activation_store import ActivationStore, settle_offload
 from ptq.allocation.measure import measure_kl
+from ptq.allocation.outside import allow_outside, outside_scores
 from ptq.allocation.plan import Plan, linear_weights
 from ptq.allocation.problem.budget import Budget, budget_limit, fit_budget
 from ptq.allocation.problem.candidates import STAND_IN, Candidate, rounding_errors
@@ -60,7 +61,7 @@ class Planner:
     ) -> None:
         self.setting, self._say, self._step, self._cache = setting, say, step, cache
         self.items: tuple[Item, ...] = group_linears(setting.source, setting.linears, fused=fused)
-        self._allowed = allowed_formats(self.items, setting.candidates, limits)
+        self._allowed = allow_outside(setting, self.items, allowed_formats(self.items, setting.candidates, limits))
         self._limits = limits
         self.values: ScoreValues | None = None
         self.notes: list[str] = []
@@ -78,6 +79,9 @@ class Planner:
         else:
             with self._stores() as new_store, strict_float32():
                 values = self.setting.score.compute(self._context(new_store))
+                values = dataclasses.replace(
+                    values, table={**values.table, **outside_scores(self.setting, new_store, self._step)}
+                )
             problem = cache.write(values) if cache is not None else None
             if problem is not None:
                 self._say(problem)
@@ -90,7 +94,7 @@ class Planner:
         s = self.setting
         return Context(
             s.source,
-            tuple(one.name for one in s.linears),
+            tuple(one.name for one in s.linears if one.name not in s.outside),
             s.candidates,
             None if s.calibration is None else s.calibration.tokens,
             s.device,
@@ -106,6 +110,7 @@ class Planner:
         s = self.setting
         return {
             "model": s.source.fingerprint(),
+            **({"outside": list(s.outside)} if s.outside else {}),
             "score": s.score.name,
             "candidates": [None if c.scheme is None else c.scheme.to_dict() for c in s.candidates],
             "errors": STAND_IN,
@@ -199,6 +204,8 @@ class Planner:
         s = self.setting
         if s.score.unit != "nats" or s.calibration is None or s.held_out is None:
             raise UsageError("--refine needs a score in nats (fisher, out-fisher, hawq, kl) and its calibration text.")
+        if s.outside:
+            raise UsageError("--refine measures linears of blocks: leave out --include, or --refine.")
         if budget.bpw is None and budget.size is None:
             raise UsageError("--refine moves bits within a budget: give --target-bpw or --target-size.")
         with self._stores() as new_store, strict_float32():
@@ -238,6 +245,8 @@ class Planner:
         }
         if s.score.unit == "nats":
             about["predicted_kl"] = float(f"{allocation.score:.6g}")
+        if s.outside:
+            about["include"] = list(s.outside)
         if self._limits:
             about["limits"] = [str(limit) for limit in self._limits]
         if s.calibration is not None:
@@ -253,9 +262,12 @@ class Planner:
         experts = tuple(f"{name}." for name in expert_lists(self.setting.source.skeleton))
         labels: dict[str, str] = {}
         for linear in self.setting.linears:
+            candidate = self.setting.candidates[int(chosen[owner[linear.name]])]
+            if linear.name in self.setting.outside and candidate.scheme is None:
+                continue  # it stays as it is, as where nobody names it
             inside = next((prefix for prefix in experts if linear.name.startswith(prefix)), None)
             key = linear.name if inside is None else f"{inside}*"
-            labels[key] = self.setting.candidates[int(chosen[owner[linear.name]])].label
+            labels[key] = candidate.label
         return labels
 
     def curve(self, points: int = 25, solver: str = "milp") -> list[dict[str, float]]:

@@ -32,6 +32,7 @@ class Setting:
         dtype: of passes.
         seed: of what is drawn.
         probes: Hutchinson probes and power iterations.
+        outside: names of the embedding and the head among the linears, where they are candidates.
     """
 
     source: ModelSource
@@ -45,3 +46,4 @@ class Setting:
     dtype: torch.dtype
     seed: int = 0
     probes: int = 16
+    outside: tuple[str, ...] = ()

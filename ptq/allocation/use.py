@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from calib.checkpoint.reader import open_model
 from ptq.allocation.plan import Plan
+from ptq.pipeline.preparation.schemes.outside import outside_modules
 from ptq.recipe import Recipe
 
 __all__ = ["recipe_from_plan"]
@@ -50,4 +52,6 @@ def recipe_from_plan(
     rest = plan.uncovered(source.skeleton)
     if rest:
         say(f"{len(rest)} linears are not in the plan and get {base.scheme.describe()}, for example {rest[0]}")
-    return plan.recipe(base)
+    recipe = plan.recipe(base)
+    ends = outside_modules(source.skeleton).keys() - set(base.ignore)  # in full precision where nothing is said
+    return dataclasses.replace(recipe, ignore=tuple(name for name in recipe.ignore if name not in ends))

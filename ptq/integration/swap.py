@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from calib.model.structure import tied_head
 from ptq.errors import OutputError
+from ptq.runtime.embedding import QuantEmbedding, TiedHead
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
 
@@ -34,6 +36,9 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, *, guard: bool) -> 
         raise OutputError(
             f"the checkpoint's config says that {name} is packed, but {type(model).__name__} has no such module."
         ) from error
+    if isinstance(old, nn.Embedding):
+        _swap_embedding(model, parent, child, old, scheme, guard=guard)
+        return
     shape = linear_shape(old)
     if shape is None:
         raise OutputError(f"the checkpoint's config says that {name} is packed, but it is a {type(old).__name__}.")
@@ -41,3 +46,27 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, *, guard: bool) -> 
     device, dtype = parameters["weight"].device, parameters["weight"].dtype
     new = QuantLinear(shape[1], shape[0], scheme, parameters.get("bias"), guard=guard, device=device, dtype=dtype)
     setattr(parent, child, new.train(old.training))
+
+
+def _swap_embedding(
+    model: nn.Module, parent: nn.Module, child: str, old: nn.Embedding, scheme: Scheme, *, guard: bool
+) -> None:
+    """Put a `QuantEmbedding` in the place of the embedding, and a `TiedHead` in that of its tied head."""
+    tied = tied_head(model) if hasattr(model, "get_output_embeddings") else None
+    weight = old.weight
+    new = QuantEmbedding(
+        old.num_embeddings, old.embedding_dim, scheme, guard=guard, device=weight.device, dtype=weight.dtype
+    )
+    setattr(parent, child, new.train(old.training))
+    if tied is None:
+        return
+    owner, _, name = tied.rpartition(".")
+    head = model.get_submodule(tied)
+    bias = dict(head.named_parameters(recurse=False)).get("bias")
+    setattr(model.get_submodule(owner), name, TiedHead(new, bias).train(head.training))
+    for part in model.modules():  # transformers would tie weights that are not there
+        for key in ("all_tied_weights_keys", "_tied_weights_keys"):
+            pairs = getattr(part, key, None)
+            if isinstance(pairs, dict):
+                kept = {target: source for target, source in pairs.items() if not f"{target}".startswith(f"{name}.")}
+                setattr(part, key, kept)

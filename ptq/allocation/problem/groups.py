@@ -64,7 +64,7 @@ def allowed_formats(
         if not any(fnmatch.fnmatchcase(name, limit.pattern) for name in names):
             raise UsageError(
                 f"the limit {limit} matches no linear that a format is chosen for. Names look like {names[0]}; the "
-                f"embedding and the head are not among them, because they are kept in full precision."
+                f"embedding and the head are among them only with --include."
             )
     for row, item in enumerate(items):
         hits = [x for x in limits if any(fnmatch.fnmatchcase(one.name, x.pattern) for one in item.linears)]

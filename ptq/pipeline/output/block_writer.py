@@ -22,6 +22,7 @@ from ptq.pipeline.costs import Costs
 from ptq.pipeline.inputs.input_transforms import input_params
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
+from ptq.pipeline.output.quantized_outside import quantize_outside
 from ptq.pipeline.output.unquantized import carried_parts, outside_parts, read_tensors
 from ptq.pipeline.preparation.sizes import NOT_IN_MODEL
 from ptq.quantized import QuantizedWeight
@@ -135,11 +136,26 @@ class BlockWriter:
     def _write_outside(self, part_name: str, names: frozenset[str], checkpoint: CheckpointWriter) -> PartRecord:
         part = PartRecord()
         with self._costs.timing.part("write", self._job.device):
-            tensors = self._passing(names, part)
+            quantized = {f"{name}.weight": name for name in self._job.assignment.outside}
+            tensors = self._packed_outside(names & quantized.keys(), quantized, part)
+            tensors |= self._passing(names - quantized.keys(), part)
             self._costs.note(part)
             if tensors:
                 checkpoint.write_part(part_name, tensors, part.payload())
         return part
+
+    def _packed_outside(
+        self, names: frozenset[str], quantized: Mapping[str, str], part: PartRecord
+    ) -> dict[str, Tensor]:
+        """The embedding and the head, packed, where they are quantized."""
+        tensors: dict[str, Tensor] = {}
+        for _, parameter, tensor in self._job.source.raw_tensors(names):
+            check_weight(tensor, parameter)
+            name = quantized[parameter]
+            weight, record = quantize_outside(name, tensor, self._job.assignment.outside[name])
+            tensors |= self._container.layer_tensors(name, weight)
+            part.layers.append(record)
+        return tensors
 
     def _write_carried(self, part_name: str, names: list[str], checkpoint: CheckpointWriter) -> PartRecord:
         part = PartRecord()

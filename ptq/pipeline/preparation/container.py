@@ -52,9 +52,21 @@ def choose_container(
             different schemes in it.
         ModelError: Not even the native container loads.
     """
+    requested, ends = recipe.container, ", ".join(assignment.outside)
+    if ends and requested not in ("auto", "native"):
+        raise UsageError(
+            f"the container {requested} cannot carry a quantized embedding or head ({ends}): say --container native, "
+            f"or leave them in full precision."
+        )
     settled = settle_format(
-        recipe.container, assignment.schemes, source, key_values_of(recipe), trust_remote_code=trust_remote_code
+        "native" if ends else requested,
+        assignment.schemes,
+        source,
+        key_values_of(recipe),
+        trust_remote_code=trust_remote_code,
     )
+    if ends and requested == "auto":
+        settled = dataclasses.replace(settled, reason=f"{ends} is quantized, which no other container carries")
     begun = None if out is None else _begun(out)
     if begun is not None:
         return dataclasses.replace(settled, name=begun[0], reason=begun[1])

@@ -56,7 +56,7 @@ def plan_sizes(source: ModelSource, plan: Plan, label: Callable[[str, int], tupl
     model = source.skeleton
     quantized = payload = packed = linears = 0
     taken = set()
-    for name, scheme in plan.schemes.items():
+    for name, scheme in (*plan.schemes.items(), *plan.outside.items()):
         if scheme is None:
             continue
         rows, columns = linear_weight(model.get_submodule(name)).shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from calib.model.structure import find_blocks, find_linears, is_linear, linear_weight
 from ptq.errors import UsageError
 from ptq.methods import METHODS, LayerMethod, check_scheme, find_method, make_config
+from ptq.pipeline.preparation.schemes.outside import outside_schemes
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -29,11 +31,13 @@ class Plan:
         blocks: names of the blocks.
         schemes: by full name of a linear, its scheme (scale dtype settled), or ``None`` for full precision.
         reasons: why, for those in full precision.
+        outside: schemes of the embedding and the head, where they are quantized.
     """
 
     blocks: tuple[str, ...]
     schemes: dict[str, Scheme | None]
     reasons: dict[str, str]
+    outside: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
 
     @property
     def calibrates_inputs(self) -> bool:
@@ -64,8 +68,10 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     blocks = find_blocks(model)
     linears = [f"{block}.{name}" for block in blocks for name in find_linears(model.get_submodule(block))]
     outside = [name for name, module in model.named_modules() if is_linear(module) and name not in linears]
+    ends = outside_schemes(model, recipe, dtype)
     for pattern in (*recipe.ignore, *(pattern for pattern, _ in recipe.overrides)):
-        _check_matches(pattern, linears, outside)
+        if pattern not in ends:
+            _check_matches(pattern, linears, outside)
     method, checked = find_method(recipe.method), set[Scheme]()
     config = make_config(method, recipe.options)
     schemes: dict[str, Scheme | None] = {}
@@ -86,7 +92,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             _check_shape(name, linear_weight(model.get_submodule(name)).shape, scheme)
     if not any(schemes.values()):
         raise UsageError(f"nothing is left to quantize: {len(linears)} linears in {len(blocks)} blocks, all kept.")
-    return Plan(tuple(blocks), schemes, reasons)
+    return Plan(tuple(blocks), schemes, reasons, ends)
 
 
 def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:
@@ -122,7 +128,7 @@ def _check_matches(pattern: str, linears: list[str], outside: list[str]) -> None
     if any(fnmatch.fnmatchcase(name, pattern) for name in outside):
         raise UsageError(
             f"the pattern {pattern!r} matches only linears outside the blocks (the head), which stay in full precision "
-            "in any case: leave the pattern out."
+            "unless an override or a plan names them in full: leave the pattern out."
         )
     near = difflib.get_close_matches(pattern, linears, n=2, cutoff=0.3) or linears[:2]
     raise UsageError(f"the pattern {pattern!r} matches no linear of the model. Names look like {', '.join(near)}.")

@@ -7,9 +7,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import OutputError
 from ptq.runtime.linear import QuantLinear
-from ptq.scheme import Scheme
+from ptq.scheme import Rotation, Scheme
+from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["linear_shape", "swap_linear"]
+__all__ = ["linear_shape", "share_rotations", "swap_linear"]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -41,3 +42,11 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, *, guard: bool) -> 
     device, dtype = parameters["weight"].device, parameters["weight"].dtype
     new = QuantLinear(shape[1], shape[0], scheme, parameters.get("bias"), guard=guard, device=device, dtype=dtype)
     setattr(parent, child, new.train(old.training))
+
+
+def share_rotations(model: nn.Module) -> None:
+    """Let the packed linears of a model that read the same input (q, k and v; gate and up) rotate it once."""
+    rotations: dict[tuple[Rotation, int], InputRotation] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.share_rotations(rotations)

@@ -9,9 +9,10 @@ from calib.model.structure import tied_head
 from ptq.errors import OutputError
 from ptq.runtime.embedding import QuantEmbedding, TiedHead
 from ptq.runtime.linear import QuantLinear
-from ptq.scheme import Scheme
+from ptq.scheme import Rotation, Scheme
+from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["linear_shape", "swap_linear"]
+__all__ = ["linear_shape", "share_rotations", "swap_linear"]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -70,3 +71,11 @@ def _swap_embedding(
             if isinstance(pairs, dict):
                 kept = {target: source for target, source in pairs.items() if not f"{target}".startswith(f"{name}.")}
                 setattr(part, key, kept)
+
+
+def share_rotations(model: nn.Module) -> None:
+    """Let the packed linears of a model that read the same input (q, k and v; gate and up) rotate it once."""
+    rotations: dict[tuple[Rotation, int], InputRotation] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.share_rotations(rotations)

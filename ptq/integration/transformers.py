@@ -21,7 +21,7 @@ from ptq.containers import native
 from ptq.containers.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
 from ptq.integration.experts import leave_split_experts, split_named_experts
-from ptq.integration.swap import swap_linear
+from ptq.integration.swap import share_rotations, swap_linear
 from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
 
@@ -95,6 +95,7 @@ class PtqQuantizer(HfQuantizer):
         split_named_experts(model, schemes)
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=True)
+        share_rotations(model)
         key_values = self.quantization_config.key_value_scheme()
         if key_values is not None:
             for block in find_blocks(model):  # and not the attention of a vision tower

@@ -30,7 +30,7 @@ from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
 from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
 from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary, choose_offload_target, resolve_device
-from ptq.pipeline.preparation.schemes.rotated_assignment import rotate_inputs, rotate_last_inputs
+from ptq.pipeline.preparation.schemes.rotated_assignment import rotate_inputs, rotate_last_inputs, seed_rotations
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan, make_plan
 from ptq.proof import FormatChoice
 from ptq.recipe import Recipe
@@ -153,6 +153,7 @@ class _Preparation:
         elif "down" in self.recipe.rotate:
             rotation = Rotation(seed, block)
             self.assignment = rotate_last_inputs(self.assignment, self.source, rotation, self.device, self.dtype)
+        self.assignment = seed_rotations(self.assignment, self.source, seed, self.device, self.dtype)
 
     def _container(self) -> FormatChoice:
         """The container, decided by the first process for all."""

@@ -13,7 +13,7 @@ from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.dispatch import REFERENCE, Kernel, PackedWeight, choose, dequantized_tiles
-from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.scheme import SCALE_DTYPES, Rotation, Scheme
 from ptq.transforms.hadamard import InputRotation
 
 __all__ = ["QuantLinear"]
@@ -82,7 +82,8 @@ class QuantLinear(nn.Linear):
         self._activations = dtype or torch.get_default_dtype()
         self._scheme = scheme
         self._prepared: tuple[object, PackedWeight] | None = None
-        self._rotation: InputRotation | None = None  # made at the first forward: here may be a skeleton on meta
+        # Made at the first forward: here may be a skeleton on meta.
+        self._rotations: dict[tuple[Rotation, int], InputRotation] = {}
         specs = scheme.number_format.tensor_specs(out_features, in_features, scheme) | scheme.input_specs(in_features)
         self._stored = tuple(specs)
         for key, (shape, stored) in specs.items():
@@ -157,6 +158,11 @@ class QuantLinear(nn.Linear):
             return REFERENCE
         return choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
 
+    def share_rotations(self, rotations: dict[tuple[Rotation, int], InputRotation]) -> None:
+        """Rotate inputs with these (made where they are missing), which other linears use, too: linears that read the
+        same tensor one after the other then rotate it once."""
+        self._rotations = rotations
+
     def transform_input(self, x: Tensor) -> Tensor:
         """The input ``[..., in_features]`` as the product sees it: rotated, then rounded, as the scheme says."""
         return self._rounded(self._rotated(x))
@@ -164,9 +170,10 @@ class QuantLinear(nn.Linear):
     def _rotated(self, x: Tensor) -> Tensor:
         scheme = self._scheme
         if scheme.input_rotation is not None:
-            if self._rotation is None:
-                self._rotation = InputRotation.of(scheme.input_rotation, self.in_features)
-            x = self._rotation.once(x)
+            key = scheme.input_rotation, self.in_features
+            if key not in self._rotations:
+                self._rotations[key] = InputRotation.of(*key)
+            x = self._rotations[key].once(x)
         return x
 
     def _rounded(self, x: Tensor) -> Tensor:

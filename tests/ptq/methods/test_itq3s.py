@@ -92,7 +92,9 @@ def test_a_model_is_stored_loaded_saved_and_run(tmp_path: Path, fields: dict[str
     assert (report.calibration is not None) == ("calibration" in fields)
     q = loaded.model.layers[0].self_attn.q_proj
     assert isinstance(q, QuantLinear)
-    assert q.scheme.input_rotation == Rotation(0, 256)
+    rotation = q.scheme.input_rotation
+    assert rotation is not None
+    assert rotation == Rotation(rotation.seed, 256)
     first = logits(loaded)
     limit = 1.2 if expected in ("itq3s-ternary", "higgs2") else 0.3
     assert 0 < (first - logits(model)).square().mean() / logits(model).square().mean() < limit
@@ -114,11 +116,58 @@ def test_every_input_is_rotated_for_any_method(tmp_path: Path) -> None:
     report = ptq.quantize(
         model, out=tmp_path / "out", device="cpu", method="rtn", bits=8, rotate=("input",), rotate_block=32, seed=7
     )
-    rotation = {"seed": 7, "block": 32, "kind": "hadamard"}
-    assert all(layer.scheme["input_rotation"] == rotation for layer in report.layers)
+    rotations = [layer.scheme["input_rotation"] for layer in report.layers]
+    assert all(rotation == {"seed": rotation["seed"], "block": 32, "kind": "hadamard"} for rotation in rotations)
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]
-    assert [scheme["input_rotation"] for scheme in stored.values()] == [rotation]
+    assert all(scheme["input_rotation"] in rotations for scheme in stored.values())
     torch.testing.assert_close(logits(ptq.load(tmp_path / "out")), logits(model), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_signs_are_one_draw_per_input_from_the_seed_of_the_run(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    drawn = []
+    for seed in (0, 1):
+        out = tmp_path / str(len(drawn))
+        report = ptq.quantize(model, out=out, device="cpu", method="itq3s", seed=seed)
+        drawn.append({layer.name: layer.scheme["input_rotation"]["seed"] for layer in report.layers})
+        loaded = ptq.load(out)
+        stored = {n: m.scheme.input_rotation for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
+        assert {name: rotation.seed for name, rotation in stored.items() if rotation} == drawn[-1]
+    first, other = drawn
+    assert not set(first.values()) & set(other.values())
+    block = "model.layers.0"
+    assert len({first[f"{block}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+    if kind == "mixtral":
+        inputs = {(n.split(".")[2], n.rsplit(".", 1)[1] in ("w2", "down_proj")) for n in first if ".experts." in n}
+        assert len({first[n] for n in first if ".experts." in n}) == len(inputs)
+    else:
+        assert first[f"{block}.mlp.gate_proj"] == first[f"{block}.mlp.up_proj"]
+    assert len(set(first.values())) == 4 * model.config.num_hidden_layers
+
+
+def test_a_rotation_asked_for_by_number_keeps_it(tmp_path: Path) -> None:
+    report = ptq.quantize(
+        tiny_model("llama"),
+        out=tmp_path / "out",
+        device="cpu",
+        method="rtn",
+        bits=8,
+        overrides=(("*.o_proj", Scheme(8, input_rotation=Rotation(5, 64))),),
+    )
+    drawn = {layer.name.rsplit(".", 1)[1]: layer.scheme["input_rotation"] for layer in report.layers}
+    assert drawn["o_proj"] == {"seed": 5, "block": 64, "kind": "hadamard"}
+    assert drawn["q_proj"] is None
+
+
+def test_a_loaded_model_rotates_each_input_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    ptq.quantize(model, out=tmp_path / "out", device="cpu", method="itq3s")
+    loaded, calls = ptq.load(tmp_path / "out"), []
+    whole = InputRotation.__call__
+    monkeypatch.setattr(InputRotation, "__call__", lambda self, x: calls.append(1) or whole(self, x))
+    logits(loaded)
+    assert len(calls) == 4 * model.config.num_hidden_layers
 
 
 def test_linears_with_one_input_rotate_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

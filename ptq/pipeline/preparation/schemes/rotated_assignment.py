@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import torch
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
-from ptq.pipeline.preparation.schemes.block_maps import trace_block_kinds
+from ptq.pipeline.preparation.schemes.block_maps import block_kind, trace_block_kinds
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.scheme import Rotation
 
-__all__ = ["rotate_inputs", "rotate_last_inputs"]
+__all__ = ["rotate_inputs", "rotate_last_inputs", "seed_rotations"]
 
+_DEFAULT_SEED = 0  # of the rotations of number formats
 _INPUT_BLOCK = 256  # of `rotate_inputs`, where nothing is said
 
 
@@ -32,6 +34,62 @@ def rotate_inputs(plan: Plan, seed: int, block: int | None = None) -> Plan:
         for name, scheme in plan.schemes.items()
     }
     return dataclasses.replace(plan, schemes=schemes)
+
+
+def seed_rotations(plan: Plan, source: ModelSource, seed: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan with signs of its own for the rotation of every input: linears that read the same tensor (q, k and v;
+    gate and up; experts) have the same ones.
+
+    Rotations whose seed is another than that of a number format's defaults, or of this run, were asked for by number
+    and stay. The signs follow from the run's seed, the block's name and the first linear that reads the input.
+
+    Args:
+        plan: Schemes.
+        source: The model.
+        seed: Of the run.
+        device: Where the first block of every kind is run, to see what reads what.
+        dtype: Of that pass.
+
+    Raises:
+        ModelError: A block cannot be run.
+    """
+    wanted = {
+        name: rotation
+        for name, scheme in plan.schemes.items()
+        if scheme is not None
+        and (rotation := scheme.input_rotation) is not None
+        and rotation.kind == "hadamard"
+        and rotation.seed in (_DEFAULT_SEED, seed)
+    }
+    if not wanted:
+        return plan
+    kinds = trace_block_kinds(source, device, dtype)
+    schemes = dict(plan.schemes)
+    for block in plan.blocks:
+        points = _points(kinds[block_kind(source.skeleton.get_submodule(block))])
+        for name, rotation in wanted.items():
+            scheme = schemes[name]
+            if name.startswith(f"{block}.") and scheme is not None:
+                inside = name.removeprefix(f"{block}.")
+                own = _seed_of(seed, f"{block}.{points.get(inside, inside)}")
+                schemes[name] = dataclasses.replace(scheme, input_rotation=dataclasses.replace(rotation, seed=own))
+    return dataclasses.replace(plan, schemes=schemes)
+
+
+def _points(groups: tuple[InputGroup, ...]) -> dict[str, str]:
+    """By linear, the name of its input: the first linear of its group; of an expert, without the expert's number."""
+    points = {}
+    for group in groups:
+        point = group.linears[0]
+        if group.expert:
+            point = f"{group.experts}.*{point.removeprefix(group.expert)}"
+        points.update(dict.fromkeys(group.linears, point))
+    return points
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed of 31 bits, which every reader of JSON can hold."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "big") >> 1
 
 
 def rotate_last_inputs(

@@ -43,6 +43,12 @@ class NumberFormat(abc.ABC):
     """Values of a method's option ``scales`` that `fit` takes."""
     fixed_groups: bool = False
     """Whether ``group_size`` belongs to the format, so that a single group is no weight of its own."""
+
+    @property
+    def fallback(self) -> Mapping[str, Any]:
+        """Fields of the scheme that a weight gets which the format refuses for its shape; none refuses the model."""
+        return {}
+
     columns: int = 1
     """Consecutive input channels of a row that one code stands for (more than 1: vector codebooks)."""
 

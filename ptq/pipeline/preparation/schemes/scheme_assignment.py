@@ -84,6 +84,8 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             scheme, reasons[name] = None, "chooses experts"
         if scheme is not None and isinstance(method, LayerMethod):
             scheme = method.adapt(scheme, config)
+        if scheme is not None:
+            scheme = _that_fits(scheme, linear_weight(model.get_submodule(name)).shape)
         schemes[name] = None if scheme is None else scheme.resolved(dtype)
         if scheme is not None and scheme not in checked:
             check_scheme(method, scheme, METHODS.values(), config)
@@ -93,6 +95,16 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     if not any(schemes.values()):
         raise UsageError(f"nothing is left to quantize: {len(linears)} linears in {len(blocks)} blocks, all kept.")
     return Plan(tuple(blocks), schemes, reasons, ends)
+
+
+def _that_fits(scheme: Scheme, shape: torch.Size) -> Scheme:
+    """The scheme, or the one that its format has for weights of other shapes."""
+    record = scheme.number_format
+    if record.unsupported_reason(shape[0], shape[1], scheme) is None or not record.fallback:
+        return scheme
+    fields = dict(record.fallback)
+    changed = dict(act_bits=scheme.act_bits, act_symmetric=scheme.act_symmetric, act_format=scheme.act_format)
+    return Scheme.of(fields.pop("format"), **fields, **changed, input_rotation=scheme.input_rotation)
 
 
 def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:

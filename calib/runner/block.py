@@ -44,6 +44,12 @@ class ExecutionContext(Protocol):
     @property
     def batches(self) -> range: ...
 
+    @property
+    def gathered_batches(self) -> range: ...
+
+    @property
+    def held_out_batches(self) -> range: ...
+
     def first_sequence(self, batch: int) -> int: ...
 
     def activations(self, *, full: bool) -> ActivationStore: ...
@@ -181,11 +187,15 @@ class BlockContext(BlockWeights):
                         check_finite(output, self.name)
                     stream[batch] = output
 
-    def abandon(self) -> None:
-        """Drop what is suspended, and every reference to weights."""
+    def drop_passes(self) -> None:
+        """Drop what is suspended: the next passes begin at the block's start."""
         for passes in self._passes.values():
             passes.close()
         self._passes, self._rows = {}, None
+
+    def abandon(self) -> None:
+        """Drop what is suspended, and every reference to weights."""
+        self.drop_passes()
         self.drop_weights()
 
 
@@ -228,7 +238,7 @@ class LinearGroup:
         accumulator = StatisticsAccumulator(self.full_name(self.names[0]), weights, self._needs)
         with runner.timing.part("passes", runner.device):
             self._prepare()
-        for batch in runner.batches:
+        for batch in runner.gathered_batches:
             with runner.timing.part("passes", runner.device):
                 own, full = self._inputs(batch)
                 full = None if full is None else self.block.transformed_full_input(self.names[0], full)

@@ -22,6 +22,7 @@ knows no method and no format. Run it inside `calib.precision.strict_float32`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ class CalibrationRunner:
         offload: where hidden states are kept; folder: for those on disk.
         workers: the processes of this run.
         batch: sequences in a batch, `batch_size` if not given.
+        held_out: the last sequences, which go along in batches of their own, to be measured on.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class CalibrationRunner:
         folder: Path | None = None,
         workers: Workers = SINGLE_PROCESS,
         batch: int | None = None,
+        held_out: int = 0,
     ) -> None:
         self.source, self.device, self.dtype, self.workers = source, device, dtype, workers
         self.timing = Timing() if timing is None else timing
@@ -97,7 +100,10 @@ class CalibrationRunner:
         self._tokens = tokens
         self._two_streams = tokens is not None and (two_streams or bool(expert_lists(source.skeleton)))
         self._offload, self._folder = offload, folder
-        self._batch, self._batch_size = batch, 1
+        self._batch, self._held_out = batch, held_out
+        self._first: list[int] = []  # numbers of the first sequences of this process's batches
+        self._fitted = 0  # of these batches, without those that are held out
+        self.gathers_held_out = True  # whether statistics are of sequences that are held out, too
         self._calls_full: list[list[BlockCall]] = []
         self._calls_quantized: list[list[BlockCall]] = []
         self._full: ActivationStore | None = None
@@ -202,17 +208,20 @@ class CalibrationRunner:
             self._full.append(hidden, shape)
 
     def _my_batches(self, tokens: Tensor) -> Iterator[Tensor]:
-        """The batches of this process. Without calibration data every process runs the same few tokens."""
-        size = self._batch_size = self._batch or batch_size(len(tokens), tokens.shape[1], self.device)
-        batches = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-        if self.has_tokens:
-            if len(batches) < self.workers.size:
-                raise UsageError(
-                    f"{len(batches)} batches of {size} calibration sequences cannot be shared by {self.workers.size} "
-                    f"processes: start at most {len(batches)}, or give more sequences."
-                )
-            batches = list(self.workers.part(batches))
-        return (batch.to(self.device) for batch in batches)
+        """The batches of this process: first those to fit on, then those that are held out. Without calibration data
+        every process runs the same few tokens."""
+        fitted = len(tokens) - self._held_out
+        size = self._batch or batch_size(fitted, tokens.shape[1], self.device)
+        starts, stops = range(0, fitted, size), range(fitted, len(tokens), size)
+        if self.has_tokens and len(starts) < self.workers.size:
+            raise UsageError(
+                f"{len(starts)} batches of {size} calibration sequences cannot be shared by {self.workers.size} "
+                f"processes: start at most {len(starts)}, or give more sequences."
+            )
+        mine = self.workers.part(starts) if self.has_tokens else starts
+        self._fitted, self._first = len(mine), [*mine, *self.workers.part(stops)]
+        ends = [min(start + size, fitted if start < fitted else len(tokens)) for start in self._first]
+        return (tokens[start:end].to(self.device) for start, end in zip(self._first, ends, strict=True))
 
     def _tensors_before_blocks(self) -> frozenset[str]:
         """What lies outside the blocks and is needed to call them with text: no head, no vision tower."""
@@ -236,9 +245,24 @@ class CalibrationRunner:
         """Numbers of this process's batches."""
         return range(len(self._quantized))
 
+    @property
+    def fitted_batches(self) -> range:
+        """Those of `batches` that are not held out."""
+        return range(self._fitted)
+
+    @property
+    def gathered_batches(self) -> range:
+        """Those of `batches` that statistics are of."""
+        return self.batches if self.gathers_held_out else self.fitted_batches
+
+    @property
+    def held_out_batches(self) -> range:
+        """Those of `batches` that are held out; a process may have none where others have some."""
+        return range(self._fitted, len(self._quantized))
+
     def first_sequence(self, batch: int) -> int:
         """Number of a batch's first sequence among those of all processes."""
-        return (batch * self.workers.size + self.workers.rank) * self._batch_size
+        return self._first[batch]
 
     def activations(self, *, full: bool) -> ActivationStore:
         """Hidden states that enter the current block. Without a full-precision stream both are the quantized one."""
@@ -247,6 +271,34 @@ class CalibrationRunner:
     def hidden(self, batch: int, *, full: bool) -> Tensor:
         """What enters the current block, ``[sequences, tokens, width]``."""
         return self.activations(full=full)[batch]
+
+    @contextlib.contextmanager
+    def ahead(self, blocks: Sequence[BlockContext]) -> Iterator[None]:
+        """Inside, the streams stand after these blocks, through which they pass with what is in the place of their
+        weights; afterwards they stand where they stood."""
+        before = self._quantized, self._full
+        moved: list[ActivationStore] = []
+        try:
+            if blocks:
+                for full in (False, True) if self._two_streams else (False,):
+                    moved.append(self._passed(blocks, full=full))
+                self._quantized, self._full = moved[0], moved[1] if self._two_streams else None
+            yield
+        finally:
+            self._quantized, self._full = before
+            for stream in moved:
+                stream.close()
+
+    def _passed(self, blocks: Sequence[BlockContext], *, full: bool) -> ActivationStore:
+        """A stream behind blocks."""
+        stream, passed = self.activations(full=full), self._new_store(f"ahead-{'full' if full else 'quantized'}")
+        with self.timing.part("passes", self.device):
+            for batch in self.batches:
+                hidden = stream[batch]
+                for context in blocks:
+                    hidden = context.run(batch, hidden, full=full)
+                passed.append(hidden, stream.shapes[batch])
+        return passed
 
     def call(self, batch: int, block: int, *, full: bool) -> BlockCall:
         """How the model calls a block, with the state of that stream."""

@@ -54,7 +54,9 @@ METHOD_FLAGS: dict[str, MethodFlag] = {
     "loss": MethodFlag(
         "--loss", str, "mse|huber|token", "Training loss between a window's output and the full-precision output."
     ),
-    "init": MethodFlag("--init", str, "METHOD", "Method whose result training starts from: none, rtn, gptq or coreq."),
+    "init": MethodFlag(
+        "--init", str, "METHOD", "Method whose result training starts from: auto, none, rtn, gptq or coreq."
+    ),
 }
 """By the name of the option."""
 

@@ -39,6 +39,7 @@ class BlockLearner:
         scalings: channel scalings that leave the block's output as it is (`ptq.transforms.scaling.search`).
         seed: of everything that is drawn, together with the linear's name.
         anchors: starting points by linear.
+        init: the method that made them.
 
     Attributes:
         share: of the input channels that are quantized at the moment; linears' inputs follow it, too.
@@ -56,8 +57,9 @@ class BlockLearner:
         scalings: Sequence[Scaling] = (),
         seed: int = 0,
         anchors: Mapping[str, QuantizedWeight] | None = None,
+        init: str = "none",
     ) -> None:
-        self.context, self.config, self._share = context, config, 1.0
+        self.context, self.config, self.init, self._share = context, config, init, 1.0
         anchors = anchors or {}
         for name in schemes:
             check_range(context.full(name), f"{context.name}.{name}")

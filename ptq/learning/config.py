@@ -18,6 +18,7 @@ Rounding = Literal["nearest", "offset", "soft"]
 Switch = Literal["auto", "on", "off"]
 Loss = Literal["mse", "huber", "token"]
 Keep = Literal["end", "best"]
+InitData = Literal["all", "training"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "intra": ("auto", "sweep", "window", "off"),
@@ -28,8 +29,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "keep": ("end", "best"),
     "optimizer": ("adamw", "sign"),
     "decay": ("linear", "constant"),
-    "init": ("none", "rtn", "gptq", "coreq"),
+    "init_data": ("all", "training"),
+    "init": ("auto", "none", "rtn", "gptq", "coreq"),
 }
+_MOST_HELD_OUT = 0.5  # a fraction
 _LOW_BITS = 2  # at which more is learned, and faster
 _EPOCHS, _EPOCHS_LOW = 20, 60
 _LR_LORA, _LR_LORA_LOW, _LR_CLIP, _LR_SCALE, _LR_SOFT = 3e-4, 1.5e-3, 3e-2, 3e-3, 1e-2
@@ -64,7 +67,13 @@ class LearnedConfig:
     optimizer: ``adamw`` or ``sign``; decay: ``linear`` to zero or ``constant``; grad_clip: norm, 0 is off.
     loss: ``mse``, ``huber``, or ``token``, squared error relative to the token's energy.
     keep: what a stage ends with: its ``end``, or the step with the ``best`` loss of its own batch (AutoRound).
-    init: a method whose result is learned on: ``none``, ``rtn``, ``gptq``, ``coreq``.
+    init: a method whose result is learned on: ``none``, ``rtn``, ``gptq``, ``coreq``; ``auto`` is coreq, or rtn in
+        blocks where that is better on the sequences held out, and none where inputs are rounded, too.
+    init_data: what that method reads: ``all`` sequences, so that a start that stays is what the method gives alone
+        (learning must beat it on sequences that it was fitted to), or ``training``, without those held out.
+    holdout: fraction of the calibration sequences, at least two, that nothing is learned on: they decide what is kept;
+        0 is off.
+    max_passes: steps of a window are cut to so many passes over what is learned on; 0 is off.
     """
 
     schedule: ScheduleName = "slider"
@@ -90,7 +99,10 @@ class LearnedConfig:
     grad_clip: float = 1.0
     loss: Loss = "mse"
     keep: Keep = "end"
-    init: str = "none"
+    init: str = "auto"
+    init_data: InitData = "all"
+    holdout: float = 0.125
+    max_passes: int = 12
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -99,12 +111,15 @@ class LearnedConfig:
         for name, low, high in (
             ("size", 1, 10**4), ("step", 1, 10**4), ("edge", 0, 10**4), ("epochs", 0, 10**5), ("iters", 0, 10**7),
             ("batch", 1, 10**4), ("grad_accum", 1, 10**4), ("stages", 1, 64), ("lora_rank", 0, 4096),
+            ("max_passes", 0, 10**5),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name} is a whole number from {low} to {high}, got {getattr(self, name)!r}.")
         for name in ("lr_lora", "lr_clip", "lr_scale", "lr_offset", "grad_clip"):
             if not 0 <= getattr(self, name) < 1e3:
                 raise UsageError(f"{name} is 0 (the default) or a number below 1000, got {getattr(self, name)!r}.")
+        if not 0 <= self.holdout <= _MOST_HELD_OUT:
+            raise UsageError(f"holdout is a fraction from 0 (off) to {_MOST_HELD_OUT}, got {self.holdout!r}.")
         if not (self.lora_rank or self.clip != "off" or self.rounding != "nearest" or self.scaling != "off"):
             raise UsageError("nothing is left to learn: lora_rank 0, clip off, rounding nearest, scaling off.")
 
@@ -120,7 +135,7 @@ class LearnedConfig:
     def sweeps(self) -> tuple[tuple[float, ...], ...]:
         """The shares of input channels that are quantized: an entry a sweep over the model, in it a share a stage."""
         shares = tuple((n + 1) / self.stages for n in range(self.stages))
-        if self.intra == "off" or (self.intra == "auto" and self.init != "none"):
+        if self.intra == "off" or (self.intra == "auto" and self.init not in ("none", "auto")):
             return ((1.0,),)
         return (shares,) if self.intra == "window" else tuple((share,) for share in shares)
 
@@ -128,11 +143,15 @@ class LearnedConfig:
         """Optimizer steps of one stage of one window.
 
         Args:
-            batches: of one process; bits: of the schemes in use.
+            batches: to learn on, of one process.
+            bits: of the schemes in use.
         """
         stages = sum(len(sweep) for sweep in self.sweeps)
-        epochs = _EPOCHS_LOW if min(bits) <= _LOW_BITS else _EPOCHS
-        total = self.iters if self.iters and not self.epochs else (self.epochs or epochs) * batches / self.grad_accum
+        pass_ = batches / self.grad_accum
+        if self.iters and not self.epochs:
+            total: float = min(self.iters, self.max_passes * pass_) if self.max_passes else self.iters
+        else:
+            total = (self.epochs or (_EPOCHS_LOW if min(bits) <= _LOW_BITS else _EPOCHS)) * pass_
         return max(1, round(total / stages))
 
     def rates(self, scheme: Scheme, steps: int) -> Rates:

@@ -232,9 +232,9 @@ def _can_capture(window: BlockWindow, blocks: Sequence[BlockLearner], config: Le
     if any(expert_lists(one.context.block) for one in blocks):
         return False
     shapes = runner.activations(full=False).shapes
-    return len(set(shapes)) == 1 and all(
+    return len({shapes[batch] for batch in runner.fitted_batches}) == 1 and all(
         _same(runner.call(batch, one.context.index, full=False), runner.call(0, one.context.index, full=False))
-        for batch in runner.batches
+        for batch in runner.fitted_batches
         for one in blocks
     )
 

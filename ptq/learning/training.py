@@ -1,9 +1,12 @@
 """The loop: one window of blocks, trained so that its output is the full-precision model's.
 
 The student is fed with the quantized stream, the teacher with the full-precision stream; targets are computed once a
-window. The order of batches is drawn from the seed, the sweep and the window, so a resumed run learns the same. What
-is learned is kept only if it lowered the loss over all calibration data; if not, or if a loss was not finite,
-everything is put back, tried once more at a quarter of the rates, and reported.
+window. The order of batches is drawn from the seed, the sweep and the window, so a resumed run learns the same.
+
+Sequences that are held out decide: their loss is taken before the first step and several times on the way, the state
+with the lowest one is what is learned, and steps end early where it no longer falls. If it never fell below that of the
+start, or if a loss was not finite, everything is put back, tried once more at a quarter of the rates, and reported.
+Where nothing is held out, the loss over all that is learned on takes its place at the end of the steps.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ __all__ = ["WindowRecord", "train_window"]
 
 _RATES = (1.0, 0.25)  # of learning rates: a window that learned nothing good tries once more
 _TOLD = {1.0: "the rates that were asked for", 0.25: "a quarter of the rates"}
-_CHECK_EVERY = 64  # steps between looks at the loss: on a GPU each waits for it
+_CHECKS = 10  # of the held-out loss, in the steps of a stage
+_PATIENCE = 3  # checks without a new lowest held-out loss that end a stage
+_LOOK_EVERY = 64  # steps between looks at the losses where nothing is held out: on a GPU each waits for it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,19 @@ class WindowRecord:
     """What one stage of one window did.
 
     Args:
-        sweep, window: numbers; start, stop: blocks ``start .. stop - 1``; share: of the input channels quantized.
-        loss_before, loss_after: over all calibration data, before and after; what was kept is the smaller one's.
-        steps: of the optimizer; seconds: of the whole stage; captured: steps ran as one CUDA graph.
-        notes: what a reader must know (put back, not lowered).
+        sweep, window: Numbers.
+        start, stop: Blocks ``start .. stop - 1``.
+        share: Of the input channels quantized.
+        init: Methods that the blocks started from.
+        loss_before, loss_after: Over the sequences that are held out (all, if none are), before and after; what was
+            kept is the smaller one's.
+        accepted: Whether what was learned was kept; else the window is as it was before, to the bit.
+        held_out: Sequences that are held out.
+        steps: Of the optimizer that were made, of the last attempt.
+        planned: Steps at most.
+        seconds: Of the whole stage.
+        captured: Whether steps ran as one CUDA graph.
+        notes: What a reader must know (put back, not lowered).
     """
 
     sweep: int
@@ -49,20 +63,24 @@ class WindowRecord:
     start: int
     stop: int
     share: float
+    init: tuple[str, ...]
     loss_before: float
     loss_after: float
+    accepted: bool
+    held_out: int
     steps: int
+    planned: int
     seconds: float
     captured: bool = False
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"notes": list(self.notes)}
+        return dataclasses.asdict(self) | {"notes": list(self.notes), "init": list(self.init)}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> WindowRecord:
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        return cls(**(row | {"notes": tuple(row["notes"])}))
+        return cls(**(row | {"notes": tuple(row["notes"]), "init": tuple(row["init"])}))
 
 
 def train_window(
@@ -112,6 +130,37 @@ def train_window(
         targets.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """What an attempt ended with: the lowest loss, the steps it took, whether they ran as a graph."""
+
+    loss: float
+    steps: int
+    captured: bool
+
+
+class _Lowest:
+    """The parameters with the lowest loss so far."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._values = [torch.empty_like(parameter) for parameter in parameters]
+        self.loss, self.age = math.inf, 0
+
+    @torch.no_grad()
+    def note(self, loss: float, parameters: Sequence[Tensor]) -> None:
+        """``parameters`` have this loss; ``age`` counts those since the lowest."""
+        self.age += 1
+        if loss < self.loss:
+            self.loss, self.age = loss, 0
+            torch._foreach_copy_(self._values, list(parameters))
+
+    @torch.no_grad()
+    def restore(self, parameters: Sequence[Tensor]) -> None:
+        """Give ``parameters`` these values; nothing if no loss was a number."""
+        if math.isfinite(self.loss):
+            torch._foreach_copy_(list(parameters), self._values)
+
+
 class _Stage:
     """One window's training at one share after the other."""
 
@@ -127,6 +176,13 @@ class _Stage:
         self.window, self.blocks, self.config, self.targets = window, blocks, config, targets
         self.sweep, self.seed = sweep, seed
         self.corner = 1.0
+        runner = window.runner
+        shapes = runner.activations(full=False).shapes
+        held = torch.tensor([sum(shapes[batch][0] for batch in runner.held_out_batches)], dtype=torch.float64)
+        held = held.to(runner.workers.device)
+        runner.workers.sum_(held)
+        self._held_out = int(held)
+        self._data = f"over the {self._held_out} sequences held out" if self._held_out else "over all calibration data"
 
     def train(self, share: float, number: int, steps: int, on_progress: Callable[[int], object]) -> WindowRecord:
         start, runner = time.perf_counter(), self.window.runner
@@ -143,43 +199,43 @@ class _Stage:
                 )
             notes: tuple[str, ...] = ()
             for slower in _RATES:
-                done, finite, captured = self._steps(number, steps, slower, on_progress)
-                after = self._loss() if finite else math.inf
-                if after <= before:
+                tried = self._steps(number, steps, slower, on_progress)
+                if tried.loss < before:
                     break
-                finite_end = math.isfinite(after)
                 for one, state in zip(self.blocks, saved, strict=True):
                     one.load(state)
-                after = before  # to the bit: it is a function of the state
-                found = "was not lowered" if finite_end else f"was not finite after {done} steps"
-                notes += (f"the loss over all calibration data {found} with {_TOLD[slower]}: put back",)
-        span = self.window.span
-        seconds = time.perf_counter() - start
+                lost = "was not lowered" if math.isfinite(tried.loss) else f"was not finite after {tried.steps} steps"
+                notes += (f"the loss {self._data} {lost} with {_TOLD[slower]}: put back",)
+        span, accepted = self.window.span, tried.loss < before
         return WindowRecord(
             sweep=self.sweep,
             window=self.window.number,
             start=span.start,
             stop=span.stop,
             share=share,
+            init=tuple(one.init for one in self.blocks),
             loss_before=before,
-            loss_after=after,
-            steps=done,
-            seconds=seconds,
-            captured=captured,
+            loss_after=tried.loss if accepted else before,  # to the bit: it is a function of the state
+            accepted=accepted,
+            held_out=self._held_out,
+            steps=tried.steps,
+            planned=steps,
+            seconds=time.perf_counter() - start,
+            captured=tried.captured,
             notes=notes,
         )
 
     def _loss(self) -> float:
-        """Over all calibration data of all processes."""
+        """Over the sequences that decide, of all processes."""
         return self._mean(lambda output, target: output_loss(output, target, self.config.loss, self.corner))
 
     @torch.no_grad()
     def _mean(self, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """The mean of a measure of the student's and the teacher's output, over all sequences of all processes."""
+        """The mean of a measure of the student's and the teacher's output, over the sequences that decide."""
         runner = self.window.runner
         total = torch.zeros(2, dtype=torch.float64, device=runner.device)
         tensors = window_tensors(self.blocks, hard=True)
-        for batch in runner.batches:
+        for batch in runner.held_out_batches if self._held_out else runner.fitted_batches:
             hidden = runner.hidden(batch, full=False)
             for one, given in zip(self.blocks, tensors, strict=True):
                 hidden = one.run(runner.call(batch, one.context.index, full=False), hidden, given)
@@ -190,32 +246,38 @@ class _Stage:
         runner.workers.sum_(total)
         return float(total[0] / total[1])
 
-    def _steps(
-        self, number: int, steps: int, slower: float, on_progress: Callable[[int], object]
-    ) -> tuple[int, bool, bool]:
-        """Steps done, whether losses stayed finite, whether they ran as a graph; rates are ``slower`` times theirs."""
-        runner = self.window.runner
+    def _steps(self, number: int, steps: int, slower: float, on_progress: Callable[[int], object]) -> _Attempt:
+        """Learn, with ``slower`` times the rates; the blocks end in the state with the loss that is returned."""
+        runner, accum = self.window.runner, self.config.grad_accum
         rates = {
             f"{i}:{name}": (value, slower * one.rate_of(name, steps))
             for i, one in enumerate(self.blocks)
             for name, value in one.parameters().items()
         }
+        parameters = [value for value, _ in rates.values()]
         optimizer = Optimizer(rates, self.config)
-        stepper = make_stepper(self.window, self.blocks, self.config, optimizer, [t for t, _ in rates.values()])
+        stepper = make_stepper(self.window, self.blocks, self.config, optimizer, parameters)
         stepper.corner = self.corner
-        order = _order(len(runner.batches), steps * self.config.grad_accum, self._generator(number))
+        order = _order(len(runner.fitted_batches), steps * accum, self._generator(number))
+        lowest, every = _Lowest(parameters), max(1, steps // _CHECKS) if self._held_out else _LOOK_EVERY
         for step in range(steps):
             optimizer.set_decay(decayed(self.config, step, steps))
-            chosen = order[step * self.config.grad_accum : (step + 1) * self.config.grad_accum]
-            following = order[(step + 1) * self.config.grad_accum % len(order)]
-            progress = step / max(1, steps - 1)
-            stepper.step(chosen, following, self.targets, progress)
-            if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
-                if not stepper.finite():
-                    return step + 1, False, stepper.captured
-                on_progress(step + 1)
-        stepper.keep()
-        return steps, True, stepper.captured
+            chosen = order[step * accum : (step + 1) * accum]
+            stepper.step(chosen, order[(step + 1) * accum % len(order)], self.targets, step / max(1, steps - 1))
+            if (step + 1) % every and step + 1 < steps:
+                continue
+            on_progress(step + 1)
+            if not stepper.finite():
+                return _Attempt(math.inf, step + 1, stepper.captured)
+            if self._held_out and step + 1 < steps:
+                lowest.note(self._loss(), parameters)
+                if lowest.age == _PATIENCE:
+                    break
+        if lowest.age < _PATIENCE:
+            stepper.keep()
+            lowest.note(self._loss(), parameters)
+        lowest.restore(parameters)
+        return _Attempt(lowest.loss, step + 1, stepper.captured)
 
     def _generator(self, number: int) -> torch.Generator:
         mixed = (self.seed * 1009 + self.sweep) * 1009 + self.window.number

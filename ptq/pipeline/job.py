@@ -126,7 +126,13 @@ class Job:
             self.emit(text)
 
     def make_runner(
-        self, costs: Costs, *, tokens: Tensor | None = None, batch: int | None = None, folder: Path | None = None
+        self,
+        costs: Costs,
+        *,
+        tokens: Tensor | None = None,
+        batch: int | None = None,
+        held_out: int = 0,
+        folder: Path | None = None,
     ) -> CalibrationRunner:
         """A calibration runner over the model.
 
@@ -134,6 +140,7 @@ class Job:
             costs: Counts what it takes.
             tokens: A part of the calibration tokens, all of them by default.
             batch: Sequences in a batch.
+            held_out: The last sequences, which nothing is fitted to.
             folder: For activations on disk, by default in the output folder.
         """
         return CalibrationRunner(
@@ -148,6 +155,7 @@ class Job:
             folder=folder or self.activations,
             workers=self.workers,
             batch=batch,
+            held_out=held_out,
         )
 
     def outside_blocks(self) -> frozenset[str]:

@@ -2,10 +2,10 @@
 
 A window's cost is, with its number of blocks m, the batches n and the time f of one block's forward on one batch:
 
-    targets  n f m        losses  2 n f m a stage        steps  s t m a stage        streams  2 n f a block that leaves
+    targets  n f m        losses  11 h f m a stage       steps  s t m a stage        streams  2 n f a block that leaves
 
-t, the time of a step a block, and f are measured; what is spent once a window (capturing a graph, storing the state) is
-what the first window took beyond that.
+with h of the batches held out. t, the time of a step a block, and f are measured; what is spent once a window
+(capturing a graph, storing the state) is what the first window took beyond that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from calib.runner.runner import BlockWindow
 from calib.runner.window_schedule import Window, describe_windows
 from ptq.errors import UsageError
 from ptq.learning import LearnedConfig
+from ptq.learning.split import split_sequences
 from ptq.pipeline.costs import Costs
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
@@ -37,6 +38,7 @@ from ptq.pipeline.preparation.preflight import peak_memory
 __all__ = ["Surroundings", "WindowForecast", "check_learning", "forecast_windows", "learning_bytes"]
 
 _STEPS = 4
+_LOSSES = 11  # over what is held out: before the first step, and ten times on the way
 _COPIES = 4 + 4 + 4 + 2 + 2  # bytes a weight: target, z / h, its gradient; the rounded weight and its gradient
 _ACTIVATIONS = 24  # numbers a token and channel that a block keeps for its backward pass, without the MLP's
 _MLP_ACTIVATIONS = 4  # the same for a channel of the MLP
@@ -83,13 +85,16 @@ def forecast_windows(job: Job, config: LearnedConfig, costs: Costs, tokens: Tens
     """
     windows = config.windows(len(job.blocks))
     bits = [scheme.bits for scheme in job.assignment.schemes.values() if scheme is not None]
-    batches = math.ceil(math.ceil(len(tokens) / config.batch) / job.workers.size)
-    steps = config.steps(batches, bits)
+    split = split_sequences(config, len(tokens), job.workers.size)
+    fitted = math.ceil(math.ceil((len(tokens) - split.held_out) / split.batch) / job.workers.size)
+    held_out = math.ceil(split.held_out / split.batch)
+    batches, steps = fitted + held_out, config.steps(fitted, bits)
     stages = sum(len(shares) for shares in config.sweeps)
-    few = dataclasses.replace(config, epochs=0, iters=_STEPS, intra="off", init="none")
+    few = dataclasses.replace(config, epochs=0, iters=_STEPS, intra="off", init="none", holdout=0.0, max_passes=0)
     with torch.no_grad(), strict_float32():
         one = _measure(job, few, costs, tokens[: 2 * config.batch * job.workers.size], windows, folder)
-    per_visit = batches * one.forward * (2 + 1 / max(1, stages // len(config.sweeps))) + steps * one.step
+    losses = _LOSSES * held_out if held_out else 2 * batches
+    per_visit = one.forward * (losses + batches / max(1, stages // len(config.sweeps))) + steps * one.step
     visits = stages * sum(len(window) for window in windows)
     moves = len(config.sweeps) * len(job.blocks) * 2 * batches * one.forward
     seconds = visits * per_visit + moves + len(windows) * stages * one.fixed
@@ -163,7 +168,8 @@ def learning_bytes(parameters: int, hidden: int, widest: int, tokens: int, items
         tokens: in a step's batch; itemsize: of a number in the passes.
     """
     moments = 0 if config.optimizer == "sign" else 8
-    dense = 8 + moments if config.rounding != "nearest" else 0  # the offset, its gradient, what the optimizer keeps
+    # The offset, its gradient, its value at the lowest loss, and what the optimizer keeps.
+    dense = 12 + moments if config.rounding != "nearest" else 0
     kept = tokens * (_ACTIVATIONS * hidden + _MLP_ACTIVATIONS * widest) * itemsize
     return parameters * (itemsize + _COPIES + dense) + kept
 

@@ -1,7 +1,8 @@
 """The loop of methods that learn over windows of blocks: sweeps through the model, resumed window by window.
 
-A sweep is one pass through the model. The first one, with ``init``, lets a layer-wise method make the starting point;
-every other one learns. After a window what its blocks have learned is stored in the workspace; a block that leaves a
+A sweep is one pass through the model. A block that a window reaches for the first time gets its starting point, with
+``init``: a layer-wise method quantizes it for the inputs that it has at that moment, behind what the blocks before it
+have learned by then. After a window what its blocks have learned is stored in the workspace; a block that leaves a
 window for the last time in the last sweep is folded, packed and written. A resumed run skips what is stored: the
 streams pass through the blocks again, with the same bits.
 """
@@ -18,16 +19,17 @@ from calib.runner.block import BlockContext
 from calib.runner.runner import BlockWindow
 from calib.runner.window_schedule import Window, describe_windows
 from ptq.checkpoint.workspace import WORK, Workspace
-from ptq.containers.native import NATIVE
 from ptq.learning.block import BlockLearner
 from ptq.learning.config import LearnedConfig
+from ptq.learning.split import split_sequences
 from ptq.learning.training import WindowRecord, train_window
 from ptq.pipeline.costs import Costs
 from ptq.pipeline.events import Event
 from ptq.pipeline.inputs.input_transforms import stored_scheme
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
-from ptq.pipeline.loops.layerwise import BlockSolver, called_schemes
+from ptq.pipeline.loops.initial_weights import InitialWeights
+from ptq.pipeline.loops.layerwise import called_schemes
 from ptq.pipeline.loops.window_scalings import WindowScalings
 from ptq.pipeline.loops.window_states import WindowStates
 from ptq.pipeline.output.block_writer import BlockWriter
@@ -77,7 +79,8 @@ class WindowedLoop:
         self._windows = config.windows(len(job.blocks))
         self._work = Workspace(folder or job.staging / WORK, writes=job.workers.is_main_process)
         self._states = WindowStates(self._work, self._windows, job.workers)
-        self._started = self._started_blocks()
+        self._initial = InitialWeights(job, config, costs, inputs, self._work)
+        self._split = split_sequences(config, 0 if job.tokens is None else len(job.tokens), job.workers.size)
         self._scalings = WindowScalings(job, config)
         self._records: list[WindowRecord] = []
         if self._states:
@@ -90,16 +93,12 @@ class WindowedLoop:
 
     def execute(self) -> None:
         """Learn, and write every block."""
-        job, config, count = self._job, self._config, len(self._job.blocks)
+        job, config = self._job, self._config
         visits = sum(len(window) for window in self._windows)
         self._total = visits * sum(len(fractions) for fractions in config.sweeps)
-        self._total += count if config.init != "none" else 0
         job.emit(describe_windows(self._windows))
+        job.emit(self._split.reason)
         job.listener(Event("blocks", "block visits", total=self._total, done=0))
-        if config.init != "none" and len(self._started) < count and not self._states:
-            self._make_initial_weights()
-        elif config.init != "none":
-            self._advance(count, "starting point")
         for sweep, fractions in enumerate(config.sweeps):
             self._sweep(sweep, fractions)
         self._work.close()
@@ -108,54 +107,16 @@ class WindowedLoop:
         """Learn in one window and drop the result, to see what it takes."""
         self._open(window, 0)
         learners = [self._learners[block.index] for block in window.blocks]
-        steps = self._config.steps(len(window.runner.batches), [MAX_BITS])
+        steps = self._config.steps(len(window.runner.fitted_batches), [MAX_BITS])
         train_window(window, learners, self._config, sweep=0, shares=(1.0,), steps=steps, seed=0)
         for block in window.blocks:
             block.remove_input_transforms()
 
-    # -- the starting point ------------------------------------------------------------------------------------------
-
-    def _started_blocks(self) -> set[str]:
-        """Files of the workspace with the starting point of a block; all processes see the same."""
-        return {name for name in self._job.workers.broadcast_object(self._work.names()) if name.startswith("init-")}
-
-    def _make_initial_weights(self) -> None:
-        """The layer-wise method's result, block by block, into the workspace."""
-        job = self._job
-        assert job.method.solver is not None
-        solver = BlockSolver(job, job.method.solver, self._costs, self._inputs)
-        for context in job.make_runner(self._costs):
-            if _initial_name(context) in self._started:
-                self._inputs.apply(context)
-                for linear, weight in self._initial_weights(context).items():
-                    context.replace(linear, weight.to(job.device).dequantize(job.dtype))
-            else:
-                weights = dict(solver.solve(context, PartRecord()))
-                context.close()
-                self._save_initial_weights(context, weights)
-            self._advance(1, context.name)
-        job.workers.broadcast_object(None)  # the files are there for all
-        self._started = self._started_blocks()
-
-    def _save_initial_weights(self, context: BlockContext, weights: dict[str, QuantizedWeight]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for linear, weight in weights.items():
-            tensors.update(weight.tensors(linear))
-        self._work.save(_initial_name(context), tensors, {"block": context.name, "linears": sorted(weights)})
-
-    def _initial_weights(self, context: BlockContext) -> dict[str, QuantizedWeight]:
-        """Starting points of a block's linears; none if no method makes them."""
-        if self._config.init == "none":
-            return {}
-        name, schemes = _initial_name(context), self._job.assignment.in_block(context.name)
-        tensors, linears = self._work.load(name), self._work.payload(name)["linears"]
-        shapes = {linear: (context.full(linear).shape[0], context.full(linear).shape[1]) for linear in linears}
-        return {linear: NATIVE.read_layer(linear, tensors, schemes[linear], shapes[linear]) for linear in linears}
-
     # -- the sweeps --------------------------------------------------------------------------------------------------
 
     def _sweep(self, sweep: int, fractions: Sequence[float]) -> None:
-        runner = self._job.make_runner(self._costs, batch=self._config.batch)
+        runner = self._job.make_runner(self._costs, batch=self._split.batch, held_out=self._split.held_out)
+        runner.gathers_held_out = self._config.init_data == "all"
         last = sweep == len(self._config.sweeps) - 1
         written = len(self._blocks.finished) >= len(self._job.blocks)
         if self._is_done(sweep, len(self._windows) - 1) and (not last or written):
@@ -185,9 +146,10 @@ class WindowedLoop:
             if block.name in self._blocks.finished:
                 self._scalings.of(block)  # found where they were found the first time
             elif block.index not in self._learners:
-                self._learners[block.index] = self._learner(block, sweep)
+                self._learners[block.index] = self._learner(window, block, sweep)
 
-    def _learner(self, context: BlockContext, sweep: int) -> BlockLearner:
+    def _learner(self, window: BlockWindow, context: BlockContext, sweep: int) -> BlockLearner:
+        anchors, method = self._initial.of(window, context, self._settle)
         held = list[BlockLearner]()
         part = self._open_parts[context.index] = PartRecord()
         schemes = called_schemes(self._job, context, part)
@@ -198,7 +160,8 @@ class WindowedLoop:
             self._config,
             scalings=self._scalings.of(context),
             seed=self._job.recipe.calibration.seed,
-            anchors=self._initial_weights(context),
+            anchors=anchors,
+            init=method,
         )
         held.append(learner)
         state = self._states.load(context.index, sweep)
@@ -210,7 +173,7 @@ class WindowedLoop:
         job = self._job
         learners = [self._learners[block.index] for block in window.blocks]
         bits = [scheme.bits for scheme in job.assignment.schemes.values() if scheme is not None]
-        steps = job.workers.broadcast_object(self._config.steps(len(window.runner.batches), bits))
+        steps = job.workers.broadcast_object(self._config.steps(len(window.runner.fitted_batches), bits))
         label = _label(window.span)
         records = train_window(
             window,
@@ -230,6 +193,11 @@ class WindowedLoop:
             return  # its one block is written next: nothing else would ask for the state
         states = {learner.context.index: learner.state() for learner in learners}
         self._states.save(sweep, window.number, states, {"records": [record.to_dict() for record in self._records]})
+
+    def _settle(self, context: BlockContext) -> None:
+        """Put what a block has learned into it; a finished one has its weights."""
+        if context.index in self._learners:
+            self._learners[context.index].settle()
 
     # -- one block ---------------------------------------------------------------------------------------------------
 
@@ -259,11 +227,6 @@ class WindowedLoop:
         for name, weight in weights.items():
             tensors |= self._blocks.pack(context, name, weight)
         self._blocks.write_block(context, tensors, part, learner.changed())
-
-
-def _initial_name(context: BlockContext) -> str:
-    """The file of the workspace with a block's starting point."""
-    return f"init-{context.index:05d}"
 
 
 def _label(window: Window) -> str:

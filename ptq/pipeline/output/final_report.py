@@ -62,12 +62,12 @@ def _copy_companions(job: Job, checkpoint: CheckpointWriter) -> None:
 
 def _idle_windows(windows: list[dict[str, Any]]) -> list[str]:
     """A sentence if many windows were put back to where they began."""
-    idle = sum(row["loss_after"] >= row["loss_before"] for row in windows)
+    idle = sum(not row["accepted"] for row in windows)
     if idle * _IDLE_WINDOWS < len(windows) or not idle:
         return []
     return [
-        f"{idle} of {len(windows)} windows learned nothing: more steps (--iters or --epochs), more calibration data or "
-        f"a starting point (--init coreq) may help"
+        f"{idle} of {len(windows)} windows kept what they started from, because learning did not lower the loss on the "
+        f"sequences that decide: more calibration data (--calib-samples) help most, then more steps (--iters)"
     ]
 
 

@@ -42,6 +42,7 @@ class MethodSetup:
         config: Its options.
         solver: What quantizes linear by linear: the method itself, or what a learned method starts from, if anything.
         learned: The options of a method that learns over windows of blocks; ``None`` for a layer-wise method.
+        fallback: What a learned method's blocks start from where that is better than what ``solver`` makes.
         calibrates_inputs: Whether a scheme has inputs whose ranges are measured on calibration text.
     """
 
@@ -49,6 +50,7 @@ class MethodSetup:
     config: Any
     solver: LayerSolver | None
     learned: LearnedConfig | None = None
+    fallback: LayerSolver | None = None
     calibrates_inputs: bool = False
 
     @property
@@ -88,14 +90,32 @@ def set_up_method(recipe: Recipe) -> MethodSetup:
     config = make_config(method, recipe.options)
     static = any(scheme.calibrates_input for scheme in (recipe.scheme, *(scheme for _, scheme in recipe.overrides)))
     if isinstance(method, LayerMethod):
-        solver = _solver(method, config)
-        return MethodSetup(name=method.name, config=config, solver=solver, calibrates_inputs=static)
-    start = None if config.init == "none" else find_method(config.init)
-    if start is None:
-        return MethodSetup(name=method.name, config=config, solver=None, learned=config)
-    assert isinstance(start, LayerMethod)
-    solver = _solver(start, make_config(start, {}))
-    return MethodSetup(name=method.name, config=config, solver=solver, learned=config)
+        return MethodSetup(name=method.name, config=config, solver=_solver(method, config), calibrates_inputs=static)
+    named = _initial_method(config, recipe)
+    learned = dataclasses.replace(config, init=named)
+    fallback = _layer_solver("rtn") if named != config.init and named != "none" else None
+    solver = None if named == "none" else _layer_solver(named)
+    return MethodSetup(name=method.name, config=learned, solver=solver, learned=learned, fallback=fallback)
+
+
+def _initial_method(config: LearnedConfig, recipe: Recipe) -> str:
+    """The method whose result training starts from: what ``auto`` stands for here.
+
+    Where inputs are rounded, channels are scaled while a method learns, and a rounding that was made for other channels
+    is no good start.
+    """
+    if config.init != "auto":
+        return config.init
+    schemes = (recipe.scheme, *(scheme for _, scheme in recipe.overrides))
+    rounds_inputs = recipe.kv_bits is not None or any(scheme.act_bits is not None for scheme in schemes)
+    return "none" if rounds_inputs or config.scaling == "on" else "coreq"
+
+
+def _layer_solver(name: str) -> LayerSolver:
+    """A layer-wise method with its defaults."""
+    method = find_method(name)
+    assert isinstance(method, LayerMethod)
+    return _solver(method, make_config(method, {}))
 
 
 def _solver(method: LayerMethod, config: Any) -> LayerSolver:

@@ -77,7 +77,10 @@ class Bench:
         if not fields:
             return {"cell": cell, "environment": environment, **self.evaluate(self.base, tasks)}
         data = {"calib": self.options.calib, "calib_samples": self.options.samples}
-        data |= {"calib_seqlen": self.options.seqlen, "seed": seed, "compute_dtype": self.options.dtype}
+        data |= {"calib_seqlen": self.options.seqlen}
+        if fields.get("calib", "") is None:  # a row without data
+            data, fields = {}, {key: value for key, value in fields.items() if key != "calib"}
+        data |= {"seed": seed, "compute_dtype": self.options.dtype}
         with tempfile.TemporaryDirectory(prefix="ptq-quality-") as folder:
             start = time.perf_counter()
             report = ptq.quantize(self.options.model, make_recipe(data | fields), out=folder, device=str(self.device))

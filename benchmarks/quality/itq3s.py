@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "int3 coreq": {"method": "coreq", **INT3},
     "int3 coreq beam 4": {"method": "coreq", **INT3, "beam": 4},
     "int3 coreq refit": {"method": "coreq", **INT3, **REFITTED},
-    "itq3s no data": {"method": "itq3s"},
+    "itq3s no data": {"method": "itq3s", "calib": None},
     "int3 rtn": {"method": "rtn", **INT3},
     "int3 g128 rtn": {"method": "rtn", **INT3, "group_size": 128},
     "itq3s calib self": {**ITQ3S, "calib": "self"},
@@ -55,8 +55,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "itq3s coreq row": {**ITQ3S, "coefficient": "row"},
     "itq3s coreq damping .003": {**ITQ3S, "damping": 0.003},
     "itq3s coreq hessian scales": {**ITQ3S, "scales": "hessian"},
-    "itq3s no data refitted": {"method": "itq3s", **REFITTED},
-    "itq3s no data unshaped": {"method": "itq3s", "shaping": 0.0},
+    "itq3s no data refitted": {"method": "itq3s", "calib": None, **REFITTED},
+    "itq3s no data unshaped": {"method": "itq3s", "calib": None, "shaping": 0.0},
     "itq3s gptq dynamic scales": {"method": "gptq", "format": "itq3s", "act_order": False, "static_groups": False},
 }
 

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Entry] = {
     "report": Entry("cli.report", "Write an HTML report about a quantized model and its evaluations."),
     "inspect": Entry("cli.inspect", "Show a quantized checkpoint layer by layer."),
     "generate": Entry("cli.generate", "Generate text with a model."),
+    "bench": Entry("cli.bench", "Measure how fast this machine runs packed weights."),
     "methods": Entry("cli.methods", "List the quantization methods and their options."),
 }
 

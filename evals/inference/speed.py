@@ -1,0 +1,78 @@
+"""How fast a model writes: seconds to the first token, tokens per second after it, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from calib.data.sampling import sample_steps
+
+__all__ = ["GenerationSpeed", "measure_generation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSpeed:
+    """One model's speed, for one sequence.
+
+    Args:
+        prompt_tokens: tokens that are read at once.
+        new_tokens: tokens written after the first.
+        first_token_seconds: median, from the call to the first token.
+        tokens_per_second: one over the median time of a token after the first.
+        weight_bytes: parameters and buffers.
+        peak_bytes: on a GPU the most memory that torch held while writing; on a CPU the process's memory afterwards.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+    weight_bytes: int
+    peak_bytes: int
+
+
+def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats: int = 3) -> GenerationSpeed:
+    """Write ``new_tokens`` after a random prompt, greedily, several times; the first time is not counted.
+
+    Args:
+        model: a Hugging Face causal language model in evaluation mode.
+        prompt_tokens: length of the prompt.
+        new_tokens: at least 2.
+        repeats: runs that count.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    firsts, steps = [], []
+    for run in range(repeats + 1):
+        times = _token_times(model, prompt, new_tokens)
+        if run:
+            firsts.append(times[0])
+            steps.extend(times[1:])
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return GenerationSpeed(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        first_token_seconds=statistics.median(firsts),
+        tokens_per_second=1 / statistics.median(steps),
+        weight_bytes=sum(tensors.values()),
+        peak_bytes=torch.cuda.max_memory_allocated(model.device) if on_gpu else psutil.Process().memory_info().rss,
+    )
+
+
+def _token_times(model: Any, prompt: torch.Tensor, new_tokens: int) -> list[float]:
+    times, before = [], time.perf_counter()
+    uniform = torch.zeros(1, new_tokens, dtype=torch.float64)
+    for _ in sample_steps(model, prompt, uniform, temperature=0):  # every token comes to the CPU
+        now = time.perf_counter()
+        times.append(now - before)
+        before = now
+    return times

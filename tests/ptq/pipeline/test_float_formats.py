@@ -63,6 +63,18 @@ def test_a_group_shares_its_tensor_scale(tmp_path: Path) -> None:
     assert not torch.equal(scales["q_proj"], scales["down_proj"])
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "fp8-tensor"])
+def test_the_record_has_the_range_of_a_static_input(name: str, tmp_path: Path) -> None:
+    model, seen = tiny_model("llama"), []
+    with model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, x: seen.append(float(x[0].detach().abs().max()))
+    ):
+        model(TOKENS)
+    report = run(model, tmp_path / "out", method="rtn", format=name, act_format=name)
+    figures = {layer.name: layer.figures for layer in report.layers}["model.layers.0.self_attn.q_proj"]
+    assert figures["input largest"] == pytest.approx(max(seen), rel=1e-3)
+
+
 def test_what_cannot_be_done_is_refused_with_the_way_out(tmp_path: Path) -> None:
     for fields, message in (
         ({"method": "gptq", "format": "nvfp4", "static_groups": False, "act_order": False}, "static_groups=true"),

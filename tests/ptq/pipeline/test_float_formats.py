@@ -122,6 +122,15 @@ def test_inputs_are_rounded_as_the_run_saw_them(name: str, method: str, tmp_path
             torch.testing.assert_close(largest[f"model.layers.0.self_attn.{key}"], wanted)
 
 
+@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4", "MXFP4A16"])
+def test_4_bit_numbers_of_compressed_tensors_stay_packed(preset: str, tmp_path: Path) -> None:
+    report = run(tiny_model("llama").bfloat16(), tmp_path / "out", method="rtn", preset=preset)
+    assert report.container == "compressed-tensors"
+    loaded = ptq.load(tmp_path / "out", dtype=torch.float32)
+    assert {layer.name for layer in report.layers} == set(quantized_linears(loaded))
+    assert bool(torch.isfinite(loaded(TOKENS).logits).all())
+
+
 def test_experts_without_tokens_take_the_ranges_of_the_others(tmp_path: Path) -> None:
     few = Calibration(TOKENS[:1, :4], "test", 1, "none")
     report = ptq.quantize(

@@ -154,6 +154,7 @@ def _evaluate(options: dict[str, Any]) -> Record:
     from cli.shared.terminal.bar import counter_bars
     from cli.shared.terminal.screen import echo
     from evals.evaluate import measure
+    from ptq.runtime.chosen import kernel_line
 
     top_k = _top_k(options["base_top_k"])
     sources = [source for source in (options["model"], options["against"]) if source is not None]
@@ -165,7 +166,7 @@ def _evaluate(options: dict[str, Any]) -> Record:
     with counter_bars() as progress:
         base = None if options["against"] is None else _base(options, workload, top_k, progress)
         subject = load_model(options["model"], **_loading(options))
-        info = describe(subject)
+        info, kernels = describe(subject), kernel_line(subject.model)
         record = measure(
             subject.model,
             subject.tokenizer,
@@ -178,7 +179,8 @@ def _evaluate(options: dict[str, Any]) -> Record:
             harness_options={"limit": options["limit"], "fewshot": options["fewshot"] or None},
             progress=progress,
         )
-    return dataclasses.replace(record, notes=(*record.notes, *_seen_before(info, workload)))
+    ran = () if kernels is None else (kernels,)
+    return dataclasses.replace(record, notes=(*record.notes, *ran, *_seen_before(info, workload)))
 
 
 def _idle(options: dict[str, Any], workload: Workload) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_named_modules, match_targets
 from safetensors import safe_open
 from torch import nn
@@ -141,6 +141,11 @@ def packed_schemes(model: nn.Module, config: QuantizationConfig | None) -> dict[
     return schemes or None
 
 
+def _decisive(args: QuantizationArgs | None) -> dict[str, Any] | None:
+    """The fields that decide what stored tensors mean; a default written to JSON may come back as another one."""
+    return None if args is None else args.model_dump(exclude={"zp_dtype", "observer", "observer_kwargs"})
+
+
 def _scheme(group: QuantizationScheme, default_format: str) -> Scheme | None:
     """Our name for a group's scheme, ``None`` if it is neither plain packed integers nor a pair of 4-bit formats."""
     args = group.weights
@@ -148,7 +153,10 @@ def _scheme(group: QuantizationScheme, default_format: str) -> Scheme | None:
         wanted = preset_scheme(pair, group.targets)
         if stored_names(pair[0]) or storage != (group.format or default_format):
             continue
-        if (wanted.weights, wanted.input_activations) == (args, group.input_activations):
+        if (_decisive(wanted.weights), _decisive(wanted.input_activations)) == (
+            _decisive(args),
+            _decisive(group.input_activations),
+        ):
             return Scheme.of(pair[0], act_format=pair[1])
     if args is None or group.input_activations is not None or group.output_activations is not None:
         return None

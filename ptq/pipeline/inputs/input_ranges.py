@@ -70,6 +70,7 @@ def fit_static_inputs(context: BlockContext, schemes: Mapping[str, Scheme]) -> l
         record = schemes[name].activation_format
         assert record is not None
         found.transform.params = record.fit(largest)
+        found.transform.figures = {"input largest": float(largest.max())}
     return notes
 
 

@@ -18,7 +18,7 @@ from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["SchemeInputTransform", "input_params", "stored_scheme", "transform_block_inputs"]
+__all__ = ["SchemeInputTransform", "input_figures", "input_params", "stored_scheme", "transform_block_inputs"]
 
 
 class SchemeInputTransform:
@@ -46,6 +46,8 @@ class SchemeInputTransform:
         self._rotation = None if scheme.input_rotation is None else InputRotation.of(scheme.input_rotation, width)
         self.params: Mapping[str, Tensor] = {}
         """The parameters of a static format, once they are known (`ptq.pipeline.inputs.input_ranges`)."""
+        self.figures: Mapping[str, float] = {}
+        """What the record of the linear says about its input, by name."""
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.full(x)
@@ -130,6 +132,12 @@ def input_params(context: BlockContext, name: str, weight: QuantizedWeight) -> M
             f"{context.name}.{name}: the input format's {missing} were not calibrated. Please report this."
         )
     return transform.params
+
+
+def input_figures(context: BlockContext, name: str) -> Mapping[str, float]:
+    """What calibration saw of a linear's input, by name; nothing where its format takes ranges at run time."""
+    transform = context.input_transform(name)
+    return transform.figures if isinstance(transform, SchemeInputTransform) else {}
 
 
 def transform_block_inputs(

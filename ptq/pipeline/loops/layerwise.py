@@ -18,7 +18,7 @@ from ptq.errors import NumericalError, PtqError
 from ptq.pipeline.costs import Costs
 from ptq.pipeline.events import Event
 from ptq.pipeline.inputs.input_ranges import fit_static_inputs
-from ptq.pipeline.inputs.input_transforms import input_params, stored_scheme
+from ptq.pipeline.inputs.input_transforms import input_figures, input_params, stored_scheme
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
 from ptq.pipeline.output.block_writer import BlockWriter
@@ -227,7 +227,7 @@ def _solve(
         seconds=time.perf_counter() - start,
         loss_rtn=nearest,
         loss=loss,
-        figures=dict(result.figures),
+        figures={**input_figures(group.block, name), **result.figures},
         tokens=None if stats is None else stats.tokens,
         notes=notes,
     )

@@ -239,7 +239,9 @@ def test_a_model_scored_on_what_it_was_calibrated_on(
     capsys.readouterr()
     assert run_eval(out, text_file, "--json") == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["notes"] == [f"the model was calibrated on this very text: {text_file}"]
+    ran, same_text = record["notes"]
+    assert ran.startswith("packed linears run on: ")
+    assert same_text == f"the model was calibrated on this very text: {text_file}"
     model = record["model"]
     assert (model["recipe"]["method"], model["recipe"]["scheme"]["bits"]) == ("gptq", 4)
     assert model["recipe"]["model_fingerprint"]

@@ -63,6 +63,18 @@ def test_a_group_shares_its_tensor_scale(tmp_path: Path) -> None:
     assert not torch.equal(scales["q_proj"], scales["down_proj"])
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "fp8-tensor"])
+def test_the_record_has_the_range_of_a_static_input(name: str, tmp_path: Path) -> None:
+    model, seen = tiny_model("llama"), []
+    with model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, x: seen.append(float(x[0].detach().abs().max()))
+    ):
+        model(TOKENS)
+    report = run(model, tmp_path / "out", method="rtn", format=name, act_format=name)
+    figures = {layer.name: layer.figures for layer in report.layers}["model.layers.0.self_attn.q_proj"]
+    assert figures["input largest"] == pytest.approx(max(seen), rel=1e-3)
+
+
 def test_what_cannot_be_done_is_refused_with_the_way_out(tmp_path: Path) -> None:
     for fields, message in (
         ({"method": "gptq", "format": "nvfp4", "static_groups": False, "act_order": False}, "static_groups=true"),
@@ -108,6 +120,15 @@ def test_inputs_are_rounded_as_the_run_saw_them(name: str, method: str, tmp_path
         (wanted,) = record.fit(hidden.abs().amax((0, 1))).values()
         for key in ("q_proj", "k_proj", "v_proj"):
             torch.testing.assert_close(largest[f"model.layers.0.self_attn.{key}"], wanted)
+
+
+@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4", "MXFP4A16"])
+def test_4_bit_numbers_of_compressed_tensors_stay_packed(preset: str, tmp_path: Path) -> None:
+    report = run(tiny_model("llama").bfloat16(), tmp_path / "out", method="rtn", preset=preset)
+    assert report.container == "compressed-tensors"
+    loaded = ptq.load(tmp_path / "out", dtype=torch.float32)
+    assert {layer.name for layer in report.layers} == set(quantized_linears(loaded))
+    assert bool(torch.isfinite(loaded(TOKENS).logits).all())
 
 
 def test_experts_without_tokens_take_the_ranges_of_the_others(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class PtqQuantizer(HfQuantizer):
         schemes = self.quantization_config.layer_schemes()
         prefix = f"{model.base_model_prefix}."
         if not hasattr(model, model.base_model_prefix):  # AutoModel builds only what lies under the prefix
-            inside = {name: scheme for name, scheme in schemes.items() if name.startswith(prefix)}  # and no head
+            inside = {name: scheme for name, scheme in schemes.items() if "." in name}  # and no head
             schemes = {name.removeprefix(prefix): scheme for name, scheme in inside.items()}
         split_named_experts(model, schemes)
         for name, scheme in schemes.items():

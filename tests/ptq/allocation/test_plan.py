@@ -198,7 +198,7 @@ def test_other_targets_say_what_is_feasible() -> None:
         ({"candidates": " , "}, "no candidate formats"),
         ({"candidates": "4,12"}, "bits must be a whole number from 2 to 8"),
         ({"limits": ("*.nope>=4",)}, "matches no linear"),
-        ({"limits": ("lm_head>=6",)}, "the head are not among them"),
+        ({"limits": ("lm_head>=6",)}, "the head are among them only with --include"),
         ({"limits": ("*.v_proj>=6", "*.v_proj<=4")}, "leave model.layers.0.self_attn.v_proj no format"),
         ({"limits": ("v_proj",)}, "PATTERN>=BITS"),
         ({"compute_dtype": "float16"}, "vanish in float16"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ptq.methods import METHODS
 from ptq.pipeline.events import Event
@@ -49,6 +50,18 @@ def test_interrupted_runs_give_the_same_bytes(case: str, row: dict[str, dict[str
     with pytest.raises(Cut):
         write_case(case, tmp_path, cut)
     assert write_case(case, tmp_path) == row[case]
+
+
+def test_a_case_runs_on_one_thread_whatever_is_set(tmp_path: Path) -> None:
+    """The order of sums depends on the number of threads, and so do bytes."""
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        write_case("rtn sym", tmp_path, lambda event: seen.add(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
 
 
 def test_every_method_is_in_the_table() -> None:

@@ -107,21 +107,22 @@ CASES: dict[str, Case] = {
 
 
 def write_case(name: str, folder: Path, listener: Callable[[Event], None] = lambda event: None) -> dict[str, str]:
-    """Run a case in ``folder``; SHA-256 of every shard by its name."""
+    """Run a case in ``folder``, on one thread; SHA-256 of every shard by its name."""
     options = {"bits": 3, "group_size": 16, **CASES[name]}
     source = folder / "model"
     if not source.exists():
         tiny_model(options.get("family", "llama"), options.get("dtype", torch.float32)).save_pretrained(source)
     options = {key: value for key, value in options.items() if key not in ("family", "dtype")}
-    ptq.quantize(
-        source,
-        out=folder / "out",
-        calibration=CALIBRATION,
-        device="cpu",
-        offload="memory",
-        on_event=listener,
-        **options,
-    )
+    with _one_thread():
+        ptq.quantize(
+            source,
+            out=folder / "out",
+            calibration=CALIBRATION,
+            device="cpu",
+            offload="memory",
+            on_event=listener,
+            **options,
+        )
     shards = sorted((folder / "out").glob("*.safetensors"))
     return {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards}
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from calib.errors import ModelError, NumericalError
 from calib.input_samples import AllGather, ChannelRanges, TokenSample
 from calib.precision import Operand, gram_bounds, product, share_not_finite
+from calib.token_bounds import bound_tokens
 
 __all__ = ["GroupStatistics", "LinearStatistics", "Moments", "Stat", "StatisticsAccumulator"]
 
@@ -43,6 +44,7 @@ class Stat(enum.Enum):
     MISMATCH_ENERGY = "mismatch energy"
     FOLDS = "hessian and mismatch on two halves of the sequences"
     EFFECTIVE_TOKENS = "number of tokens that count as independent"
+    BOUNDED = "a bound on what a token with huge inputs adds to all sums"
     RANGES = "smallest and largest input of every channel"
     SAMPLES = "a sample of the inputs' tokens"
 
@@ -252,6 +254,8 @@ class StatisticsAccumulator:
             self._ranges.add(quantized)
         if self._samples is not None:
             self._samples.add(quantized, first)
+        if Stat.BOUNDED in self.needs:
+            quantized, full = bound_tokens(quantized, full)
         folds = len(self._sums)
         for fold, sums in enumerate(self._sums):
             own = quantized[(fold - first) % folds :: folds].reshape(-1, self._width)

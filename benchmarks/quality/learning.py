@@ -123,6 +123,8 @@ class Bench:
             "timing": report["timing"],
             "peak_device": report["environment"].get("peak_device"),
             "losses": {layer["name"]: layer.get("loss") for layer in report["layers"]},
+            "figures": {layer["name"]: layer["figures"] for layer in report["layers"] if layer["figures"]},
+            "windows": report["windows"],
             "warnings": report["warnings"],
             "recipe": report["recipe"],
             "calibration": report["calibration"],
@@ -218,7 +220,7 @@ class Bench:
 def densified(model: Any, dtype: torch.dtype) -> Any:
     """Unpack once what a packed linear unpacks in every pass, to the same values."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear) and module.act_bits is None and module.input_rotation is None:
+        if isinstance(module, QuantLinear) and not module.scheme.transforms_input:
             dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
             dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
             dense.bias = module.bias

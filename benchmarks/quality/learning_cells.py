@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W4A4 rotated": {"bits": 4, "group_size": 0, "act_bits": 4, "kv_bits": 4, "rotate": "residual"},
     "W3 g64": {"bits": 3, "group_size": 64},
     "W3 g64 sym": {"bits": 3, "group_size": 64, "symmetric": True},
+    "W3 g64 sym rotated": {"bits": 3, "group_size": 64, "symmetric": True, "rotate": "residual,down"},
+    "W4 g64": {"bits": 4, "group_size": 64},
     "W4 g128": {"bits": 4, "group_size": 128},
     "W4 g128 sym": {"bits": 4, "group_size": 128, "symmetric": True},
 }
@@ -73,8 +75,8 @@ class Table:
 
 
 def slider(setting: str, schedule: str = "slider", intra: str = "off", **more: str | int) -> Cell:
-    """SliderQuant with everything said that the tables vary."""
-    named: dict[str, str | int] = {"schedule": schedule, "intra": intra, "iters": SLIDER_ITERS, **more}
+    """SliderQuant with everything said that the tables vary; from the ranges of the weights if nothing is said."""
+    named: dict[str, str | int] = {"schedule": schedule, "intra": intra, "iters": SLIDER_ITERS, "init": "none", **more}
     return Cell(setting, "sliderquant", tuple(named.items()), matched=schedule != "slider")
 
 
@@ -96,7 +98,8 @@ def _weights(setting: str) -> Table:
 
 def _published(setting: str) -> Cell:
     """SliderQuant with its own learnables, optimizer and curriculum."""
-    return Cell(setting, "sliderquant-lora", (("epochs", PUBLISHED_EPOCHS.get(setting, 20)),))
+    options = (("epochs", PUBLISHED_EPOCHS.get(setting, 20)), ("init", "none"), ("holdout", 0))
+    return Cell(setting, "sliderquant-lora", options)
 
 
 def _autoround(setting: str) -> Cell:
@@ -130,6 +133,49 @@ def _ablation(setting: str) -> Table:
     return Table(f"ablation {setting}", rows)
 
 
+def _coreq(setting: str) -> Table:
+    """What makes coreq differ from seed to seed: tokens with huge inputs, scales, damping, the coefficient."""
+    rows = {
+        "default": Cell(setting, "coreq"),
+        "bounded": Cell(setting, "coreq", (("outliers", "bounded"),)),
+        "bounded with hessian scales": Cell(setting, "coreq", (("outliers", "bounded"), ("scales", "hessian"))),
+        "hessian scales": Cell(setting, "coreq", (("scales", "hessian"),)),
+        "row": Cell(setting, "coreq", (("coefficient", "row"),)),
+        "cv": Cell(setting, "coreq", (("coefficient", "cv"),)),
+        "damping 0.001": Cell(setting, "coreq", (("damping", "0.001"),)),
+        "min_pivot": Cell(setting, "coreq", (("order", "min_pivot"),)),
+    }
+    return Table(f"coreq {setting}", rows)
+
+
+def _little(setting: str) -> Table:
+    """For ``--samples 8`` to 128 and ``--seqlen 512``: learning beside what it starts from."""
+    rows = {
+        "coreq": Cell(setting, "coreq"),
+        "sliderquant": Cell(setting, "sliderquant"),
+        "sliderquant (start from training data)": Cell(setting, "sliderquant", (("init_data", "training"),)),
+        "sliderquant from nothing": Cell(setting, "sliderquant", (("init", "none"),)),
+        "autoround": Cell(setting, "autoround"),
+    }
+    return Table(f"little {setting}", rows)
+
+
+def _best(setting: str) -> Table:
+    """The best at the same bits on a CPU's budget: rotation and a few steps from coreq."""
+    quick = (("schedule", "single"), ("iters", 25), ("init", "coreq"))
+    rows = {
+        "coreq": Cell(setting, "coreq"),
+        "coreq bounded": Cell(setting, "coreq", (("outliers", "bounded"),)),
+        "sliderquant 25 steps": Cell(setting, "sliderquant", quick),
+        "sliderquant 25 steps (start from training data)": Cell(
+            setting, "sliderquant", (*quick, ("init_data", "training"))
+        ),
+        "sliderquant": Cell(setting, "sliderquant"),
+        "sliderquant (start from training data)": Cell(setting, "sliderquant", (("init_data", "training"),)),
+    }
+    return Table(f"best {setting}", rows)
+
+
 TABLES = (
     _weights("W2 g64"),
     _weights("W3 channel"),
@@ -137,6 +183,9 @@ TABLES = (
     _activations("W4A4 rotated"),
     _ablation("W2 g64"),
     _ablation("W4A4"),
+    *(_coreq(setting) for setting in ("W2 g64", "W3 g64", "W4 g64")),
+    *(_little(setting) for setting in ("W2 g64", "W3 g64")),
+    *(_best(setting) for setting in ("W3 g64 sym", "W3 g64 sym rotated")),
     Table(
         "autoround",  # beside peers/autoround_reference.py
         {setting: _autoround(setting) for setting in ("W3 g64", "W3 g64 sym", "W4 g128", "W4 g128 sym")},

@@ -44,6 +44,8 @@ __all__ = ["COEFFICIENTS", "COREQ", "CoreqConfig", "coefficient"]
 
 Coefficient = Literal["corr", "fixed", "row", "js", "cv"]
 COEFFICIENTS: tuple[Coefficient, ...] = ("corr", "fixed", "row", "js", "cv")
+Outliers = Literal["full", "bounded"]
+OUTLIERS: tuple[Outliers, ...] = ("full", "bounded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class CoreqConfig:
     order: ``descending``, ``natural`` or ``min_pivot``.
     damping: fraction of the Hessian's mean diagonal added to it.
     scales: ``minmax``, ``pnorm`` or ``hessian``.
+    outliers: tokens with huge inputs: ``bounded`` in what they add to the statistics (`calib.token_bounds`), or
+        ``full``.
     """
 
     coefficient: Coefficient = "corr"
@@ -68,10 +72,13 @@ class CoreqConfig:
     order: Order = "descending"
     damping: float = 0.01
     scales: ScaleSearch = "pnorm"
+    outliers: Outliers = "full"
 
     def __post_init__(self) -> None:
         if self.coefficient not in COEFFICIENTS:
             raise unknown_name("coefficient", self.coefficient, COEFFICIENTS)
+        if self.outliers not in OUTLIERS:
+            raise unknown_name("value of outliers", self.outliers, OUTLIERS)
         check_damping(self.damping)
         check_scales(self.scales)
         check_order(self.order)
@@ -84,6 +91,7 @@ class CoreqConfig:
 
 def needs(config: CoreqConfig) -> frozenset[Stat]:
     extra = {"cv": {Stat.FOLDS}, "js": {Stat.EFFECTIVE_TOKENS}}.get(config.coefficient, set())
+    extra = extra | ({Stat.BOUNDED} if config.outliers == "bounded" else set())
     return frozenset({Stat.HESSIAN, Stat.MISMATCH, Stat.MISMATCH_ENERGY} | extra)
 
 

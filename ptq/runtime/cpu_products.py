@@ -25,7 +25,8 @@ from ptq.number_formats.rotated.itq3s import Itq3sFormat
 from ptq.runtime import dispatch
 from ptq.runtime.dispatch import Kernel, PackedWeight
 from ptq.runtime.extension import load_operators
-from ptq.scheme import Scheme
+from ptq.scheme import Rotation, Scheme
+from ptq.transforms.hadamard import InputRotation, hadamard_blocks
 
 __all__ = ["CPU_PRODUCTS"]
 
@@ -63,10 +64,13 @@ def unsupported_reason(scheme: Scheme, out_features: int, in_features: int) -> s
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+    rotation = None if weight.rotated else _rotation(weight.scheme.input_rotation, weight.in_features)
     if x.shape[-1] and x.numel() // x.shape[-1] < _LARGE_BATCH:
         operator, arguments = _call(weight)
-        return cast(Tensor, getattr(torch.ops.ptq_cpu, f"{operator}_product")(x, *arguments, bias))
-    return _large(x, weight, bias)
+        multiply = getattr(torch.ops.ptq_cpu, f"{operator}_product")
+        return cast(Tensor, multiply(x, *arguments, bias, *(rotation or (None, ()))))
+    work = x if rotation is None else torch.ops.ptq_cpu.rotated(x, *rotation)
+    return _large(work, weight, bias, x.dtype)
 
 
 def dequantized(weight: PackedWeight, rows: slice) -> Tensor:
@@ -75,18 +79,18 @@ def dequantized(weight: PackedWeight, rows: slice) -> Tensor:
     return cast(Tensor, getattr(torch.ops.ptq_cpu, f"{operator}_values")(*arguments, rows.start, rows.stop))
 
 
-def _large(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def _large(x: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     # A CPU that emulates bfloat16 multiplies float32 twice as fast; one that has neither emulates float16, too.
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    wide = torch.float32 if half and not has_fast_bfloat16(x.device) else x.dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if half and not has_fast_bfloat16(x.device) else dtype
     work, step = x.to(wide), max(1, dispatch.TILE_WEIGHTS // weight.in_features)
-    bias = None if bias is None else bias.to(x.dtype).to(wide)
+    bias = None if bias is None else bias.to(dtype).to(wide)
     parts = []
     for start in range(0, weight.out_features, step):
         rows = slice(start, min(start + step, weight.out_features))
         tile = dequantized(weight, rows).to(wide)
         parts.append(functional.linear(work, tile, None if bias is None else bias[rows]))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
 
 
 @functools.cache
@@ -139,6 +143,13 @@ def _tables(layout: SubBlockLayout) -> tuple[Tensor, Tensor]:
     return torch.tensor(layout.multipliers, dtype=torch.float32), torch.tensor(layout.magnitudes, dtype=torch.float32)
 
 
+@functools.lru_cache(maxsize=64)
+def _rotation(rotation: Rotation | None, width: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Signs int8 and sizes of the blocks."""
+    assert rotation is not None
+    return InputRotation.of(rotation, width).signs, hadamard_blocks(width, rotation.block)
+
+
 @functools.cache
 def _e4m3() -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -151,4 +162,5 @@ CPU_PRODUCTS = Kernel(
     _FORMATS,
     unsupported_reason,
     product,
+    rotates_input=True,
 )

@@ -146,7 +146,7 @@ class QuantLinear(nn.Linear):
         if rotated:
             x = self._rotated(x)
             x = x if kernel.rounds_input else self._rounded(x)
-        weight = self._packed() if kernel.prepare is None else self._prepared_weight(kernel, rotated)
+        weight = self._packed(rotated) if kernel.prepare is None else self._prepared_weight(kernel, rotated)
         return kernel.product(x, weight, self.bias)
 
     def kernel_name(self, x: Tensor) -> str:
@@ -186,8 +186,8 @@ class QuantLinear(nn.Linear):
         """The stored tensors by bare name."""
         return {key: self.get_buffer(key) for key in self._stored}
 
-    def _packed(self) -> PackedWeight:
-        return PackedWeight(self._tensors(), self._scheme, self.out_features, self.in_features)
+    def _packed(self, rotated: bool = True) -> PackedWeight:
+        return PackedWeight(self._tensors(), self._scheme, self.out_features, self.in_features, rotated=rotated)
 
     def _prepared_weight(self, kernel: Kernel, rotated: bool) -> PackedWeight:
         """The weight in the kernel's own order, made at the first use and again where the stored tensors changed."""

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -37,10 +38,39 @@ std::string vectors() {
 
 constexpr int64_t THREAD_WEIGHTS = 1 << 19;  // fewer are not worth waking a thread for
 
-struct Inputs {  // float32 rows, zero beyond the last column
+// Walsh-Hadamard transforms of consecutive blocks, normalised, of values with signs.
+void rotate(float* x, const int8_t* signs, at::IntArrayRef sizes) {
+  for (const int64_t n : sizes) {
+    for (int64_t i = 0; i < n; ++i) x[i] = signs[i] < 0 ? -x[i] : x[i];
+    for (int64_t h = 1; h < n; h *= 2)
+      for (int64_t i = 0; i < n; i += 2 * h)
+        for (int64_t j = i; j < i + h; ++j) {
+          const float low = x[j], high = x[j + h];
+          x[j] = low + high;
+          x[j + h] = low - high;
+        }
+    const float scale = 1.0f / std::sqrt(float(n));
+    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+    x += n;
+    signs += n;
+  }
+}
+
+void check_rotation(const std::optional<at::Tensor>& signs, at::IntArrayRef sizes, int64_t columns) {
+  if (!signs) return;
+  int64_t total = 0;
+  for (const int64_t n : sizes) {
+    TORCH_CHECK(n > 0 && (n & (n - 1)) == 0, "a block of ", n);
+    total += n;
+  }
+  TORCH_CHECK(total == columns && signs->numel() == columns && signs->scalar_type() == at::kChar && signs->is_contiguous());
+}
+
+struct Inputs {  // float32 rows, zero beyond the last column, rotated where there are signs
   int64_t batch, padded, stride;
   std::vector<float> values;
-  Inputs(const at::Tensor& x, int64_t columns) {
+  Inputs(const at::Tensor& x, int64_t columns, const std::optional<at::Tensor>& signs, at::IntArrayRef sizes) {
+    check_rotation(signs, sizes, columns);
     const at::Tensor rows = x.reshape({-1, columns}).contiguous();
     batch = rows.size(0);
     padded = batch <= 2 ? batch : batch <= 4 ? 4 : (batch + 7) / 8 * 8;
@@ -51,13 +81,16 @@ struct Inputs {  // float32 rows, zero beyond the last column
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t c = 0; c < columns; ++c) values[b * stride + c] = static_cast<float>(from[b * columns + c]);
     });
+    if (signs)
+      for (int64_t b = 0; b < batch; ++b) rotate(values.data() + b * stride, signs->const_data_ptr<int8_t>(), sizes);
   }
 };
 
 template <class W>
 at::Tensor product(const W& w, void (*kernel)(const W&, const float*, int64_t, int, float*, int64_t, int64_t),
-                   const at::Tensor& x, const std::optional<at::Tensor>& bias) {
-  const Inputs in(x, w.columns);
+                   const at::Tensor& x, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& signs,
+                   at::IntArrayRef sizes) {
+  const Inputs in(x, w.columns, signs, sizes);
   std::vector<float> y(in.padded * w.rows);
   const int64_t step = in.padded < 8 ? in.padded : 8;
   const int64_t grain = std::max<int64_t>(8, THREAD_WEIGHTS / std::max<int64_t>(1, w.columns * step));
@@ -77,6 +110,17 @@ at::Tensor product(const W& w, void (*kernel)(const W&, const float*, int64_t, i
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "outputs", [&] {
     scalar_t* to = out.data_ptr<scalar_t>();
     for (int64_t i = 0; i < in.batch * w.rows; ++i) to[i] = static_cast<scalar_t>(y[i]);
+  });
+  return out;
+}
+
+at::Tensor rotated(const at::Tensor& x, const at::Tensor& signs, at::IntArrayRef sizes) {
+  const int64_t columns = x.size(-1);
+  check_rotation(signs, sizes, columns);
+  at::Tensor out = x.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
+  float* values = out.data_ptr<float>();
+  at::parallel_for(0, out.numel() / columns, std::max<int64_t>(1, THREAD_WEIGHTS / 8 / columns), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) rotate(values + r * columns, signs.const_data_ptr<int8_t>(), sizes);
   });
   return out;
 }
@@ -133,9 +177,10 @@ struct PackedTensors {  // a view of the tensors, which outlive the call
 
 at::Tensor packed_product(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& zeros,
                           const std::optional<at::Tensor>& scale_table, const at::Tensor& levels, int64_t bits, double zero,
-                          double least, int64_t group, int64_t rows, int64_t columns, const std::optional<at::Tensor>& bias) {
+                          double least, int64_t group, int64_t rows, int64_t columns, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& signs,
+                          at::IntArrayRef sizes) {
   const PackedTensors p(codes, scale, zeros, scale_table, levels, bits, zero, least, group, rows, columns);
-  return product(p.w, functions()->packed_product, x, bias);
+  return product(p.w, functions()->packed_product, x, bias, signs, sizes);
 }
 
 at::Tensor packed_values(const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& zeros,
@@ -159,8 +204,9 @@ Blocks blocks(const at::Tensor& words, const at::Tensor& multipliers, const at::
 }
 
 at::Tensor blocks_product(const at::Tensor& x, const at::Tensor& words, const at::Tensor& multipliers, const at::Tensor& magnitudes,
-                          int64_t sub, double least, int64_t rows, int64_t columns, const std::optional<at::Tensor>& bias) {
-  return product(blocks(words, multipliers, magnitudes, sub, least, rows, columns), functions()->blocks_product, x, bias);
+                          int64_t sub, double least, int64_t rows, int64_t columns, const std::optional<at::Tensor>& bias,
+                          const std::optional<at::Tensor>& signs, at::IntArrayRef sizes) {
+  return product(blocks(words, multipliers, magnitudes, sub, least, rows, columns), functions()->blocks_product, x, bias, signs, sizes);
 }
 
 at::Tensor blocks_values(const at::Tensor& words, const at::Tensor& multipliers, const at::Tensor& magnitudes, int64_t sub,
@@ -173,12 +219,13 @@ at::Tensor blocks_values(const at::Tensor& words, const at::Tensor& multipliers,
 TORCH_LIBRARY(ptq_cpu, m) {
   m.def("vectors() -> str", vectors);
   m.def("use_avx2(bool only) -> ()", [](bool only) { narrow = only; });
+  m.def("rotated(Tensor x, Tensor signs, int[] sizes) -> Tensor", rotated);
   m.def("packed_product(Tensor x, Tensor codes, Tensor scale, Tensor? zeros, Tensor? scale_table, Tensor levels, int bits, "
-        "float zero, float least, int group, int rows, int columns, Tensor? bias) -> Tensor", packed_product);
+        "float zero, float least, int group, int rows, int columns, Tensor? bias, Tensor? signs, int[] sizes) -> Tensor", packed_product);
   m.def("packed_values(Tensor codes, Tensor scale, Tensor? zeros, Tensor? scale_table, Tensor levels, int bits, float zero, "
         "float least, int group, int rows, int columns, int first, int last) -> Tensor", packed_values);
   m.def("blocks_product(Tensor x, Tensor words, Tensor multipliers, Tensor magnitudes, int sub, float least, int rows, "
-        "int columns, Tensor? bias) -> Tensor", blocks_product);
+        "int columns, Tensor? bias, Tensor? signs, int[] sizes) -> Tensor", blocks_product);
   m.def("blocks_values(Tensor words, Tensor multipliers, Tensor magnitudes, int sub, float least, int rows, int columns, "
         "int first, int last) -> Tensor", blocks_values);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from ptq.runtime import cpu_products, extension
 from ptq.runtime.dispatch import PackedWeight, choose, dequantized_tiles
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
+from ptq.transforms.hadamard import InputRotation
 
 SCHEMES = [
     *(Scheme(bits, group_size=64, scale_dtype="float16") for bits in (2, 3, 4, 5, 8)),
@@ -119,3 +121,19 @@ def test_what_cannot_be_built_is_said_once(error: Exception, monkeypatch: pytest
         reason = extension.load_operators(f"ptq_test_{type(error).__name__}", sources)
     assert reason is not None
     assert extension.load_operators(f"ptq_test_{type(error).__name__}", sources) == reason  # and no second warning
+
+
+@pytest.mark.parametrize("rotation", [{"block": 256}, {"block": 32, "kind": "hadamard-unsigned"}, {"seed": 3}])
+@pytest.mark.parametrize("columns", [300, 320])
+def test_inputs_are_rotated_inside(rotation: dict[str, object], columns: int, vectors: str) -> None:
+    scheme = Scheme(4, group_size=64, scale_dtype="float16", input_rotation=rotation)  # type: ignore[arg-type]
+    weight = packed(scheme, 20, columns)
+    assert weight is not None
+    unrotated = dataclasses.replace(weight, rotated=False)
+    for batch in (1, 5, cpu_products._LARGE_BATCH):
+        x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+        slow = InputRotation.of(weight.scheme.input_rotation, columns)(x.double()) @ whole(weight).double().T  # type: ignore[arg-type]
+        for dtype, near in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+            got = cpu_products.product(x.to(dtype), unrotated, None)
+            assert got.dtype == dtype
+            assert (got.double() - slow).norm() <= near * slow.norm()

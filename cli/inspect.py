@@ -40,17 +40,24 @@ def _largest(value: float | None) -> float:
 def command(out: str, sort: str, top: int | None, verify: bool, as_json: bool) -> None:
     """Show the layers of OUT, a folder written by ptq quantize: scheme, bytes, bits per weight, loss, seconds.
 
+    Of a .gguf file or a model folder of another program: every tensor with its type, bytes and bits.
+
     \b
     Examples:
       ptq inspect OUT
       ptq inspect OUT --sort loss --top 10
       ptq inspect OUT --verify --json
+      ptq inspect MODEL.gguf
     """
+    from cli.shared.contents import has_report, show_contents
     from cli.shared.tables import kept_table, layer_table, totals_table, window_table
     from cli.shared.terminal.screen import console, echo
     from ptq.checkpoint.verify import verify_files
     from ptq.report import Report
 
+    if not has_report(out):
+        show_contents(out, top=top, as_json=as_json)
+        return
     report = Report.load(out)
     verified = verify_files(out) if verify else None
     layers = tuple(sorted(report.layers, key=SORTS[sort]))[:top]

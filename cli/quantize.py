@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.shared.gguf_output import gguf_recipe, is_gguf, result_folder
 from cli.shared.method_flags import method_flags
 from cli.shared.plan_flags import plan_flags, planned_formats, planned_output, planned_recipe
 
@@ -27,13 +28,13 @@ __all__ = ["command"]
     "-o",
     "--out",
     type=click.Path(),
-    help="Output folder.  [default: <model>-<method>-<number format>]",
+    help="Output folder, or a .gguf file for llama.cpp.  [default: <model>-<method>-<number format>]",
 )
 @click.option("--method", metavar="NAME", help="Quantization method; ptq methods lists them.  [default: coreq]")
 @click.option(
     "--format",
     metavar="NAME",
-    help="Number format of weights: int, nvfp4, mxfp4, fp8, ...; see ptq methods.  [default: int]",
+    help="Number format of weights: int, nvfp4, mxfp4, fp8, q4_k, ...; see ptq methods.  [default: int]",
 )
 @click.option(
     "--preset",
@@ -175,6 +176,7 @@ def command(
       ptq quantize --method rtn --preset FP8_DYNAMIC MODEL
       ptq quantize --method coreq --plan plan.yaml MODEL
       ptq quantize --recipe recipe.yaml --seed 1 MODEL -o OUT-seed1
+      ptq quantize --method coreq --format q3_k MODEL -o MODEL.gguf
       ptq quantize --dry-run MODEL
       torchrun --nproc-per-node 4 --no-python ptq quantize MODEL -o OUT
 
@@ -188,10 +190,14 @@ def command(
     from cli.shared.terminal.progress import ProgressListener
     from cli.shared.terminal.screen import console
     from ptq.api import default_output
+    from ptq.export import export
     from ptq.recipe import Recipe
 
     base = Recipe.from_yaml(recipe_file) if recipe_file else Recipe()
     recipe = build_recipe(base, flags)
+    file = out if is_gguf(out) else None
+    if file is not None:
+        recipe, out = gguf_recipe(recipe, file, restart=restart), str(result_folder(file))
     target = Path(out) if out else planned_output(model, recipe, flags) or default_output(model, recipe)
     is_main_process = int(os.environ.get("RANK", "0")) == 0  # of several processes one writes to the terminal
     run: dict[str, Any] = {"out": target, "device": device, "offload": offload, "trust_remote_code": trust_remote_code}
@@ -208,6 +214,9 @@ def command(
             result: Report | Forecast = ptq.forecast(model, recipe, on_event=listener, **run)
         else:
             result = ptq.quantize(model, recipe, restart=restart, on_event=listener, **run)
+        if file is not None and is_main_process and not dry_run:
+            export(target, format="gguf", out=file, overwrite=restart, on_event=listener)
+            listener.say(f"{file} is written; its result is in {target}")
     destroy_distributed()
     if is_main_process and (as_json or dry_run or not listener.found_finished):
         _show(result, target, as_json=as_json)

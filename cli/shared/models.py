@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from calib.checkpoint.atomic_files import file_sha256
 from calib.checkpoint.config import check_config, check_tokenizer_config
 from calib.checkpoint.files import checkpoint_files, resolve_model, stored_tensors
+from calib.checkpoint.gguf_header import read_gguf_header
 from calib.checkpoint.quantized import read_dense
 from calib.checkpoint.reader import open_model
 from calib.errors import ModelError, unknown_name
@@ -195,6 +196,7 @@ def locate(source: str, trust_remote_code: bool = False) -> tuple[Path, dict[str
         return folder, {}
     if not path.is_file():
         raise ModelError(f"there is no file {source} (looked in {Path.cwd()}).")
+    read_gguf_header(path)
     return path.parent, {"gguf_file": path.name}
 
 

@@ -16,6 +16,7 @@ from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
 from ptq.errors import OutputError, unknown_name
 from ptq.export.dense import DENSE_DTYPES, DenseExport
+from ptq.export.gguf.write import EMBEDDING_TYPES, write_gguf
 from ptq.export.repack import ContainerExport
 from ptq.export.result import Part, Result
 from ptq.pipeline.events import Event, Listener, ignore_events
@@ -40,10 +41,12 @@ class FolderExport(Protocol):
         """``config.json``, its ``quantization_config``, and more files."""
 
 
-EXPORT_FORMATS: Mapping[str, Callable[[Result, str], FolderExport]] = {
+FOLDER_FORMATS: Mapping[str, Callable[[Result, str], FolderExport]] = {
     **dict.fromkeys(("compressed-tensors", "gptq", "native"), ContainerExport),
     **dict.fromkeys(DENSE_DTYPES, DenseExport),
 }
+"""Formats that are folders."""
+EXPORT_FORMATS = (*FOLDER_FORMATS, "gguf")
 """What ``--format`` takes."""
 
 
@@ -53,6 +56,7 @@ def export(
     format: str,
     out: str | os.PathLike[str],
     overwrite: bool = False,
+    embedding: str = "auto",
     trust_remote_code: bool = False,
     on_event: Listener | None = None,
 ) -> Report:
@@ -61,8 +65,9 @@ def export(
     Args:
         result: an output folder of ``ptq quantize``.
         format: a name of `EXPORT_FORMATS`.
-        out: the new folder, which must be empty.
+        out: the new folder, which must be empty, or the ``.gguf`` file.
         overwrite: replace an earlier output of ptq there.
+        embedding: of a GGUF file, the type of the embedding and the head: ``auto``, ``q6_k``, ``q8_0``, ``keep``.
         trust_remote_code: run modelling code that ships with the model.
         on_event: called at every step.
 
@@ -75,13 +80,17 @@ def export(
     """
     if format not in EXPORT_FORMATS:
         raise unknown_name("export format", format, EXPORT_FORMATS)
+    if embedding not in EMBEDDING_TYPES:
+        raise unknown_name("type of the embedding", embedding, EMBEDDING_TYPES)
     source, target, listener = Path(result), Path(out), on_event or ignore_events
-    _check_target(source, target, overwrite)
+    _check_target(source, target, overwrite, is_file=format == "gguf")
     opened = Result(source, trust_remote_code=trust_remote_code)
-    return _write_folder(opened, EXPORT_FORMATS[format](opened, format), target, listener)
+    if format == "gguf":
+        return write_gguf(opened, target, listener, embedding=embedding)
+    return _write_folder(opened, FOLDER_FORMATS[format](opened, format), target, listener)
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+def _check_target(source: Path, target: Path, overwrite: bool, *, is_file: bool) -> None:
     """Refuse a target that is the source, or in use.
 
     Raises:
@@ -89,9 +98,21 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     """
     if target.resolve() == source.resolve():
         raise OutputError(f"{target} is the result itself: name another folder with -o.")
+    if is_file:
+        _check_file(target, overwrite)
+        return
     check_output_folder(target)
     if (target / REPORT_NAME).exists() and not overwrite:
         raise OutputError(f"{target} holds a result of ptq: name another folder with -o, or replace it (--overwrite).")
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    if target.suffix != ".gguf" or target.is_dir():
+        raise OutputError(f"a GGUF export is a file: name it with -o, e.g. {target.with_suffix('.gguf').name}.")
+    if not target.resolve().parent.is_dir():
+        raise OutputError(f"cannot write {target}: there is no folder {target.resolve().parent}; create it first.")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} is there: name another file with -o, or replace it (--overwrite).")
 
 
 def _write_folder(result: Result, writer: FolderExport, out: Path, listener: Listener) -> Report:

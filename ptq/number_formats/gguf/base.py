@@ -53,8 +53,8 @@ class GgufFormat(NumberFormat):
             found = getattr(scheme, field)
             if found != wanted:
                 raise UsageError(
-                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take integers "
-                    "(--format int)."
+                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take "
+                    "integers (--format int)."
                 )
 
     def unsupported_reason(self, out_features: int, in_features: int, scheme: Storage) -> str | None:
@@ -96,7 +96,7 @@ class GgufFormat(NumberFormat):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _chunks(self, target: Tensor) -> Iterator[Tensor]:
-        return iter(target.split(max(1, _CHUNK // target.shape[1])))
+        return iter(torch.split(target, max(1, _CHUNK // target.shape[1])))
 
     def _fit_rows(self, target: Tensor, h: Tensor) -> dict[str, Tensor]:
         """Parameters of some rows, each ``[rows, n]``."""

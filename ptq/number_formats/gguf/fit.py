@@ -1,7 +1,7 @@
 """Scales of llama.cpp's block types by least squares: small integers per sub-block under float16 numbers per block.
 
-Every sub-block first gets the best scale (and minimum) by itself, from a range of candidates. The block's float16 numbers follow
-from the largest of them, and a few exact rounds choose multipliers and numbers anew for each other.
+Every sub-block first gets the best scale (and minimum) by itself, from a range of candidates. The block's float16
+numbers follow from the largest of them, and a few exact rounds choose multipliers and numbers anew for each other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""IQ4_NL: sixteen unequal levels, a float16 scale per 32 weights; what llama.cpp takes for widths that k-quants refuse."""
+"""IQ4_NL: sixteen unequal levels, a float16 scale per 32 weights; for widths that k-quants refuse."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Iq4Nl(GgufFormat):
         return torch.cat((pack_halves(params["scale"]), to_planes(codes, 4, 32)), 1)
 
     def unpack_blocks(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        d, codes = packed.split((2, 16), 1)
+        d, codes = torch.split(packed, [2, 16], 1)
         return from_planes(codes, 4, 32), {"scale": unpack_halves(d)}
 
 

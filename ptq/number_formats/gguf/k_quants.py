@@ -76,7 +76,7 @@ class _Q2K(_Minima):
         return torch.cat((scales, to_planes(codes, 2, 128), *ends), 1)
 
     def unpack_blocks(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scales, codes, d, dmin = packed.split((16, 64, 2, 2), 1)
+        scales, codes, d, dmin = torch.split(packed, [16, 64, 2, 2], 1)
         params = {"scale": unpack_halves(d), "minimum": unpack_halves(dmin)}
         params |= {"multiplier": scales & 15, "minimum_multiplier": scales >> 4}
         return from_planes(codes, 2, 128), params
@@ -92,7 +92,7 @@ class _Q3K(_Signed):
         return torch.cat((high, low, scales, pack_halves(params["scale"])), 1)
 
     def unpack_blocks(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        high, low, scales, d = packed.split((32, 64, 12, 2), 1)
+        high, low, scales, d = torch.split(packed, [32, 64, 12, 2], 1)
         multiplier = (unpack_q3_scales(scales).to(torch.int16) - 32).to(torch.int8)
         codes = from_planes(low, 2, 128) | (from_planes(high, 1, 256) << 2)
         return codes, {"scale": unpack_halves(d), "multiplier": multiplier}
@@ -106,7 +106,7 @@ class _Q4K(_Minima):
         return torch.cat((*_head(params), to_planes(codes, 4, 64)), 1)
 
     def unpack_blocks(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        d, dmin, scales, codes = packed.split((2, 2, 12, 128), 1)
+        d, dmin, scales, codes = torch.split(packed, [2, 2, 12, 128], 1)
         return from_planes(codes, 4, 64), _params(d, dmin, scales)
 
 
@@ -118,7 +118,7 @@ class _Q5K(_Minima):
         return torch.cat((*_head(params), to_planes(codes >> 4, 1, 256), to_planes(codes & 15, 4, 64)), 1)
 
     def unpack_blocks(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        d, dmin, scales, high, low = packed.split((2, 2, 12, 32, 128), 1)
+        d, dmin, scales, high, low = torch.split(packed, [2, 2, 12, 32, 128], 1)
         return from_planes(low, 4, 64) | (from_planes(high, 1, 256) << 4), _params(d, dmin, scales)
 
 
@@ -131,7 +131,7 @@ class _Q6K(_Signed):
         return torch.cat((low, high, params["multiplier"].view(torch.uint8), pack_halves(params["scale"])), 1)
 
     def unpack_blocks(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        low, high, scales, d = packed.split((128, 64, 16, 2), 1)
+        low, high, scales, d = torch.split(packed, [128, 64, 16, 2], 1)
         codes = from_planes(low, 4, 128) | (from_planes(high, 2, 128) << 4)
         return codes, {"scale": unpack_halves(d), "multiplier": scales.contiguous().view(torch.int8)}
 

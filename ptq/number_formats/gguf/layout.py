@@ -30,13 +30,14 @@ __all__ = [
 def to_planes(codes: Tensor, bits: int, half: int) -> Tensor:
     """Codes ``[n, 256]`` of ``bits`` bits into bytes, where byte l of every ``half`` codes holds codes l, l + w, ...
 
-    ``w = half * bits / 8`` is the number of bytes per ``half``: q2_k and the low bits of q3_k have 2 bits and 128 codes,
-    the nibbles of q4_k 4 bits and 64 codes, planes of single bits 1 bit and 256 codes.
+    ``w = half * bits / 8`` is the number of bytes per ``half``: q2_k and the low bits of q3_k have 2 bits and 128
+    codes, the nibbles of q4_k 4 bits and 64 codes, planes of single bits 1 bit and 256 codes.
     """
     fields = 8 // bits
     shaped = codes.reshape(len(codes), -1, fields, half // fields).to(torch.int16)
     shift = (bits * torch.arange(fields, device=codes.device, dtype=torch.int16)).view(1, 1, -1, 1)
-    return (shaped << shift).sum(2).to(torch.uint8).flatten(1)
+    packed: Tensor = (shaped << shift).sum(2).to(torch.uint8)
+    return packed.flatten(1)
 
 
 def from_planes(packed: Tensor, bits: int, half: int) -> Tensor:
@@ -44,7 +45,8 @@ def from_planes(packed: Tensor, bits: int, half: int) -> Tensor:
     fields = 8 // bits
     shift = (bits * torch.arange(fields, device=packed.device, dtype=torch.uint8)).view(1, 1, -1, 1)
     words = packed.reshape(len(packed), -1, 1, half // fields)
-    return ((words >> shift) & (2**bits - 1)).flatten(1)
+    codes: Tensor = (words >> shift) & (2**bits - 1)
+    return codes.flatten(1)
 
 
 def pack_q3_scales(scales: Tensor) -> Tensor:

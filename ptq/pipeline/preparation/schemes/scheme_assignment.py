@@ -103,8 +103,9 @@ def _that_fits(scheme: Scheme, shape: torch.Size) -> Scheme:
     if record.unsupported_reason(shape[0], shape[1], scheme) is None or not record.fallback:
         return scheme
     fields = dict(record.fallback)
-    changed = dict(act_bits=scheme.act_bits, act_symmetric=scheme.act_symmetric, act_format=scheme.act_format)
-    return Scheme.of(fields.pop("format"), **fields, **changed, input_rotation=scheme.input_rotation)
+    for field in ("act_bits", "act_symmetric", "act_format", "input_rotation"):
+        fields[field] = getattr(scheme, field)
+    return Scheme.of(fields.pop("format"), **fields)
 
 
 def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:

@@ -1,0 +1,1 @@
+"""GGUF: results as llama.cpp reads them, without rounding again."""

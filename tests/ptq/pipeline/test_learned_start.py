@@ -90,7 +90,7 @@ def test_a_start_is_the_better_one_where_the_choice_is_ours(tmp_path: Path) -> N
     model, events = tiny_model("llama"), list[Event]()
     calibration = Calibration(TOKENS.clone(), "test", 3, "none")
     calibration.tokens[:6] = 7
-    settings = {"calibration": calibration, "init_data": "training", "bits": 2}
+    settings = {"calibration": calibration, "init_data": "training", "bits": 2, "init": "auto"}
     report = run(model, tmp_path / "out", method="sliderquant", events=events, **settings)
     methods = {name for row in report.windows for name in row["init"]}
     assert "rtn" in methods

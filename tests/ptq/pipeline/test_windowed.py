@@ -44,7 +44,7 @@ def run(model: Any, out: Path, **options: Any) -> Report:
             raise Cut
 
     defaults: dict[str, Any] = {
-        "method": "sliderquant-lora", "bits": 3, "group_size": 16, "iters": 4, "batch": 4,
+        "method": "sliderquant-lora", "bits": 3, "group_size": 16, "iters": 4, "batch": 4, "init": "none",
         "calibration": CALIBRATION, "device": "cpu",
     }  # fmt: skip
     return ptq.quantize(model, out=out, on_event=listen, **defaults | options)
@@ -98,6 +98,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 # -- what is written is what was learned on ----------------------------------------------------------------------------
 
+HONEST = {"init_data": "training"}  # a start that was fitted to what is held out is hardly beaten on so little data
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama act": ("llama", ACTIVATIONS),
@@ -110,15 +111,20 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2 act": ("gemma2", ACTIVATIONS),
     "opt": ("opt", ACTIVATIONS),
     "phi3 fused": ("phi3", {"method": "autoround", "iters": 12}),
-    "gpt_neox parallel": ("gpt_neox", {"rounding": "soft", "lr_offset": 0.1, "init": "none"}),
+    "gpt_neox parallel": ("gpt_neox", {"rounding": "soft", "lr_offset": 0.1}),
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {"method": "autoround", "symmetric": False, "iters": 12}),
-    "gpt_oss": ("gpt_oss", {"method": "sliderquant", "init": "none"}),
-    "soft": ("llama", {"rounding": "soft", "lr_offset": 0.1, "init": "none"}),
+    "gpt_oss": ("gpt_oss", {"method": "sliderquant"}),
+    "soft": ("llama", {"rounding": "soft", "lr_offset": 0.1}),
     "offset": ("llama", {"method": "sliderquant"}),
     "intra window": ("llama", {"intra": "window", "group_size": 24}),
     "intra off": ("llama", {"intra": "off", "symmetric": False, "group_size": None}),
-    "from gptq": ("qwen2", {"init": "gptq", "method": "sliderquant", "iters": 16, "bits": 2}),
+    "from gptq": ("qwen2", {"init": "gptq", **HONEST, "method": "sliderquant", "iters": 16, "bits": 2}),
+    "mixtral from coreq": ("mixtral", {"init": "coreq", **HONEST, "method": "sliderquant", "iters": 16, "bits": 2}),
+    "qwen3_moe from the better": (
+        "qwen3_moe",
+        {"init": "auto", **HONEST, "method": "autoround", "iters": 16, "bits": 2},
+    ),
     "from rtn act": ("llama", {"init": "rtn", "method": "sliderquant", "iters": 16, **ACTIVATIONS}),
     "rotated": ("llama", {"rotate": ("residual", "down"), "act_bits": 8}),
 }
@@ -136,7 +142,7 @@ def test_the_packed_model_computes_what_was_learned_on(name: str, streamed: list
     linears = [name for name, module in packed.named_modules() if isinstance(module, QuantLinear)]
     assert sorted(linears) == sorted(layer.name for layer in report.layers), "every linear is written once"
     assert all(row["loss_after"] <= row["loss_before"] for row in report.windows), "else put back"
-    assert any(row["loss_after"] < row["loss_before"] for row in report.windows)
+    assert any(row["accepted"] for row in report.windows)
 
 
 @pytest.mark.parametrize("method", ["sliderquant", "sliderquant-lora", "omniquant", "autoround"])
@@ -169,7 +175,7 @@ def _codes(model: Any) -> list[tuple[str, Tensor]]:
 @pytest.mark.parametrize(
     ("options", "shares"),
     [
-        ({"init": "none"}, [(0, 0.5), (1, 1.0)]),
+        ({}, [(0, 0.5), (1, 1.0)]),
         ({"init": "auto"}, [(0, 1.0)]),
         ({"intra": "window", "stages": 3}, [(0, 1 / 3), (0, 2 / 3), (0, 1.0)]),
         ({"intra": "off"}, [(0, 1.0)]),
@@ -283,9 +289,9 @@ def test_a_run_leaves_the_model_and_the_random_numbers_of_the_caller_alone(tmp_p
 RESUMED: dict[str, dict[str, Any]] = {
     "sweeps": {"kv_bits": 4, "act_bits": 6, "init": "gptq", "intra": "sweep"},
     "soft": {"rounding": "soft", "lr_offset": 0.1, "blocks": 3},
-    "single": {"method": "autoround", "symmetric": False},
+    "single": {"method": "autoround", "symmetric": False, "init": "auto", "blocks": 3},
     "window": {"intra": "window", "kv_bits": 4},
-    "mixture": {"family": "qwen3_moe", "method": "sliderquant"},
+    "mixture": {"family": "qwen3_moe", "method": "sliderquant", "init": "auto"},
     "scaled": {"family": "gpt2", "act_bits": 6},
 }
 

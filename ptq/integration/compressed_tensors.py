@@ -1,15 +1,16 @@
-"""The stock compressed-tensors quantizer of transformers, except that packed integer weights stay packed.
+"""The stock compressed-tensors quantizer of transformers, except that packed weights stay packed.
 
 The stock one decompresses the whole model at the first forward. Ours takes over where every quantized module is a
-linear with packed integer weights and nothing else is quantized (no activations, no key-value cache); anything else is
-left to the stock code.
+linear whose weights are packed integers, or whose weights and inputs are a pair of `ptq.containers.float_schemes`, and
+nothing else is quantized (no key-value cache); anything else is left to the stock code.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ from ptq.checkpoint.verify import verify_checkpoint
 from ptq.containers.compressed_tensors import FORMAT
 from ptq.containers.float_schemes import PAIRS, preset_scheme, stored_names
 from ptq.integration.experts import leave_split_experts, split_named_experts
+from ptq.integration.stored_names import StoredNames
 from ptq.integration.swap import swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 __all__ = ["PackedCompressedTensorsQuantizer", "is_scale"]
 
-_PACKED = ".weight_packed"
+_PACKED, _WEIGHT, _SCALE = ".weight_packed", ".weight", ".weight_scale"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -41,6 +43,7 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     packed = False
     """Whether this model was taken over; known once its skeleton has been built."""
     _stored_packed: Sequence[str] = ()
+    _renamed: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         verify_checkpoint(model.config, kwargs.get("checkpoint_files"))
@@ -54,6 +57,7 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
             super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
             return
         self.packed = True
+        self._renamed = {name: stored_names(scheme.format) for name, scheme in schemes.items()}
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=False)
 
@@ -69,6 +73,8 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
             else:
                 updated = stock([conversion], model)  # type: ignore[no-untyped-call]
                 conversions += updated[: len(updated) - len(general)]
+        if any(self._renamed.values()):  # after the model's own renamings, whose results are the model's names
+            conversions.append(StoredNames.of(self._renamed, model.base_model_prefix))
         return leave_split_experts(conversions + general, model)
 
     def _wants_stock(self) -> bool:
@@ -101,9 +107,11 @@ def packed_linears(files: Iterable[str] | None) -> list[str]:
     found = []
     for file in files or ():
         with safe_open(file, framework="pt") as handle:
-            keys = handle.keys()
+            keys = set(handle.keys())
         found += [key.removesuffix(_PACKED) for key in keys if key.endswith(_PACKED)]
-    return found
+        scaled = (key.removesuffix(_SCALE) for key in keys if key.endswith(_SCALE))
+        found += [name for name in scaled if f"{name}{_WEIGHT}" in keys]
+    return sorted(found)
 
 
 def _merges_dense(conversion: Any, conversions: Iterable[Any], packed: Iterable[str]) -> bool:
@@ -147,11 +155,11 @@ def _decisive(args: QuantizationArgs | None) -> dict[str, Any] | None:
 
 
 def _scheme(group: QuantizationScheme, default_format: str) -> Scheme | None:
-    """Our name for a group's scheme, ``None`` if it is neither plain packed integers nor a pair of 4-bit formats."""
+    """Our name for a group's scheme, ``None`` if it is neither plain packed integers nor a pair of formats."""
     args = group.weights
     for pair, (_, storage) in PAIRS.items():
         wanted = preset_scheme(pair, group.targets)
-        if stored_names(pair[0]) or storage != (group.format or default_format):
+        if storage != (group.format or default_format):
             continue
         if (_decisive(wanted.weights), _decisive(wanted.input_activations)) == (
             _decisive(args),

@@ -119,7 +119,11 @@ class QuantLinear(nn.Linear):
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
         """
         scale = self._buffers.get("weight_scale")
-        if scale is None or self._scheme.format != "int":
+        if scale is None:
+            return self._scheme
+        specs = self._scheme.number_format.tensor_specs(self.out_features, self.in_features, self._scheme)
+        said = specs["weight_scale"][1]
+        if said not in SCALE_DTYPES.values() or (said == scale.dtype and self._scheme.scale_dtype != "auto"):
             return self._scheme
         for name, dtype in SCALE_DTYPES.items():
             if name != "auto" and dtype == scale.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -32,6 +33,39 @@ def quantized(name: str, weight: torch.Tensor, search: str = "minmax") -> Quanti
     record = scheme.number_format
     grid = record.grid(record.fit(weight, scheme, search), scheme, weight.shape[1])  # type: ignore[arg-type]
     return QuantizedWeight.from_grid(grid.round(weight), grid, scheme)
+
+
+def minifloat(codes: np.ndarray, exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """Values of codes by the definition: (-1)^s 2^(max(e, 1) - bias) (m / 2^M, and 1 more where e > 0)."""
+    codes = codes.astype(np.int64)
+    mantissa = codes & (2**mantissa_bits - 1)
+    exponent = (codes >> mantissa_bits) & (2**exponent_bits - 1)
+    sign = 1.0 - 2.0 * (codes >> (exponent_bits + mantissa_bits))
+    significand = mantissa / 2.0**mantissa_bits + (exponent > 0)
+    return sign * significand * 2.0 ** (np.maximum(exponent, 1) - (2 ** (exponent_bits - 1) - 1))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_bytes_are_the_weights_by_the_definitions_of_the_formats(name: str) -> None:
+    """None of ptq's code, nor a library's, reads the stored bytes here."""
+    ours = quantized(name, random(136, 256, seed=3))
+    tensors = {key: value.contiguous() for key, value in ours.tensors().items()}
+    packed = tensors["weight_packed"].view(torch.uint8).numpy()
+    if name.endswith("fp4"):
+        low_first = np.stack([packed & 15, packed >> 4], axis=-1).reshape(136, 256)
+        numbers = minifloat(low_first, 2, 1)
+    else:
+        numbers = minifloat(packed, 4, 3)
+    scale = tensors["weight_scale"]
+    if name == "nvfp4":
+        factor = minifloat(scale.view(torch.uint8).numpy(), 4, 3) / tensors["weight_global_scale"].numpy()
+    elif name.startswith("mx"):
+        factor = 2.0 ** (scale.numpy().astype(np.float64) - 127)
+    else:
+        factor = scale.double().numpy().reshape(-1, 1 if name != "fp8-block" else scale.shape[1])
+    height, width = (128, 128) if name == "fp8-block" else (-(-136 // len(factor)), 256 // factor.shape[1])
+    spread = np.repeat(np.repeat(factor, height, 0)[:136], width, 1)
+    np.testing.assert_allclose(ours.dequantize().numpy(), numbers * spread, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", STORED)

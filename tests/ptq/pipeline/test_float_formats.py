@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ptq
 from calib.data.tokens import Calibration
@@ -122,13 +123,30 @@ def test_inputs_are_rounded_as_the_run_saw_them(name: str, method: str, tmp_path
             torch.testing.assert_close(largest[f"model.layers.0.self_attn.{key}"], wanted)
 
 
-@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4", "MXFP4A16"])
-def test_4_bit_numbers_of_compressed_tensors_stay_packed(preset: str, tmp_path: Path) -> None:
-    report = run(tiny_model("llama").bfloat16(), tmp_path / "out", method="rtn", preset=preset)
+@pytest.mark.parametrize(
+    "preset", ["NVFP4", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"]
+)
+def test_numbers_of_compressed_tensors_stay_packed(preset: str, tmp_path: Path) -> None:
+    """Loaded in float32, where stock code cannot run all of them, and saved again: always the native form's model."""
+    model = tiny_model("llama", hidden_size=128, intermediate_size=128).bfloat16()
+    report = run(model, tmp_path / "out", method="rtn", preset=preset)
     assert report.container == "compressed-tensors"
     loaded = ptq.load(tmp_path / "out", dtype=torch.float32)
-    assert {layer.name for layer in report.layers} == set(quantized_linears(loaded))
-    assert bool(torch.isfinite(loaded(TOKENS).logits).all())
+    layers = quantized_linears(loaded)
+    assert {layer.name for layer in report.layers} == set(layers)
+    for layer in layers.values():
+        torch.testing.assert_close(layer.quantized().dequantize(torch.float32), layer.dequantize(), rtol=0, atol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    run(model, tmp_path / "native", method="rtn", preset=preset, container="native")
+    native = ptq.load(tmp_path / "native", dtype=torch.float32)
+    wanted = native(TOKENS).logits
+    assert torch.equal(loaded(TOKENS).logits, wanted)
+    assert torch.equal(ptq.load(tmp_path / "again", dtype=torch.float32)(TOKENS).logits, wanted)
+    keys = [
+        {key for file in (tmp_path / name).glob("*.safetensors") for key in load_file(file)}
+        for name in ("out", "again")
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_experts_without_tokens_take_the_ranges_of_the_others(tmp_path: Path) -> None:

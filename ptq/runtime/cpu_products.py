@@ -31,7 +31,7 @@ from ptq.transforms.hadamard import InputRotation, hadamard_blocks
 __all__ = ["CPU_PRODUCTS"]
 
 _SOURCES = ("cpu_ops.cpp", "packed_avx2.cpp", "packed_avx512.cpp")
-_LARGE_BATCH = 32
+_LARGE_BATCH = 128
 """Vectors from which dequantizing once and the library's product is faster than decoding per eight vectors."""
 _ALIGNED = 16  # columns that a vector of codes spans: groups are whole vectors
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from ptq.transforms.hadamard import InputRotation, hadamard_blocks
 __all__ = ["CPU_PRODUCTS"]
 
 _SOURCES = ("cpu_ops.cpp", "packed_avx2.cpp", "packed_avx512.cpp")
-_LARGE_BATCH = 32
+_LARGE_BATCH = 128
 """Vectors from which dequantizing once and the library's product is faster than decoding per eight vectors."""
 _ALIGNED = 16  # columns that a vector of codes spans: groups are whole vectors
 
@@ -53,6 +53,28 @@ class _Codes:
     least: float = -float("inf")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the operators are called with for one weight: views of its tensors and constants of its format."""
+
+    multiply: Any
+    values: Any
+    arguments: tuple[object, ...]
+    rotation: tuple[Tensor, tuple[int, ...]] | None
+
+
+def prepare(weight: PackedWeight) -> _Call:
+    """The operators and their arguments; nothing is copied."""
+    operator, arguments = _call(weight)
+    rotation = weight.scheme.input_rotation
+    return _Call(
+        getattr(torch.ops.ptq_cpu, f"{operator}_product"),
+        getattr(torch.ops.ptq_cpu, f"{operator}_values"),
+        arguments,
+        None if rotation is None else _rotation(rotation, weight.in_features),
+    )
+
+
 def unsupported_reason(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why a layer is left to the reference."""
     if scheme.group_size is not None and scheme.group_size % _ALIGNED and scheme.group_size < in_features:
@@ -64,19 +86,18 @@ def unsupported_reason(scheme: Scheme, out_features: int, in_features: int) -> s
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-    rotation = None if weight.rotated else _rotation(weight.scheme.input_rotation, weight.in_features)
+    ready: _Call = weight.prepared or prepare(weight)
+    rotation = None if weight.rotated else ready.rotation
     if x.shape[-1] and x.numel() // x.shape[-1] < _LARGE_BATCH:
-        operator, arguments = _call(weight)
-        multiply = getattr(torch.ops.ptq_cpu, f"{operator}_product")
-        return cast(Tensor, multiply(x, *arguments, bias, *(rotation or (None, ()))))
+        return cast(Tensor, ready.multiply(x, *ready.arguments, bias, *(rotation or (None, ()))))
     work = x if rotation is None else torch.ops.ptq_cpu.rotated(x, *rotation)
     return _large(work, weight, bias, x.dtype)
 
 
 def dequantized(weight: PackedWeight, rows: slice) -> Tensor:
     """Rows of the weight, float32, bit for bit those of the reference."""
-    operator, arguments = _call(weight)
-    return cast(Tensor, getattr(torch.ops.ptq_cpu, f"{operator}_values")(*arguments, rows.start, rows.stop))
+    ready: _Call = weight.prepared or prepare(weight)
+    return cast(Tensor, ready.values(*ready.arguments, rows.start, rows.stop))
 
 
 def _large(x: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -144,9 +165,8 @@ def _tables(layout: SubBlockLayout) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def _rotation(rotation: Rotation | None, width: int) -> tuple[Tensor, tuple[int, ...]]:
+def _rotation(rotation: Rotation, width: int) -> tuple[Tensor, tuple[int, ...]]:
     """Signs int8 and sizes of the blocks."""
-    assert rotation is not None
     return InputRotation.of(rotation, width).signs, hadamard_blocks(width, rotation.block)
 
 
@@ -162,5 +182,6 @@ CPU_PRODUCTS = Kernel(
     _FORMATS,
     unsupported_reason,
     product,
+    prepare=prepare,
     rotates_input=True,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.activations import quantize_tokens
-from ptq.runtime.dispatch import REFERENCE, Kernel, PackedWeight, choose, dequantized_tiles
+from ptq.runtime.dispatch import KERNELS, REFERENCE, Kernel, PackedWeight, choose, dequantized_tiles
 from ptq.scheme import SCALE_DTYPES, Rotation, Scheme
 from ptq.transforms.hadamard import InputRotation
 
@@ -82,6 +83,7 @@ class QuantLinear(nn.Linear):
         self._activations = dtype or torch.get_default_dtype()
         self._scheme = scheme
         self._prepared: tuple[object, PackedWeight] | None = None
+        self._chosen: tuple[object, Kernel] | None = None
         # Made at the first forward: here may be a skeleton on meta.
         self._rotations: dict[tuple[Rotation, int], InputRotation] = {}
         specs = scheme.number_format.tensor_specs(out_features, in_features, scheme) | scheme.input_specs(in_features)
@@ -160,7 +162,11 @@ class QuantLinear(nn.Linear):
     def _kernel(self, x: Tensor) -> Kernel:
         if torch.is_grad_enabled() and x.requires_grad:  # gradients flow through the reference alone
             return REFERENCE
-        return choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
+        asked = (os.environ.get("PTQ_KERNEL", ""), tuple(KERNELS), x.device.type, x.dtype)
+        if self._chosen is None or self._chosen[0] != asked:
+            kernel = choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
+            self._chosen = (asked, kernel)
+        return self._chosen[1]
 
     def share_rotations(self, rotations: dict[tuple[Rotation, int], InputRotation]) -> None:
         """Rotate inputs with these (made where they are missing), which other linears use, too: linears that read the
@@ -186,9 +192,13 @@ class QuantLinear(nn.Linear):
             return scheme.activation_format.quantize(x, self._tensors())
         return x if scheme.act_bits is None else quantize_tokens(x, scheme.act_bits, scheme.act_symmetric)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make what kernels need anew."""
+        return self.__dict__ | {"_prepared": None, "_chosen": None}
+
     def _tensors(self) -> dict[str, Tensor]:
         """The stored tensors by bare name."""
-        return {key: self.get_buffer(key) for key in self._stored}
+        return {key: self._buffers[key] for key in self._stored}  # type: ignore[misc]  # none of them is None
 
     def _packed(self, rotated: bool = True) -> PackedWeight:
         return PackedWeight(self._tensors(), self._scheme, self.out_features, self.in_features, rotated=rotated)

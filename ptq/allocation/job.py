@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib.checkpoint.reader import ModelSource, open_model
 from calib.data.tokens import Calibration
-from calib.model.structure import end_modules, find_blocks, tied_head
+from calib.model.structure import end_modules, tied_head
 from calib.runner.forward import pass_dtype
 from ptq.allocation.plan import Plan
 from ptq.allocation.planner import Planner
@@ -21,6 +21,7 @@ from ptq.allocation.problem.budget import Budget
 from ptq.allocation.problem.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
 from ptq.allocation.problem.groups import parse_limit
 from ptq.allocation.problem.items import linears_of
+from ptq.allocation.progress import Steps
 from ptq.allocation.scores import Score, find_score
 from ptq.allocation.scores.cache import default_cache
 from ptq.allocation.setting import Setting
@@ -129,7 +130,7 @@ def make_planner(
         tokenizer: needed with a model in memory, unless ``calibration`` is given.
         calibration: tokens to use instead of the options' text; the last of them are held out for measuring.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
-        on_event: called with sentences for the log and after every block.
+        on_event: called with sentences for the log and after every step of what is being done.
         trust_remote_code: run modelling code that ships with the model.
         cache: folder for scores; empty is ``$PTQ_CACHE`` or the user's cache folder, ``None`` keeps none.
     """
@@ -171,7 +172,7 @@ def make_planner(
         fused=options.fused,
         cache=default_cache() if cache == "" else None if cache is None else Path(cache),
         say=lambda text: listener(Event("message", text)),
-        step=_stepper(listener, len(find_blocks(source.skeleton))),
+        steps=Steps(listener),
     )
 
 
@@ -194,20 +195,6 @@ def _included(model: nn.Module, include: tuple[str, ...], score: Score) -> tuple
     if not found:
         raise UsageError(f"--include {','.join(include)}: {type(model).__name__} has no such module.")
     return tuple(found)
-
-
-def _stepper(listener: Listener, total: int) -> Any:
-    """Progress over blocks, as events."""
-    done = 0
-
-    def step(name: str) -> None:
-        nonlocal done
-        if done % total == 0:
-            listener(Event("blocks", "blocks", total=total))
-        done += 1
-        listener(Event("block_done", name=name, done=(done - 1) % total + 1, total=total))
-
-    return step
 
 
 def _dtype(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

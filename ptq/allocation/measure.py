@@ -13,6 +13,7 @@ from calib.checkpoint.reader import ModelSource
 from calib.gradients import GradientPasses, NewStore
 from calib.model.structure import end_modules, find_linears, linear_weight, set_linear_weight
 from ptq.allocation.problem.candidates import Candidate, rounding_errors
+from ptq.allocation.progress import Steps
 from ptq.pipeline.preparation.schemes.outside import outside_modules
 
 __all__ = ["measure_kl", "token_kl"]
@@ -32,7 +33,7 @@ def measure_kl(
     device: torch.device,
     dtype: torch.dtype,
     new_store: NewStore,
-    on_step: Callable[[str], object] = lambda _: None,
+    steps: Steps | None = None,
 ) -> NDArray[np.float64]:
     """KL per token ``[sequences, tokens]`` of the model whose linears are rounded by the stand-in method.
 
@@ -43,8 +44,10 @@ def measure_kl(
         device: where to work.
         dtype: of the passes.
         new_store: makes stores of hidden states.
-        on_step: called after every block.
+        steps: told of both passes and their blocks.
     """
+
+    steps = steps or Steps()
 
     def edit(name: str, block: nn.Module) -> None:
         for linear, module in find_linears(block).items():
@@ -71,7 +74,7 @@ def measure_kl(
             device=device,
             dtype=dtype,
             new_store=lambda store: new_store(f"{label}-{store}"),
-            on_block=on_step,
+            on_block=steps,
             edit=change,
             edit_outside=change_ends,
             keep_all=False,
@@ -80,7 +83,9 @@ def measure_kl(
     full = passes("full", lambda _, __: None, lambda _: None)
     rounded = passes("rounded", edit, edit_ends)
     try:
+        steps.begin("blocks: forward pass of the full model", len(full.block_names))
         full.forward()
+        steps.begin("blocks: rounding and forward pass", len(rounded.block_names))
         rounded.forward()
         rows = [kl.double().cpu().numpy() for kl in _by_sequence(full, rounded, alike=not ends)]
     finally:

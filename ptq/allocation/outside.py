@@ -7,7 +7,7 @@ the KL of the model with that one alone in each format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from calib.gradients import NewStore
 from ptq.allocation.measure import measure_kl
 from ptq.allocation.problem.candidates import Candidate
 from ptq.allocation.problem.items import Item
+from ptq.allocation.progress import Steps
 from ptq.allocation.setting import Setting
 from ptq.errors import UsageError
 from ptq.pipeline.preparation.schemes.outside import outside_problem
@@ -50,7 +51,7 @@ def allow_outside(setting: Setting, items: Sequence[Item], allowed: NDArray[np.b
     return result
 
 
-def outside_scores(setting: Setting, new_store: NewStore, step: Callable[[str], object]) -> dict[str, list[float]]:
+def outside_scores(setting: Setting, new_store: NewStore, steps: Steps) -> dict[str, list[float]]:
     """Measured KL per token of every candidate, by name of the embedding and the head.
 
     Formats that one cannot have get the worst of the others: they are not allowed for it.
@@ -58,7 +59,7 @@ def outside_scores(setting: Setting, new_store: NewStore, step: Callable[[str], 
     Args:
         setting: model, candidates, tokens, of which some are read.
         new_store: makes stores of hidden states.
-        step: called after every block of a pass.
+        steps: told of every name and candidate.
     """
     if not setting.outside or setting.calibration is None:
         return {}
@@ -77,13 +78,20 @@ def outside_scores(setting: Setting, new_store: NewStore, step: Callable[[str], 
             device=setting.device,
             dtype=setting.dtype,
             new_store=new_store,
-            on_step=step,
         )
         return max(0.0, float(kl.mean()))
 
+    def stepped(name: str, candidate: Candidate) -> float:
+        value = cost(name, candidate)
+        steps(f"{name} as {candidate.label}")
+        return value
+
+    steps.begin(
+        "candidates: KL with the embedding or head alone in each", len(setting.outside) * len(setting.candidates)
+    )
     found = {}
     for name in setting.outside:
-        row = np.array([cost(name, candidate) for candidate in setting.candidates])
+        row = np.array([stepped(name, candidate) for candidate in setting.candidates])
         found[name] = [float(value) for value in np.where(np.isnan(row), np.nanmax(row), row)]
     return found
 

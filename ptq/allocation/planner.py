@@ -26,6 +26,7 @@ from ptq.allocation.problem.groups import Limit, allowed_formats, group_linears
 from ptq.allocation.problem.items import Item, Table, payload_bits
 from ptq.allocation.problem.layerwise import two_levels
 from ptq.allocation.problem.solver import Allocation, check_solver
+from ptq.allocation.progress import Steps
 from ptq.allocation.refine import Refiner
 from ptq.allocation.scores import Context, ScoreValues
 from ptq.allocation.scores.cache import ScoreCache
@@ -34,7 +35,7 @@ from ptq.errors import UsageError
 
 __all__ = ["Planner"]
 
-Progress = Callable[[str], object]
+Say = Callable[[str], object]
 
 
 class Planner:
@@ -46,7 +47,7 @@ class Planner:
         fused: linears that runtimes such as vLLM compute in one kernel share a format.
         cache: folder for scores; ``None`` keeps none.
         say: called with sentences for the log.
-        step: called after every block of a pass, with its name.
+        steps: told what is being done, and after every step of it.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class Planner:
         limits: Sequence[Limit] = (),
         fused: bool = False,
         cache: Path | None = None,
-        say: Progress = lambda _: None,
-        step: Progress = lambda _: None,
+        say: Say = lambda _: None,
+        steps: Steps | None = None,
     ) -> None:
-        self.setting, self._say, self._step, self._cache = setting, say, step, cache
+        self.setting, self._say, self._steps, self._cache = setting, say, steps or Steps(), cache
         self.items: tuple[Item, ...] = group_linears(setting.source, setting.linears, fused=fused)
         self._allowed = allow_outside(setting, self.items, allowed_formats(self.items, setting.candidates, limits))
         self._limits = limits
@@ -80,7 +81,7 @@ class Planner:
             with self._stores() as new_store, strict_float32():
                 values = self.setting.score.compute(self._context(new_store))
                 values = dataclasses.replace(
-                    values, table={**values.table, **outside_scores(self.setting, new_store, self._step)}
+                    values, table={**values.table, **outside_scores(self.setting, new_store, self._steps)}
                 )
             problem = cache.write(values) if cache is not None else None
             if problem is not None:
@@ -102,7 +103,7 @@ class Planner:
             s.seed,
             lambda weight: rounding_errors(weight, s.candidates),
             new_store,
-            self._step,
+            self._steps,
             s.probes,
         )
 
@@ -210,7 +211,7 @@ class Planner:
             raise UsageError("--refine moves bits within a budget: give --target-bpw or --target-size.")
         with self._stores() as new_store, strict_float32():
             tokens = s.calibration.tokens
-            refiner = Refiner(self.items, s, tokens, new_store, self._step)
+            refiner = Refiner(self.items, s, tokens, new_store, self._steps)
             limit = budget_limit(self.table, budget, s.kept_bytes)
             table = self.table if budget.bpw is not None else dataclasses.replace(self.table, bits=self.table.stored)
             allocation, notes = refiner.refine(table, allocation, limit, rounds, self.measure)
@@ -340,7 +341,7 @@ class Planner:
                 device=s.device,
                 dtype=s.dtype,
                 new_store=new_store,
-                on_step=self._step,
+                steps=self._steps,
             )
 
     def measured(self, allocation: Allocation) -> dict[str, Any]:

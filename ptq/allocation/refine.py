@@ -31,6 +31,7 @@ from ptq.allocation.measure import token_kl
 from ptq.allocation.problem.candidates import Candidate, rounding_errors
 from ptq.allocation.problem.items import Item, Table
 from ptq.allocation.problem.solver import Allocation, Problem, solve
+from ptq.allocation.progress import Steps
 from ptq.allocation.setting import Setting
 
 __all__ = ["Refiner", "significantly_lower"]
@@ -61,7 +62,7 @@ class Refiner:
         setting: model, candidates, device.
         tokens: int64 ``[sequences, seqlen]``, those of the scores.
         new_store: makes stores of hidden states.
-        step: called after every item, with its name.
+        steps: told after every item.
     """
 
     def __init__(
@@ -70,9 +71,9 @@ class Refiner:
         setting: Setting,
         tokens: Tensor,
         new_store: NewStore,
-        step: Callable[[str], object],
+        steps: Steps,
     ) -> None:
-        self._items, self._setting, self._step, self._new_store = items, setting, step, new_store
+        self._items, self._setting, self._steps, self._new_store = items, setting, steps, new_store
         self._tokens = tokens[: max(1, _TOKENS // tokens.shape[1])]
 
     def refine(
@@ -153,6 +154,7 @@ class Refiner:
                 passes.close()
                 passes.forward()
                 here = _kl(passes, 0, full)
+                self._steps.begin("items: KL with each one format down and one up", len(self._items))
                 for row, item in enumerate(self._items):
                     order, now = _ladder(table, row), int(allocation.choice[row])
                     block = next(
@@ -163,7 +165,7 @@ class Refiner:
                             self._set(source, item, s.candidates[order[place]], originals)
                             changes[side, row] = _kl(passes, block, full) - here
                     self._set(source, item, s.candidates[now], originals)
-                    self._step(item.name)
+                    self._steps(item.name)
         finally:
             passes.close()
             resident.close()

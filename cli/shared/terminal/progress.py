@@ -85,7 +85,7 @@ class ProgressListener:
             return
         elapsed = self._clock() - self._started
         left = elapsed / max(event.done - self._skipped, 1) * (event.total - event.done)
-        unit = self._unit.removesuffix("s")
+        unit = self._unit.partition(":")[0].removesuffix("s")  # "blocks: forward pass"
         self.say(f"{unit} {event.done}/{event.total}  {duration(elapsed)} elapsed  {duration(left)} left")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from calib.checkpoint.reader import ModelSource
 from calib.gradients import NewStore
 from ptq.allocation.problem.candidates import Candidate
+from ptq.allocation.progress import Steps
 
 __all__ = ["Context", "Score", "ScoreValues"]
 
@@ -30,7 +31,7 @@ class Context:
         seed: of labels, probes and orders that are drawn.
         errors: weight float32 ``[out, in]`` -> what every candidate would add to it, one after another, float32.
         new_store: makes stores of hidden states.
-        on_step: called with a line of progress.
+        steps: told what is being done, and after every step of it.
         probes: Hutchinson probes and power iterations.
     """
 
@@ -43,7 +44,7 @@ class Context:
     seed: int
     errors: Callable[[Tensor], Iterable[Tensor]]
     new_store: NewStore
-    on_step: Callable[[str], object] = lambda _: None
+    steps: Steps = dataclasses.field(default_factory=Steps)
     probes: int = 16
 
 

@@ -61,10 +61,12 @@ def _gradients(context: Context, visit: Callable[[BlockGradients], None], *, sam
         device=context.device,
         dtype=context.dtype,
         new_store=context.new_store,
-        on_block=context.on_step,
+        on_block=context.steps,
     )
     try:
+        context.steps.begin("blocks: forward pass", len(passes.block_names))
         passes.forward()
+        context.steps.begin("blocks: backward pass, rounding to every candidate", len(passes.block_names))
         if sampled:
             passes.sample_labels(torch.Generator().manual_seed(context.seed))
         else:

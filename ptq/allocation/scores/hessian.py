@@ -86,6 +86,7 @@ def _hutchinson(context: Context) -> ScoreValues:
     generator = torch.Generator(context.device).manual_seed(context.seed)
     with torch.enable_grad(), _trainable(context) as (model, weights):
         draws: list[list[float]] = []
+        context.steps.begin(f"sequences: {context.probes} Hessian-vector products each", len(context.tokens))
         for row in context.tokens:
             gradient = _gradient(model, row[None].to(context.device), list(weights.values()))
             for probe in range(context.probes):
@@ -96,7 +97,7 @@ def _hutchinson(context: Context) -> ScoreValues:
                     )
                 pairs = zip(signs, products, strict=True)
                 draws.append([float((sign * product).sum()) for sign, product in pairs])
-            context.on_step("probes")
+            context.steps("probes")
         values = torch.tensor(draws, dtype=torch.float64)
         errors = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.full_like(values[0], torch.nan)
         traces = {n: (float(t), float(e)) for n, t, e in zip(weights, values.mean(0), errors, strict=True)}
@@ -112,12 +113,13 @@ def _power_iteration(context: Context) -> ScoreValues:
     details = {}
     with torch.enable_grad(), _trainable(context) as (model, weights):
         tokens = context.tokens[:rows].to(context.device)
+        context.steps.begin("linears: power iteration", len(weights))
         gradient = _gradient(model, tokens, list(weights.values()))
         for (name, weight), own in zip(weights.items(), gradient, strict=True):
             with _second_derivatives(model):
                 value, rounds = _top_eigenvalue(own, weight, context.probes, generator)
             details[name] = {"eigenvalue": value, "order": value / weight.numel(), "iterations": float(rounds)}
-            context.on_step(name)
+            context.steps(name)
         del gradient
         table = _table(context, model, {name: row["eigenvalue"] for name, row in details.items()})
     used = f"eigenvalues are of the first {tokens.numel()} tokens"

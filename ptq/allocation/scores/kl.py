@@ -45,11 +45,12 @@ def _compute(context: Context) -> ScoreValues:
     probe = probe_column(context.candidates)
     try:
         passes.forward()
+        context.steps.begin("blocks: KL with each linear rounded alone", len(passes.block_names))
         with passes.head():
             table: dict[str, list[float]] = {}
             for index, name in enumerate(passes.block_names):
                 table |= _block(context, passes, index, name, probe)
-                context.on_step(name)
+                context.steps(name)
     finally:
         passes.close()
         resident.close()

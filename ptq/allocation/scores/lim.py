@@ -35,7 +35,7 @@ def _compute(context: Context) -> ScoreValues:
         device=context.device,
         dtype=context.dtype,
         new_store=context.new_store,
-        on_block=context.on_step,
+        on_block=context.steps,
     )
     sums = [0.0] * len(passes.block_names)
     count = context.tokens.numel() - len(context.tokens)
@@ -44,6 +44,7 @@ def _compute(context: Context) -> ScoreValues:
         sums[index] += float(turned(before, after).double().sum()) / count
 
     try:
+        context.steps.begin("blocks: forward pass", len(passes.block_names))
         passes.forward(observe)
     finally:
         passes.close()

@@ -32,14 +32,16 @@ def share_above_one(weights: Sequence[Tensor]) -> float:
 
 def _compute(context: Context) -> ScoreValues:
     source, scores = context.source, {}
-    for name in find_blocks(source.skeleton):
+    blocks = find_blocks(source.skeleton)
+    context.steps.begin("blocks: reading weights", len(blocks))
+    for name in blocks:
         inside = frozenset(tensor for tensor in source.tensor_names() if tensor.startswith(f"{name}."))
         source.load(inside)
         modules = find_linears(source.skeleton.get_submodule(name)).values()
         with torch.no_grad():
             scores[name] = -share_above_one([linear_weight(module) for module in modules])
         source.release(inside)
-        context.on_step(name)
+        context.steps(name)
     return ScoreValues(blocks=scores)
 
 

@@ -42,6 +42,15 @@ def test_lines_where_there_is_no_terminal() -> None:
     ]
 
 
+def test_lines_count_what_the_work_is_about() -> None:
+    text = io.StringIO()
+    with ProgressListener(Screen(file=text), ticking(10)) as listener:
+        listener(Event("blocks", "sequences: 4 products each", total=2))
+        listener(Event("block_done", done=1, total=2))
+    assert text.getvalue().splitlines()[0] == "2 sequences: 4 products each"
+    assert text.getvalue().splitlines()[1].startswith("sequence 1/2 ")
+
+
 def test_blocks_done_by_an_earlier_run_do_not_flatter_the_estimate() -> None:
     text = io.StringIO()
     run(ProgressListener(Screen(file=text), ticking(10)), start=2)

@@ -13,10 +13,12 @@ from calib.gradients import GradientPasses
 from calib.runner.activation_store import ActivationStore
 from ptq.allocation.measure import token_kl
 from ptq.allocation.problem.candidates import parse_candidates, rounding_errors
+from ptq.allocation.progress import Steps
 from ptq.allocation.scores import SCORES, Context, ScoreValues
 from ptq.allocation.scores.fisher import squared_gradient
 from ptq.allocation.scores.lim import turned
 from ptq.allocation.scores.zd import share_above_one
+from ptq.pipeline.events import Event
 from ptq.scheme import Scheme
 from tests.support.tiny_models import tiny_model
 
@@ -269,3 +271,27 @@ def test_direct_kl_is_that_of_two_whole_models() -> None:
         weight = model.get_submodule(name).weight.detach()
         energies = [float(error.square().sum()) for error in rounding_errors(weight, CANDIDATES)]
         assert values.table[name][0] / values.table[name][1] == pytest.approx(energies[0] / energies[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fisher", {"blocks: forward pass": 2, "blocks: backward pass, rounding to every candidate": 2}),
+        ("kl", {"blocks: KL with each linear rounded alone": 2}),
+        ("hawq-hvp", {"sequences: 2 Hessian-vector products each": 3}),
+        ("hawq-eig", {"linears: power iteration": 1}),
+        ("zd", {"blocks: reading weights": 2}),
+    ],
+)
+def test_progress_names_what_is_done_and_counts_what_it_names(name: str, expected: dict[str, int]) -> None:
+    events: list[Event] = []
+    one = ("model.layers.0.mlp.up_proj",)
+    model = tiny_model("llama")
+    SCORES[name].compute(context(model, probes=2, linears=one, steps=Steps(events.append)))
+    begun = [number for number, event in enumerate(events) if event.kind == "blocks"]
+    assert {events[number].text: events[number].total for number in begun} == expected
+    for first, after in zip(begun, [*begun[1:], len(events)], strict=True):
+        total = events[first].total
+        assert [(event.done, event.total) for event in events[first + 1 : after]] == [
+            (done, total) for done in range(1, total + 1)
+        ]

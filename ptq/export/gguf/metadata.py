@@ -38,11 +38,9 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(MODEL_ARCH.LLAMA, permutes=True),
     "qwen2": Family(MODEL_ARCH.QWEN2),
     "qwen3": Family(MODEL_ARCH.QWEN3),
-    "gemma": Family(MODEL_ARCH.GEMMA, adds_one=True),
     "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, adds_one=True),
     "phi": Family(MODEL_ARCH.PHI2, layer_norm=True),
-    "phi3": Family(MODEL_ARCH.PHI3),
 }
 """By ``model_type``."""
 _PERIODS = {MODEL_ARCH.GEMMA2: 2, MODEL_ARCH.GEMMA3: 6}
@@ -103,7 +101,7 @@ def add_architecture(writer: GGUFWriter, config: Any, family: Family) -> None:
 def _add_window(writer: GGUFWriter, config: Any, family: Family) -> None:
     """The sliding window, of architectures that llama.cpp runs with one; others run in full."""
     window = getattr(config, "sliding_window", None)
-    if window is None or family.arch not in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3, MODEL_ARCH.PHI3):
+    if window is None or family.arch not in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
         return
     kinds, period = getattr(config, "layer_types", None) or [], _PERIODS.get(family.arch)
     full = [number for number, kind in enumerate(kinds) if kind == "full_attention"]

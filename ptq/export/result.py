@@ -43,7 +43,7 @@ class Part:
     def __init__(self, name: str, tensors: dict[str, Tensor], rows: Mapping[str, LayerRecord], result: Result) -> None:
         self.name, self._tensors, self._result = name, tensors, result
         owners = {key: key.rpartition(".")[0] for key in tensors}
-        quantized = {owner: rows[owner] for owner in dict.fromkeys(owners.values()) if owner in rows}
+        quantized = {owner: rows[owner] for owner in sorted(set(owners.values())) if owner in rows}
         self._rows = quantized
         kept_roles = ("bias",)
         self.others: dict[str, Tensor] = {

@@ -38,13 +38,13 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(MODEL_ARCH.LLAMA, permutes=True),
     "qwen2": Family(MODEL_ARCH.QWEN2),
     "qwen3": Family(MODEL_ARCH.QWEN3),
-    "gemma": Family(MODEL_ARCH.GEMMA, adds_one=True),
     "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, adds_one=True),
     "phi": Family(MODEL_ARCH.PHI2, layer_norm=True),
-    "phi3": Family(MODEL_ARCH.PHI3),
 }
 """By ``model_type``."""
+_PERIODS = {MODEL_ARCH.GEMMA2: 2, MODEL_ARCH.GEMMA3: 6}
+"""Which blocks llama.cpp runs without a window."""
 
 
 def find_family(model_type: str) -> Family:
@@ -101,8 +101,15 @@ def add_architecture(writer: GGUFWriter, config: Any, family: Family) -> None:
 def _add_window(writer: GGUFWriter, config: Any, family: Family) -> None:
     """The sliding window, of architectures that llama.cpp runs with one; others run in full."""
     window = getattr(config, "sliding_window", None)
-    if window is None or family.arch not in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3, MODEL_ARCH.PHI3):
+    if window is None or family.arch not in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
         return
+    kinds, period = getattr(config, "layer_types", None) or [], _PERIODS.get(family.arch)
+    full = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    if period is not None and full != list(range(period - 1, len(kinds), period)):
+        raise UsageError(
+            f"llama.cpp runs every {period}th block of this architecture with full attention, and this model has it in "
+            f"the blocks {full}: write a dequantized folder (--format f16)."
+        )
     writer.add_sliding_window(window)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ptq.errors import UsageError
 
@@ -77,7 +77,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     model = stated.get("model") or {}
     if model.get("type") != "BPE":
         raise UsageError(f"{path} is a {model.get('type')} tokenizer, and ptq writes BPE to GGUF.")
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     pieces = bool(model.get("byte_fallback"))
     rule = "default" if pieces else split_rule(stated)
     tokens, kinds = _tokens(tokenizer, size, pieces=pieces)

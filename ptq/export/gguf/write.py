@@ -89,7 +89,7 @@ class GgufExport:
         """Tensors that one weight file becomes, in the order of `arrays`."""
         rows = self._result.rows
         stored = {key: one for key, one in stored_tensors(self._result.folder).items() if one.file.name == path.name}
-        owners = dict.fromkeys(key.rpartition(".")[0] for key in stored)
+        owners = sorted({key.rpartition(".")[0] for key in stored})
         for name in (owner for owner in owners if owner in rows):
             shape = rows[name].shape
             kind = exact_type(name, self._result.schemes[name], shape)

@@ -90,6 +90,7 @@ class WindowedLoop:
         self._learners: dict[int, BlockLearner] = {}
         self._open_parts: dict[int, PartRecord] = {}  # of blocks that are being worked on
         self._done = self._total = 0
+        self._fraction = 1.0  # of the input channels that the present sweep ends with
 
     def execute(self) -> None:
         """Learn, and write every block."""
@@ -117,6 +118,7 @@ class WindowedLoop:
     def _sweep(self, sweep: int, fractions: Sequence[float]) -> None:
         runner = self._job.make_runner(self._costs, batch=self._split.batch, held_out=self._split.held_out)
         runner.gathers_held_out = self._config.init_data == "all"
+        self._fraction = fractions[-1]
         last = sweep == len(self._config.sweeps) - 1
         written = len(self._blocks.finished) >= len(self._job.blocks)
         if self._is_done(sweep, len(self._windows) - 1) and (not last or written):
@@ -196,8 +198,10 @@ class WindowedLoop:
 
     def _settle(self, context: BlockContext) -> None:
         """Put what a block has learned into it; a finished one has its weights."""
-        if context.index in self._learners:
-            self._learners[context.index].settle()
+        learner = self._learners.get(context.index)
+        if learner is not None:
+            learner.share = self._fraction  # that of the last stage, also in a run that was interrupted after it
+            learner.settle()
 
     # -- one block ---------------------------------------------------------------------------------------------------
 

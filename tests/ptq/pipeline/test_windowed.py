@@ -433,11 +433,25 @@ def command(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrained
     ]
 
 
-@pytest.mark.parametrize("method", ["sliderquant-lora", "autoround"])
-def test_two_processes_learn_like_one(method: str, command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "init"), [("sliderquant-lora", "none"), ("autoround", "none"), ("autoround", "rtn")]
+)
+def test_two_processes_learn_like_one(method: str, init: str, command: list[str], tmp_path: Path) -> None:
     """With half the batch each and all batches in every step, the gradients are those of one process; rates that do not
     fall make the best step one in the middle, which must be the same on both."""
-    command = [*command, "--method", method, "--iters", "12", "--calib-samples", "16", "-O", "decay=constant"]
+    command = [
+        *command,
+        "--method",
+        method,
+        "--init",
+        init,
+        "--iters",
+        "12",
+        "--calib-samples",
+        "16",
+        "-O",
+        "decay=constant",
+    ]
     for count, batch in ((1, 16), (2, 8)):
         results = launch(count, [*command, "--train-batch", str(batch), "-o", str(tmp_path / str(count))], tmp_path)
         assert [result.code for result in results] == [0] * count, results[0].error
@@ -453,7 +467,8 @@ def test_two_processes_learn_like_one(method: str, command: list[str], tmp_path:
 
 def test_processes_with_different_numbers_of_batches_finish(command: list[str], tmp_path: Path) -> None:
     """Three batches for two processes; an epoch is as long as the longer part."""
-    command = [*command, "--method", "sliderquant-lora", "--epochs", "2", "--calib-samples", "12", "--train-batch", "4"]
+    command = [*command, "--method", "sliderquant-lora", "--init", "none", "--epochs", "2", "--calib-samples", "12"]
+    command += ["--train-batch", "4"]
     results = launch(2, [*command, "-o", str(tmp_path / "out")], tmp_path)
     assert [result.code for result in results] == [0, 0], results[0].error
     report = Report.load(tmp_path / "out")

@@ -45,7 +45,7 @@ class GgufFormat(NumberFormat):
 
     @property
     def fallback(self) -> Mapping[str, Any]:
-        """Fields of the scheme that a weight of another width gets, as llama.cpp does."""
+        """Fields of the scheme that a weight of another width gets."""
         return self.fallback_fields
 
     def check(self, scheme: Storage) -> None:

@@ -94,7 +94,7 @@ def test_fields_of_the_format_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(("name", "other"), [("q3_k", "iq4_nl"), ("q4_k", "int5 sym g32"), ("q6_k", "int8 sym g32")])
-def test_other_widths_fall_back_as_in_llama_cpp(name: str, other: str) -> None:
+def test_other_widths_fall_back(name: str, other: str) -> None:
     model = tiny_model("llama", hidden_size=256, intermediate_size=96)
     plan = make_plan(model, Recipe(method="rtn", scheme=Scheme.of(name)), torch.float32)
     found = {key.rpartition(".")[2]: scheme.describe() for key, scheme in plan.schemes.items() if scheme is not None}

@@ -38,8 +38,8 @@ class Int8Format(IntegerFormat):
             found = getattr(scheme, field)
             if found != wanted:
                 raise UsageError(
-                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take integers "
-                    "in groups (--format int)."
+                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take "
+                    "integers in groups (--format int)."
                 )
 
     def describe(self, scheme: Storage) -> str:

@@ -28,7 +28,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "FP8_BLOCK": {"format": "fp8-block", "act_format": "fp8-block"},
         "W4A16": _integers(4),
         "W8A16": _integers(8),
-        "W8A8": _integers(8, group_size=None, act_format="int8"),
+        "W8A8": {"format": "int8", "act_format": "int8"},
     }
 )
 """Fields of `ptq.Scheme` by name."""

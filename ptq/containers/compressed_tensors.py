@@ -116,7 +116,7 @@ def _linear_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, 
         if not isinstance(linear, nn.Linear):
             return f"{name} is a {type(linear).__name__}, and compressed-tensors quantizes only torch.nn.Linear"
         scale_dtype = scheme.resolved(linear.weight.dtype).scale_dtype
-        if pair is not None and linear.weight.dtype != torch.bfloat16:
+        if pair is not None and scheme.format != "int8" and linear.weight.dtype != torch.bfloat16:
             return f"{name} is {linear.weight.dtype}, and stock loaders unpack {scheme.format} to bfloat16"
         if linear.weight.dtype not in (SCALE_DTYPES[scale_dtype], torch.float32):
             model_dtype = str(linear.weight.dtype).removeprefix("torch.")

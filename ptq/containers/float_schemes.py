@@ -30,10 +30,11 @@ PAIRS: Mapping[Pair, tuple[str, str]] = MappingProxyType(
         ("fp8", "fp8"): ("FP8_DYNAMIC", "float-quantized"),
         ("fp8-tensor", "fp8-tensor"): ("FP8", "float-quantized"),
         ("fp8-block", "fp8-block"): ("FP8_BLOCK", "float-quantized"),
+        ("int8", "int8"): ("W8A8", "int-quantized"),
     }
 )
 """The library's preset and the name of its storage, by pair."""
-_AS_WEIGHT = ("mxfp8", "fp8", "fp8-tensor", "fp8-block")  # 8-bit numbers are stored as X.weight
+_AS_WEIGHT = ("mxfp8", "fp8", "fp8-tensor", "fp8-block", "int8")  # 8-bit numbers are stored as X.weight
 
 
 def find_pair(scheme: Scheme) -> Pair | None:

@@ -196,7 +196,10 @@ def _build(
         raise ValueError("its tensors would be others")
     tokens = [[(7 * position + 3) % made.get_text_config().vocab_size for position in range(_TOKENS)]]
     called = _called_linears(small.skeleton, tokens)
-    kept = {name: scheme if called is None or name in called else None for name, scheme in wanted.items()}
+    kept = {
+        name: scheme if (called is None or name in called) and _fits(scheme, small.skeleton, name) else None
+        for name, scheme in wanted.items()
+    }
     return Skeleton(folder, small, _fit_groups(kept, small.skeleton), shrunk, tokens, called is not None)
 
 
@@ -240,6 +243,12 @@ def _called_linears(model: nn.Module, tokens: list[list[int]]) -> set[str] | Non
     except Exception:  # modelling code that needs a GPU, a kernel, or inputs other than tokens
         return None
     return called if finite else None
+
+
+def _fits(scheme: Scheme | None, model: nn.Module, name: str) -> bool:
+    """Whether blocks of the input's format divide the small linear's width, which those of the large one did."""
+    inputs = None if scheme is None else scheme.activation_format
+    return inputs is None or inputs.unsupported_reason(linear_weight(model.get_submodule(name)).shape[1]) is None
 
 
 def _fit_groups(schemes: Mapping[str, Scheme | None], model: nn.Module) -> dict[str, Scheme | None]:

@@ -29,7 +29,14 @@ for folder in sys.argv[1:]:
     torch.save(weights, folder + "/stock.pt")
 assert "ptq" not in sys.modules
 """
-CASES = [("nvfp4", "nvfp4"), ("mxfp4", None), ("mxfp8", "mxfp8"), ("fp8", "fp8"), ("fp8-tensor", "fp8-tensor")]
+CASES = [
+    ("nvfp4", "nvfp4"),
+    ("mxfp4", None),
+    ("mxfp8", "mxfp8"),
+    ("fp8", "fp8"),
+    ("fp8-tensor", "fp8-tensor"),
+    ("int8", "int8"),
+]
 
 
 def test_stock_transformers_has_the_same_weights(tmp_path: Path) -> None:

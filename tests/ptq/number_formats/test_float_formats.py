@@ -21,6 +21,7 @@ STORED = {  # preset and storage of compressed-tensors
     "fp8": ("FP8_DYNAMIC", "float-quantized"),
     "fp8-tensor": ("FP8", "float-quantized"),
     "fp8-block": ("FP8_BLOCK", "float-quantized"),
+    "int8": ("W8A8", "int-quantized"),
 }
 
 
@@ -54,6 +55,8 @@ def test_stored_bytes_are_the_weights_by_the_definitions_of_the_formats(name: st
     if name.endswith("fp4"):
         low_first = np.stack([packed & 15, packed >> 4], axis=-1).reshape(136, 256)
         numbers = minifloat(low_first, 2, 1)
+    elif name == "int8":
+        numbers = packed.view(np.int8).astype(np.float64)
     else:
         numbers = minifloat(packed, 4, 3)
     scale = tensors["weight_scale"]

@@ -124,7 +124,7 @@ def test_inputs_are_rounded_as_the_run_saw_them(name: str, method: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "preset", ["NVFP4", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"]
+    "preset", ["NVFP4", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W8A8"]
 )
 def test_numbers_of_compressed_tensors_stay_packed(preset: str, tmp_path: Path) -> None:
     """Loaded in float32, where stock code cannot run all of them, and saved again: always the native form's model."""

@@ -180,6 +180,12 @@ def test_a_skeleton_has_one_block_of_every_kind(large: ModelSource, tmp_path: Pa
     assert made.schemes["model.layers.3.mlp.down_proj"] == Scheme(8, scale_dtype="bfloat16")
 
 
+def test_input_blocks_wider_than_the_skeleton_are_no_obstacle(tmp_path: Path) -> None:
+    source = stored(tmp_path / "source", "llama", hidden_size=128, intermediate_size=256, vocab_size=40_000)
+    assert skeleton_of(source, tmp_path / "small", Recipe()).shrunk
+    assert choose(source, Scheme.of("fp8-block", act_format="fp8-block")).name == "compressed-tensors"
+
+
 def test_a_shrunk_skeleton_stands_for_the_model(large: ModelSource) -> None:
     choice = choose(large)
     assert choice.name == "compressed-tensors"

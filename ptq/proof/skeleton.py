@@ -244,7 +244,7 @@ def _called_linears(model: nn.Module, tokens: list[list[int]]) -> set[str] | Non
 
 
 def _fit_groups(schemes: Mapping[str, Scheme | None], model: nn.Module) -> dict[str, Scheme | None]:
-    """Group sizes that divide the small model's widths where those of the large one did, if the format leaves a choice."""
+    """Group sizes that divide the small model's widths where those of the large one did, if there is a choice."""
     fitting: dict[Scheme, int] = {}
     for name, scheme in schemes.items():
         if scheme is not None and scheme.group_size is not None and not scheme.number_format.fixed_groups:

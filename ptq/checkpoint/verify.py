@@ -39,7 +39,8 @@ def verify_files(folder: str | Path) -> int:
     folder = Path(folder)
     if not (folder / REPORT_NAME).is_file():
         return 0
-    files = Report.load(folder).files
+    report = Report.load(folder)
+    files = report.files
     for name, stated in files.items():
         _verify(folder, name, stated)
     single = folder / "model.safetensors"
@@ -47,7 +48,27 @@ def verify_files(folder: str | Path) -> int:
         raise OutputError(f"{single} is not in {REPORT_NAME}, and would be loaded in place of its files. {_WAY_OUT}")
     if len(files) > 1:
         _verify_index(folder, files)
+    _verify_rotations(folder, report)
     return len(files)
+
+
+def _verify_rotations(folder: Path, report: Report) -> None:
+    """Formats and rotations of the config are the report's: no tensor shows that signs or blocks are others."""
+    path = folder / "config.json"
+    config = read_json(path, MAX_INDEX_BYTES, error=OutputError).get("quantization_config") if path.is_file() else None
+    if not isinstance(config, dict) or config.get("quant_method") != "ptq":
+        return
+    schemes, layers = config.get("schemes"), config.get("layers")
+    if not isinstance(schemes, dict) or not isinstance(layers, dict):
+        return  # the reader of the config says what is wrong with it
+    for layer in report.layers:
+        scheme = schemes.get(layers.get(layer.name))
+        for field in ("format", "input_rotation"):
+            if isinstance(scheme, dict) and scheme.get(field) != layer.scheme.get(field):
+                raise OutputError(
+                    f"{path} does not match its tensors: it gives {layer.name} {field}={scheme.get(field)!r}, and "
+                    f"{REPORT_NAME} says that they were written with {layer.scheme.get(field)!r}. {_WAY_OUT}"
+                )
 
 
 def _verify_index(folder: Path, files: Mapping[str, Any]) -> None:

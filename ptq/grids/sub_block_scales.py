@@ -198,7 +198,8 @@ class _Best:
         self._magnitudes, self._middles = magnitudes, (magnitudes[1:] + magnitudes[:-1]) / 2
         self.scale = torch.zeros(len(weights), device=weights.device)
         self.index = torch.zeros(weights.shape[:2], dtype=torch.uint8, device=weights.device)
-        self._error = torch.full_like(self.scale, torch.inf)
+        # A scale of zero stays where any other is worse: weights far below the smallest float16 number.
+        self._error = self._total(self._weights.clone(), (1, 2)).mul_(1 + 1e-6).add_(torch.finfo(torch.float32).tiny)
 
     def multipliers(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The best multiplier of every sub-block at these scales, ``[n, subs]``, and the levels that follow from it."""

@@ -26,6 +26,7 @@ from calib.checkpoint.reader import ModelSource, ModuleSource, open_model, quiet
 from calib.model.experts import expert_linears
 from calib.model.structure import all_linears, find_blocks, find_linears, is_linear, linear_weight, set_linear_weight
 from ptq.containers.select import CONTAINERS
+from ptq.errors import UsageError
 from ptq.proof.loader import run_model
 from ptq.proof.shrink import shrink_config
 from ptq.quantized import QuantizedWeight
@@ -252,16 +253,24 @@ def _fits(scheme: Scheme | None, model: nn.Module, name: str) -> bool:
 
 
 def _fit_groups(schemes: Mapping[str, Scheme | None], model: nn.Module) -> dict[str, Scheme | None]:
-    """Group sizes that divide the small model's widths where those of the large one did."""
+    """Group sizes that divide the small model's widths where those of the large one did, if there is a choice."""
     fitting: dict[Scheme, int] = {}
     for name, scheme in schemes.items():
         if scheme is not None and scheme.group_size is not None and not scheme.number_format.fixed_groups:
             width = linear_weight(model.get_submodule(name)).shape[1]
             fitting[scheme] = math.gcd(fitting.get(scheme, scheme.group_size), width)
     return {
-        name: dataclasses.replace(scheme, group_size=fitting[scheme]) if scheme in fitting else scheme
+        name: _in_groups(scheme, fitting[scheme]) if scheme is not None and scheme in fitting else scheme
         for name, scheme in schemes.items()
     }
+
+
+def _in_groups(scheme: Scheme, size: int) -> Scheme:
+    """The scheme with other groups; as it is where the format has one size, whose last group may be short."""
+    try:
+        return dataclasses.replace(scheme, group_size=size)
+    except UsageError:
+        return scheme
 
 
 def _draw(linear: nn.Module, scheme: Scheme, seed: int) -> QuantizedWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from tests.support.tiny_models import tiny_model
 
 TOKENS = torch.arange(16).reshape(2, 8)
 CALIBRATION = Calibration(torch.randint(0, 60, (4, 32), generator=torch.Generator().manual_seed(0)), "test", 1, "none")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of itq3s."""
+    folder = tmp_path_factory.mktemp("stored") / "out"
+    ptq.quantize(tiny_model("llama"), out=folder, device="cpu", method="itq3s")
+    return folder
 
 
 def logits(model: Any) -> Tensor:
@@ -224,14 +233,52 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
                 Scheme.of(name).number_format.fit(weight, Scheme.of(name), search)  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_with_another_rotation_is_refused(tmp_path: Path) -> None:
-    ptq.quantize(tiny_model("llama"), out=tmp_path / "out", device="cpu", method="itq3s")
-    path = tmp_path / "out" / "config.json"
-    config = json.loads(path.read_text())
-    next(iter(config["quantization_config"]["schemes"].values()))["input_rotation"]["kind"] = "hadamard-3"
-    path.write_text(json.dumps(config))
-    with pytest.raises(ptq.PtqError, match=r"kind of input rotation 'hadamard-3'"):
-        ptq.load(tmp_path / "out")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "hadamard-3"}, "kind of input rotation 'hadamard-3'"),
+        (
+            {"seed": 5},
+            "does not match its tensors: it gives model.layers.0.self_attn.q_proj input_rotation=.*'seed': 5",
+        ),
+        ({"block": 64}, "does not match its tensors: .*'block': 64.*'block': 256"),
+        ({"block": 100}, "must be one of 32, 64, 128, 256, 512, 1024; got 100"),
+        ({"format": "itq3s-104"}, "q_proj format='itq3s-104', and ptq_report.json says .* with 'itq3s'"),
+        ({"format": "itq3s-v2"}, "unknown number format 'itq3s-v2'"),
+        ({"version": 99}, "has version 99, this ptq reads version 1"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_does_not_match_its_tensors_is_refused(
+    change: dict[str, Any], said: str, stored: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(stored, folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    scheme = next(iter(quantization["schemes"].values()))
+    target = {"version": quantization, "format": scheme}.get(next(iter(change)), scheme["input_rotation"])
+    target.update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ptq.PtqError, match=said):
+        ptq.load(folder)
+
+
+def test_signs_of_one_seed_for_all_inputs_are_read(tmp_path: Path) -> None:
+    """As checkpoints had them before every input got its own: rotated inputs still meet the right weights."""
+    model = tiny_model("llama")
+    scheme = Scheme.of("itq3s", input_rotation=Rotation(5, 256))
+    report = ptq.quantize(
+        model, out=tmp_path / "out", device="cpu", method="rtn", format="itq3s", overrides=(("*", scheme),)
+    )
+    assert {layer.scheme["input_rotation"]["seed"] for layer in report.layers} == {5}
+    loaded = ptq.load(tmp_path / "out")
+    dense = tiny_model("llama")
+    for name, module in loaded.named_modules():
+        if isinstance(module, QuantLinear):
+            weight = module(torch.eye(module.in_features)).T
+            dense.get_submodule(name).weight.data = weight.detach()
+    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-3, atol=1e-4)
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

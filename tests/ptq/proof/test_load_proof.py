@@ -186,6 +186,14 @@ def test_input_blocks_wider_than_the_skeleton_are_no_obstacle(tmp_path: Path) ->
     assert choose(source, Scheme.of("fp8-block", act_format="fp8-block")).name == "compressed-tensors"
 
 
+@pytest.mark.parametrize("name", ["itq3s", "itq3s-ternary", "higgs", "mxfp4"])
+def test_formats_with_groups_of_one_size_have_a_skeleton(name: str, large: ModelSource, tmp_path: Path) -> None:
+    made = skeleton_of(large, tmp_path / "small", Recipe(scheme=Scheme.of(name)))
+    assert made.shrunk
+    groups = {scheme.group_size for scheme in made.schemes.values() if scheme is not None}
+    assert groups == {Scheme.of(name).group_size}
+
+
 def test_a_shrunk_skeleton_stands_for_the_model(large: ModelSource) -> None:
     choice = choose(large)
     assert choice.name == "compressed-tensors"

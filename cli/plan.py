@@ -27,42 +27,91 @@ __all__ = ["command"]
     metavar="FILE",
     help="The plan; with --pareto alone the curve, .html or .json.  [default: plan.yaml]",
 )
-@click.option("--target-bpw", type=float, metavar="X", help="Real bits per weight of the linears, scales included.")
-@click.option("--target-size", metavar="SIZE", help="Bytes of all weight files, e.g. 90MB.")
 @click.option(
-    "--max-kl", type=float, metavar="X", help="The smallest plan of at most this predicted KL (nats per token)."
+    "--target-bpw",
+    type=float,
+    metavar="X",
+    help="Average bits per weight of the linears, scales and zero points included.",
+)
+@click.option("--target-size", metavar="SIZE", help="Size of the whole checkpoint (all weight files), e.g. 90MB.")
+@click.option(
+    "--max-kl", type=float, metavar="X", help="The smallest plan whose predicted KL is at most X nats per token."
 )
 @click.option(
-    "--fraction", type=float, metavar="F", help="With lim, zd, random: blocks at the higher of two candidates."
+    "--fraction",
+    type=float,
+    metavar="F",
+    help="With --score lim, zd, random: the part of the blocks that gets the higher of two candidates.",
 )
-@click.option("--bitops", type=float, metavar="F", help="Besides: bit operations, from 0 (the fewest) to 1 (the most).")
-@click.option("--candidates", metavar="NAMES", help="Formats: 2,3,4 or 3g32,4asym or bf16.  [default: 2,3,4,5,6,8]")
-@click.option("--score", default="fisher", metavar="NAME", help="How sensitivity is measured; see docs/allocation.md.")
-@click.option("--solver", default="milp", metavar="NAME", help="milp, lagrangian or greedy.")
-@click.option("--limit", "limits", multiple=True, metavar="PATTERN>=BITS", help="Also <= and =; repeat.")
+@click.option(
+    "--bitops",
+    type=float,
+    metavar="F",
+    help="Also limit bit operations (weight bits x input bits), from 0, the fewest possible, to 1, the most.",
+)
+@click.option(
+    "--candidates",
+    metavar="NAMES",
+    help="Formats to choose from: 3 (bits), 3g32 (groups of 32), 4asym, nvfp4, bf16 ...  [default: 2,3,4,5,6,8]",
+)
+@click.option("--score", default="fisher", metavar="NAME", help="How sensitivity is measured: see the list above.")
+@click.option("--solver", default="milp", metavar="NAME", help="milp (exact), lagrangian or greedy.")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="PATTERN>=BITS",
+    help="Bits that linears may have, e.g. '*.down_proj>=4'; also <= and =. Repeat for more.",
+)
 @click.option(
     "--include", metavar="embedding,lm_head", help="Also choose a format for these; a tied head is the embedding."
 )
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Linears that stay as they are; repeat.")
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="PATTERN",
+    help="Linears to leave in full precision and out of the budget. Repeat for more.",
+)
 @click.option("--fused/--free", default=False, help="q, k and v (gate and up) share a format, as vLLM needs it.")
 @click.option(
     "--group-size", type=int, metavar="N", help="Input channels that share a scale; 0 is per channel.  [default: 64]"
 )
 @click.option("--sym/--asym", "symmetric", default=None, help="Grid around zero, or a zero point.  [default: sym]")
-@click.option("--calib", default="c4", metavar="SOURCE", help="Text for scores, as in ptq quantize.")
-@click.option("--calib-samples", default=32, type=int, metavar="N", help="Sequences; some more are held out.")
-@click.option("--calib-seqlen", default=512, type=int, metavar="T", help="Tokens in each sequence.")
-@click.option("--seed", default=0, type=int, help="Seed of the draw of sequences and labels.")
+@click.option("--calib", default="c4", metavar="SOURCE", help="Calibration text that scores read, as in ptq quantize.")
 @click.option(
-    "--probes", default=16, type=click.IntRange(min=1), metavar="N", help="Of Hutchinson and power iteration."
+    "--calib-samples",
+    default=32,
+    type=int,
+    metavar="N",
+    help="Sequences; a quarter more is drawn and held out to measure KL.",
 )
-@click.option("--check/--no-check", default=True, help="Measure the plan's KL on held-out tokens.")
+@click.option("--calib-seqlen", default=512, type=int, metavar="T", help="Tokens in each sequence.")
+@click.option("--seed", default=0, type=int, help="Seed for drawing sequences and labels.")
 @click.option(
-    "--refine", default=0, type=click.IntRange(min=0), metavar="N", help="Rounds of measuring in the mixed model."
+    "--probes",
+    default=16,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With hawq-hvp: random vectors per sequence; with hawq-eig: most iterations per linear.",
+)
+@click.option("--check/--no-check", default=True, help="Measure the plan's KL on held-out tokens, rounded to nearest.")
+@click.option(
+    "--refine",
+    default=0,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Rounds of measuring every linear again in the mixed model; kept if held-out KL falls.",
 )
 @click.option("--pareto", is_flag=True, help="The whole curve: predicted KL against real bits; needs no target.")
-@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page with pictures.")
-@click.option("--dtype", default="auto", metavar="DTYPE", help="Passes through the model: auto, float32 or bfloat16.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Also write a page with pictures: bits by layer, predicted and measured KL, the curve.",
+)
+@click.option(
+    "--dtype", default="auto", metavar="DTYPE", help="Precision of passes through the model: auto, float32 or bfloat16."
+)
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Where to work.")
 @click.option(
     "--cache",
@@ -82,6 +131,19 @@ def command(model: str, **flags: Any) -> None:
       ptq plan MODEL --pareto --html plan.html
       ptq plan MODEL --score lim --candidates 3,4 --fraction 0.5
       ptq quantize --method coreq --plan plan.yaml MODEL
+
+    \b
+    Scores (--score), what a format costs a linear:
+      fisher      squared error weighted by the Fisher diagonal (squared gradients, labels drawn from the model)
+      out-fisher  squared error of the output along its gradient, token by token
+      modelopt    as AutoQuantize in NVIDIA Model Optimizer: output error x gradient, labels of the text
+      hawq        HAWQ-V2: mean trace of the Hessian x squared error, trace from sampled gradients
+      hawq-hvp    the same, trace by Hutchinson's method with Hessian-vector products (--probes)
+      hawq-eig    HAWQ-V1: top eigenvalue of the Hessian x squared error
+      kl          KL measured with that linear alone rounded
+      lim         ranks blocks by how far each turns the hidden state (layer input modification)
+      zd          ranks blocks by their share of weights above one standard deviation (z-score distribution)
+      random      ranks blocks in random order; uniform gives all linears one format
 
     Scores are kept: another budget, solver or limit takes seconds.
     """

@@ -17,7 +17,7 @@ from calib.model.structure import end_modules, tied_head
 from calib.runner.forward import pass_dtype
 from ptq.allocation.plan import Plan
 from ptq.allocation.planner import Planner
-from ptq.allocation.problem.budget import Budget
+from ptq.allocation.problem.budget import Budget, parse_size
 from ptq.allocation.problem.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
 from ptq.allocation.problem.groups import parse_limit
 from ptq.allocation.problem.items import linears_of
@@ -71,12 +71,21 @@ class PlanOptions:
     compute_dtype: str = "auto"
     probes: int = 16
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.candidates, str):
+            raise UsageError(f"candidates are one text with commas, e.g. '3,4,6'; got {self.candidates!r}.")
+        for name in ("limits", "include", "ignore"):
+            if isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} is a tuple of texts; write ({getattr(self, name)!r},).")
+        if self.probes < 1:
+            raise UsageError(f"probes must be at least 1, got {self.probes!r}.")
+
 
 def plan(
     model: str | os.PathLike[str] | nn.Module,
     *,
     target_bpw: float | None = None,
-    target_size: int | None = None,
+    target_size: int | str | None = None,
     max_kl: float | None = None,
     fraction: float | None = None,
     bitops: float | None = None,
@@ -91,7 +100,7 @@ def plan(
     Args:
         model: a hub id, a local folder, a ``.gguf`` file, or a transformers model in memory.
         target_bpw: real bits per weight of the linears, scales and zero points included.
-        target_size: bytes of all weight files, instead.
+        target_size: bytes of all weight files, instead; or with a unit, ``"90MB"``.
         max_kl: predicted KL divergence in nats per token that the smallest plan may cost, instead.
         fraction: of the blocks at the higher of two candidates, instead (scores that rank blocks).
         bitops: also limit bit operations to this fraction of the way from the fewest to the most.
@@ -106,7 +115,8 @@ def plan(
     Raises:
         PtqError: see `ptq.errors`.
     """
-    budget = Budget(target_bpw, target_size, max_kl, fraction, bitops)
+    size = parse_size(target_size) if isinstance(target_size, str) else target_size
+    budget = Budget(target_bpw, size, max_kl, fraction, bitops)
     made = make_planner(model, options, **planner)
     return made.planned(budget, solver, check=check, rounds=refine)[0]
 

@@ -20,7 +20,7 @@ from calib.runner.activation_store import ActivationStore, settle_offload
 from ptq.allocation.measure import measure_kl
 from ptq.allocation.outside import allow_outside, outside_scores
 from ptq.allocation.plan import Plan, linear_weights
-from ptq.allocation.problem.budget import Budget, budget_limit, fit_budget
+from ptq.allocation.problem.budget import Budget, budget_limit, fit_budget, further_budgets, held_below
 from ptq.allocation.problem.candidates import STAND_IN, Candidate, rounding_errors
 from ptq.allocation.problem.groups import Limit, allowed_formats, group_linears
 from ptq.allocation.problem.items import Item, Table, payload_bits
@@ -151,13 +151,9 @@ class Planner:
         Raises:
             UsageError: the budget cannot be met; says what is feasible.
         """
+        budget.check_score(self.setting.score.name, self.setting.score.unit)
         if self.setting.score.unit != "order":
             return fit_budget(self.table, budget, self.setting.kept_bytes, solver)
-        if budget.max_kl is not None:
-            raise UsageError(
-                f"--max-kl needs a score that predicts KL, and {self.setting.score.name!r} only ranks blocks: take "
-                f"fisher, hawq or kl."
-            )
         blocks = find_blocks(self.setting.source.skeleton)
         table = self.table
         if budget.size is not None:
@@ -165,12 +161,15 @@ class Planner:
         limit = None if budget.fraction is not None else budget_limit(table, budget, self.setting.kept_bytes)
         return two_levels(table, self.score().blocks, blocks, limit, budget.fraction)
 
-    def check_budget(self, budget: Budget, solver: str = "milp") -> None:
+    def check_budget(self, budget: Budget, solver: str = "milp", rounds: int = 0) -> None:
         """Check before anything is scored, which takes minutes, what only depends on sizes and names.
 
         Raises:
-            UsageError: the budget cannot be met with these candidates and limits, or an unknown solver.
+            UsageError: the budget cannot be met with these candidates and limits or by this score, refinement has
+                nothing to measure with, or an unknown solver.
         """
+        budget.check_score(self.setting.score.name, self.setting.score.unit)
+        self._check_rounds(budget, rounds)
         check_solver(solver, more_budgets=budget.bitops is not None)
         if budget.bpw is None and budget.size is None:
             return
@@ -192,8 +191,11 @@ class Planner:
         Raises:
             UsageError: the budget cannot be met, or refinement has nothing to measure with.
         """
-        self.check_budget(budget, solver)
+        self.check_budget(budget, solver, rounds)
         allocation = self.allocate(budget, solver)
+        held = held_below(self.table, budget, self.setting.kept_bytes, allocation)
+        if held is not None:
+            self.notes.append(held)
         if rounds:
             allocation = self._refined(allocation, budget, rounds)
         found = self.plan(allocation, budget.describe())
@@ -201,20 +203,30 @@ class Planner:
             found = dataclasses.replace(found, about={**found.about, **self.measured(allocation)})
         return found, allocation
 
-    def _refined(self, allocation: Allocation, budget: Budget, rounds: int) -> Allocation:
+    def _check_rounds(self, budget: Budget, rounds: int) -> None:
         s = self.setting
+        if rounds < 0:
+            raise UsageError(f"--refine is a number of rounds, 0 or more; got {rounds!r}.")
+        if rounds == 0:
+            return
         if s.score.unit != "nats" or s.calibration is None or s.held_out is None:
             raise UsageError("--refine needs a score in nats (fisher, out-fisher, hawq, kl) and its calibration text.")
         if s.outside:
             raise UsageError("--refine measures linears of blocks: leave out --include, or --refine.")
         if budget.bpw is None and budget.size is None:
             raise UsageError("--refine moves bits within a budget: give --target-bpw or --target-size.")
+
+    def _refined(self, allocation: Allocation, budget: Budget, rounds: int) -> Allocation:
+        s = self.setting
+        assert s.calibration is not None
         with self._stores() as new_store, strict_float32():
             tokens = s.calibration.tokens
             refiner = Refiner(self.items, s, tokens, new_store, self._steps)
             limit = budget_limit(self.table, budget, s.kept_bytes)
             table = self.table if budget.bpw is not None else dataclasses.replace(self.table, bits=self.table.stored)
-            allocation, notes = refiner.refine(table, allocation, limit, rounds, self.measure)
+            allocation, notes = refiner.refine(
+                table, allocation, limit, rounds, self.measure, further_budgets(table, budget)
+            )
         self.notes += notes
         for note in notes:
             self._say(note)
@@ -367,15 +379,15 @@ def _repaired(table: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[floa
         worst = np.where(bad, -np.inf, values).max(0)
         values = np.where(bad, worst, values)
         first = names[int(np.flatnonzero(bad.any(1))[0])]
-        notes.append(
-            f"{int(bad.any(1).sum())} linears had scores that are not finite, taken as the worst, e.g. {first}"
-        )
+        notes.append(f"{_count(bad)} had scores that are not finite, taken as the worst, e.g. {first}")
     below = values < 0
     if below.any():
         first = names[int(np.flatnonzero(below.any(1))[0])]
-        notes.append(
-            f"{int(below.any(1).sum())} linears had negative scores, taken as zero, e.g. {first}: more tokens or "
-            f"probes help"
-        )
+        notes.append(f"{_count(below)} had negative scores, taken as zero, e.g. {first}: more tokens or probes help")
         values = np.maximum(values, 0.0)
     return {name: [float(value) for value in row] for name, row in zip(names, values, strict=True)}, notes
+
+
+def _count(rows: NDArray[np.bool_]) -> str:
+    number = int(rows.any(1).sum())
+    return "1 linear" if number == 1 else f"{number} linears"

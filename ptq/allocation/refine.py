@@ -43,6 +43,7 @@ _PIECE = 64  # tokens that count as one observation
 _LEVEL = 0.05
 
 Measure = Callable[[Allocation], NDArray[np.float64]]
+Budgets = tuple[tuple[NDArray[np.float64], float], ...]
 
 
 def significantly_lower(new: NDArray[np.float64], old: NDArray[np.float64]) -> bool:
@@ -77,7 +78,7 @@ class Refiner:
         self._tokens = tokens[: max(1, _TOKENS // tokens.shape[1])]
 
     def refine(
-        self, table: Table, allocation: Allocation, limit: float, rounds: int, measure: Measure
+        self, table: Table, allocation: Allocation, limit: float, rounds: int, measure: Measure, more: Budgets = ()
     ) -> tuple[Allocation, list[str]]:
         """The allocation after at most so many rounds, and sentences on what they did.
 
@@ -87,12 +88,13 @@ class Refiner:
             limit: of the cost.
             rounds: at most; the first that does not help is the last.
             measure: KL per held-out token of an allocation.
+            more: further costs and limits that every round keeps.
         """
         notes: list[str] = []
         scores, current = table.scores, measure(allocation)
         for number in range(1, rounds + 1):
             scores = self._stretched(table, scores, allocation, *self._marginals(table, allocation))
-            proposed = self._solve(table, scores, allocation, limit)
+            proposed = self._solve(table, scores, allocation, limit, more)
             if (proposed.choice == allocation.choice).all():
                 notes.append(f"refinement {number}: no linear changes its format")
                 break
@@ -106,11 +108,13 @@ class Refiner:
             allocation, current = proposed, new
         return allocation, notes
 
-    def _solve(self, table: Table, scores: NDArray[np.float64], now: Allocation, limit: float) -> Allocation:
+    def _solve(
+        self, table: Table, scores: NDArray[np.float64], now: Allocation, limit: float, more: Budgets
+    ) -> Allocation:
         rows = np.arange(len(self._items))
         distance = np.abs(table.bits - table.bits[rows, now.choice][:, None])
         region = (distance, _MOVED * float(table.bits[rows, now.choice].sum()))
-        return solve(Problem(scores, table.bits, limit, (region,)), "milp")
+        return solve(Problem(scores, table.bits, limit, (region, *more)), "milp")
 
     def _stretched(
         self,

@@ -11,7 +11,7 @@ from ptq.allocation.problem.items import Table
 from ptq.allocation.problem.solver import Allocation, Problem, solve
 from ptq.errors import UsageError
 
-__all__ = ["Budget", "budget_limit", "fit_budget", "parse_size"]
+__all__ = ["Budget", "budget_limit", "fit_budget", "further_budgets", "held_below", "parse_size"]
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -38,6 +38,10 @@ class Budget:
         given = [name for name in ("bpw", "size", "max_kl", "fraction") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UsageError("give one target: --target-bpw, --target-size, --max-kl, or --fraction of the blocks.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"the target {field.name} is a number, got {value!r} ({type(value).__name__}).")
         value = getattr(self, given[0])
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise UsageError(
@@ -47,6 +51,30 @@ class Budget:
             raise UsageError(f"the target must be a number above zero, got {value!r}.")
         if self.bitops is not None and not 0 <= self.bitops <= 1:
             raise UsageError(f"--bitops is a fraction from 0 (the fewest) to 1 (the most), got {self.bitops!r}.")
+        if self.bitops is not None and self.fraction is not None:
+            raise UsageError(
+                "--fraction says which blocks get more bits, so --bitops has nothing to choose: leave it out."
+            )
+
+    def check_score(self, name: str, unit: str) -> None:
+        """Check that a score can serve this budget, before it is computed.
+
+        Args:
+            name: of the score.
+            unit: what its values are in (`ptq.allocation.scores.Score`).
+
+        Raises:
+            UsageError: it cannot; says which can.
+        """
+        if unit != "order" and self.fraction is not None:
+            raise UsageError("--fraction is for scores that rank blocks: lim, zd or random. Give a target instead.")
+        if unit == "order" and self.bitops is not None:
+            raise UsageError(
+                f"--bitops needs a score of linears, and {name!r} only ranks blocks: take fisher, hawq or kl."
+            )
+        if unit != "nats" and self.max_kl is not None:
+            what = "only ranks blocks" if unit == "order" else "is no KL, only in proportion to it"
+            raise UsageError(f"--max-kl needs a score that predicts KL, and {name!r} {what}: take fisher, hawq or kl.")
 
     def describe(self) -> dict[str, float]:
         """Plain data: what was asked."""
@@ -78,13 +106,39 @@ def fit_budget(table: Table, budget: Budget, kept_bytes: int, solver: str = "mil
     Raises:
         UsageError: the budget cannot be met, or everything fits; says what is feasible.
     """
-    more = () if budget.bitops is None else (_bit_operations(table, budget.bitops),)
-    if budget.fraction is not None:
-        raise UsageError("--fraction is for scores that rank blocks: lim, zd or random. Give a target instead.")
+    more = further_budgets(table, budget)
     if budget.max_kl is not None:
-        return _within_loss(table, budget.max_kl, solver)
+        return _within_loss(table, budget.max_kl, solver, more)
     costs = table.bits if budget.bpw is not None else table.stored
     return solve(Problem(table.scores, costs, budget_limit(table, budget, kept_bytes), more), solver)
+
+
+def further_budgets(table: Table, budget: Budget) -> tuple[tuple[np.ndarray, float], ...]:
+    """Costs and limits besides the target, as `ptq.allocation.problem.solver.Problem` takes them."""
+    return () if budget.bitops is None else (_bit_operations(table, budget.bitops),)
+
+
+def held_below(table: Table, budget: Budget, kept_bytes: int, held: Allocation) -> str | None:
+    """A sentence where the limit of bit operations, and not the target, decides the size of a plan.
+
+    Args:
+        table: scores and costs.
+        budget: the target.
+        kept_bytes: what is stored besides the linears of the plan.
+        held: the best choice within the budget.
+    """
+    if budget.bitops is None or (budget.bpw is None and budget.size is None):
+        return None
+    free = fit_budget(table, dataclasses.replace(budget, bitops=None), kept_bytes)
+    if free.cost <= held.cost * (1 + 1e-9):
+        return None
+    if budget.bpw is not None:
+        total = table.sizes.sum()
+        sizes = f"{held.cost / total:.3f} bits per weight, where the target alone gives {free.cost / total:.3f}"
+    else:
+        sizes = f"{_megabytes(held.cost / 8 + kept_bytes)}, where the target alone gives "
+        sizes += _megabytes(free.cost / 8 + kept_bytes)
+    return f"--bitops {budget.bitops:g} holds the plan at {sizes}: allow more bit operations to spend the rest"
 
 
 def budget_limit(table: Table, budget: Budget, kept_bytes: int) -> float:
@@ -102,7 +156,7 @@ def budget_limit(table: Table, budget: Budget, kept_bytes: int) -> float:
     return float(limit)
 
 
-def _within_loss(table: Table, most: float, solver: str) -> Allocation:
+def _within_loss(table: Table, most: float, solver: str, more: tuple[tuple[np.ndarray, float], ...]) -> Allocation:
     """The cheapest choice with at most this predicted loss: the same problem with score and cost exchanged."""
     allowed = np.isfinite(table.scores)
     scores = np.where(allowed, table.scores, 0.0)
@@ -112,7 +166,7 @@ def _within_loss(table: Table, most: float, solver: str) -> Allocation:
             f"--max-kl {most:g} is below the least predicted KL of these candidates, {least:.4g} nats per token: allow "
             f"more, or add candidates with more bits."
         )
-    found = solve(Problem(np.where(allowed, table.bits, np.inf), scores, most), solver)
+    found = solve(Problem(np.where(allowed, table.bits, np.inf), scores, most, more), solver)
     rows = np.arange(len(found.choice))
     score, cost = float(scores[rows, found.choice].sum()), float(table.bits[rows, found.choice].sum())
     return dataclasses.replace(found, score=score, cost=cost)

@@ -34,6 +34,7 @@ from ptq.errors import ModelError
 __all__ = ["HAWQ_EIG", "HAWQ_HVP"]
 
 _TOLERANCE = 1e-3  # relative change of an eigenvalue at which power iteration stops
+_CUT_OFF = ("DelayedError", "Error", "NotImplemented")  # autograd's nodes of what has no derivative
 _EIGEN_TOKENS = 1024  # of the one batch whose graph is kept
 
 
@@ -53,13 +54,39 @@ def _trainable(context: Context) -> Iterator[tuple[Any, dict[str, Tensor]]]:
         resident.close()
 
 
-def _gradient(model: Any, tokens: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient, with its graph, of the KL divergence per token from the model as it is."""
+def _gradient(model: Any, tokens: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradient, with its graph, of the KL divergence per token from the model as it is.
+
+    It is ``None`` for a weight that no token reached, as those of an idle expert: its Hessian is zero.
+    """
     with _second_derivatives(model):
         logprobs = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), -1)
         fixed = logprobs.detach()
         loss = (fixed.exp() * (fixed - logprobs)).sum(-1).mean()
-        return torch.autograd.grad(loss, weights, create_graph=True, allow_unused=False)
+        found = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        _check_graph(found)
+        return found
+
+
+def _check_graph(gradient: Sequence[Tensor | None]) -> None:
+    """Check that no operation of a gradient is cut off from what it was computed from.
+
+    Autograd itself notices only where nothing else leads to a weight; otherwise a term of the Hessian would be lost.
+
+    Raises:
+        RuntimeError: one is, as those of kernels that are marked to be differentiable once.
+    """
+    waiting = [own.grad_fn for own in gradient if own is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if type(node).__name__.removesuffix("Backward") in _CUT_OFF:
+            raise RuntimeError("an operation can be differentiated only once")
+        new = {after for after, _ in node.next_functions} - seen
+        seen |= new
+        waiting += new
 
 
 @contextlib.contextmanager
@@ -89,11 +116,17 @@ def _hutchinson(context: Context) -> ScoreValues:
         context.steps.begin(f"sequences: {context.probes} Hessian-vector products each", len(context.tokens))
         for row in context.tokens:
             gradient = _gradient(model, row[None].to(context.device), list(weights.values()))
+            reached = [own for own in gradient if own is not None]
             for probe in range(context.probes):
                 signs = [_signs(weight, generator) for weight in weights.values()]
                 with _second_derivatives(model):
                     products = torch.autograd.grad(
-                        gradient, list(weights.values()), signs, retain_graph=probe + 1 < context.probes
+                        reached,
+                        list(weights.values()),
+                        [sign for sign, own in zip(signs, gradient, strict=True) if own is not None],
+                        retain_graph=probe + 1 < context.probes,
+                        allow_unused=True,
+                        materialize_grads=True,
                     )
                 pairs = zip(signs, products, strict=True)
                 draws.append([float((sign * product).sum()) for sign, product in pairs])
@@ -116,8 +149,10 @@ def _power_iteration(context: Context) -> ScoreValues:
         context.steps.begin("linears: power iteration", len(weights))
         gradient = _gradient(model, tokens, list(weights.values()))
         for (name, weight), own in zip(weights.items(), gradient, strict=True):
-            with _second_derivatives(model):
-                value, rounds = _top_eigenvalue(own, weight, context.probes, generator)
+            value, rounds = 0.0, 0
+            if own is not None:
+                with _second_derivatives(model):
+                    value, rounds = _top_eigenvalue(own, weight, context.probes, generator)
             details[name] = {"eigenvalue": value, "order": value / weight.numel(), "iterations": float(rounds)}
             context.steps(name)
         del gradient

@@ -17,7 +17,7 @@ from calib.data.tokens import Calibration
 from cli.main import main
 from ptq.allocation import PlanOptions, make_planner, read_plan
 from ptq.allocation.planner import _repaired
-from ptq.allocation.problem.budget import Budget, parse_size
+from ptq.allocation.problem.budget import Budget, further_budgets, held_below, parse_size
 from ptq.allocation.problem.candidates import parse_candidates
 from ptq.allocation.problem.groups import parse_limit
 from ptq.allocation.scores import ScoreValues
@@ -307,3 +307,59 @@ def test_small_parsers() -> None:
 def test_a_tokenizer_is_needed_with_a_model_in_memory(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="tokenizer"):
         ptq.plan(tiny_model("llama"), target_bpw=4, device="cpu", cache=None)
+
+
+def test_a_limit_of_bit_operations_that_decides_is_said_and_kept_by_refinement() -> None:
+    model = tiny_model("llama")
+    options = PlanOptions(base=BASE, candidates="2,3,4,6")
+    planner = make_planner(model, options, calibration=CALIBRATION, device="cpu", cache=None)
+    budget = Budget(bpw=5.5, bitops=0.1)
+    plan, _ = planner.planned(budget, check=False)
+    (note,) = [text for text in plan.about["notes"] if "bitops" in text]
+    assert note.startswith(f"--bitops 0.1 holds the plan at {plan.about['bits_per_weight']:.3f} bits per weight")
+    table = planner.table
+    ((costs, limit),) = further_budgets(table, budget)
+    _, refined = planner.planned(budget, check=False, rounds=1)
+    assert costs[range(len(refined.choice)), refined.choice].sum() <= limit * (1 + 1e-9)
+    _, smallest = planner.planned(Budget(max_kl=0.02, bitops=0.1), check=False)
+    assert costs[range(len(smallest.choice)), smallest.choice].sum() <= limit * (1 + 1e-9)
+    assert held_below(table, Budget(bpw=4.0, bitops=1.0), 0, planner.allocate(Budget(bpw=4.0, bitops=1.0))) is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "rounds", "sentence"),
+    [
+        ({"fraction": 0.5}, {}, 0, "for scores that rank blocks"),
+        ({"max_kl": 0.1}, {"score": "hawq-eig"}, 0, "'hawq-eig' is no KL"),
+        ({"bpw": 5.0, "bitops": 0.5}, {"score": "zd"}, 0, "'zd' only ranks blocks"),
+        ({"bpw": 5.0}, {"score": "lim"}, 1, "--refine needs a score in nats"),
+        ({"bpw": 5.0}, {}, -1, "0 or more; got -1"),
+    ],
+)
+def test_what_a_score_cannot_serve_is_said_before_it_is_computed(
+    budget: Any, options: Any, rounds: int, sentence: str
+) -> None:
+    chosen = PlanOptions(base=BASE, **options)
+    planner = make_planner(tiny_model("llama"), chosen, calibration=CALIBRATION, device="cpu", cache=None)
+    object.__setattr__(planner, "score", lambda: pytest.fail("scored"))
+    with pytest.raises(UsageError, match=sentence):
+        planner.planned(Budget(**budget), rounds=rounds)
+
+
+def test_arguments_of_another_type_are_refused_and_a_size_may_have_a_unit() -> None:
+    with pytest.raises(UsageError, match=r"bpw is a number, got '4' \(str\)"):
+        ptq.plan(tiny_model("llama"), target_bpw="4")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="nothing to choose"):
+        Budget(fraction=0.5, bitops=0.5)
+    for fields, sentence in (
+        ({"candidates": (3, 4)}, "one text with commas"),
+        ({"limits": "*.down_proj>=4"}, "limits is a tuple of texts"),
+        ({"probes": 0}, "at least 1"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PlanOptions(**fields)
+    options = PlanOptions(base=BASE, score="uniform", candidates="2,3,4")
+    plan = ptq.plan(
+        tiny_model("llama"), target_size="140kB", options=options, calibration=CALIBRATION, device="cpu", cache=None
+    )
+    assert plan.about["file_bytes"] <= 140_000

@@ -18,6 +18,7 @@ from ptq.allocation.measure import token_kl
 from ptq.allocation.problem.budget import Budget, budget_limit
 from ptq.allocation.problem.candidates import rounding_errors
 from ptq.allocation.problem.solver import Problem, solve
+from ptq.allocation.progress import Steps
 from ptq.allocation.refine import Refiner, significantly_lower
 from ptq.errors import UsageError
 from tests.support.tiny_models import tiny_model
@@ -55,7 +56,7 @@ def test_marginals_are_those_of_the_whole_mixed_model() -> None:
     made = planner(model)
     allocation = made.allocate(Budget(bpw=4.5))
     with made._stores() as new_store:
-        refiner = Refiner(made.items, made.setting, made.setting.calibration.tokens, new_store, lambda _: None)
+        refiner = Refiner(made.items, made.setting, made.setting.calibration.tokens, new_store, Steps())
         below, above = refiner._marginals(made.table, allocation)
     here = whole_kl(model, made, allocation.choice)
     for row in (0, 6, 13):
@@ -76,7 +77,7 @@ def test_refinement_is_kept_only_where_held_out_kl_falls() -> None:
     limit = budget_limit(made.table, budget, 0)
     poor = solve(Problem(made.table.scores[::-1].copy(), made.table.bits, limit))  # scores of the wrong linears
     with made._stores() as new_store:
-        refiner = Refiner(made.items, made.setting, made.setting.calibration.tokens, new_store, lambda _: None)
+        refiner = Refiner(made.items, made.setting, made.setting.calibration.tokens, new_store, Steps())
         better, notes = refiner.refine(made.table, poor, limit, 2, made.measure)
         same, refused = refiner.refine(made.table, poor, limit, 1, lambda _: np.ones((2, 24)))
     assert better.cost <= limit * (1 + 1e-9)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.models.llama import modeling_llama
 
 from calib.checkpoint.reader import open_model
 from calib.gradients import GradientPasses
@@ -18,6 +20,7 @@ from ptq.allocation.scores import SCORES, Context, ScoreValues
 from ptq.allocation.scores.fisher import squared_gradient
 from ptq.allocation.scores.lim import turned
 from ptq.allocation.scores.zd import share_above_one
+from ptq.errors import ModelError
 from ptq.pipeline.events import Event
 from ptq.scheme import Scheme
 from tests.support.tiny_models import tiny_model
@@ -295,3 +298,38 @@ def test_progress_names_what_is_done_and_counts_what_it_names(name: str, expecte
         assert [(event.done, event.total) for event in events[first + 1 : after]] == [
             (done, total) for done in range(1, total + 1)
         ]
+
+
+@pytest.mark.parametrize("name", ["hawq-hvp", "hawq-eig"])
+def test_an_expert_that_no_token_reaches_has_no_curvature(name: str) -> None:
+    model, one = tiny_model("qwen3_moe"), TOKENS[:1, :1]  # one token goes to some of the experts only
+    source = open_model(model)
+    linears = tuple(f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(4))
+    values = SCORES[name].compute(context(model, one, source=source, linears=linears, probes=2))
+    idle = [row for row in values.table.values() if row == [0.0, 0.0, 0.0]]
+    assert 0 < len(idle) < 4
+
+
+@pytest.mark.parametrize("name", ["hawq-hvp", "hawq-eig"])
+def test_a_model_without_second_derivatives_is_told_which_attention_has_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = modeling_llama.eager_attention_forward
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        @once_differentiable
+        def backward(_: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        output, weights = plain(*args, **kwargs)
+        return Once.apply(output), weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", fused)
+    with pytest.raises(ModelError, match=r"no second derivative.*attn_implementation='eager'.*Take --score hawq"):
+        SCORES[name].compute(context(tiny_model("llama"), probes=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ def test_a_gguf_file_is_loaded_in_the_type_of_its_folder(monkeypatch: pytest.Mon
         given.update(kwargs)
         return torch.nn.Linear(1, 1)
 
-    (tmp_path / "x.gguf").touch()
+    (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))  # a header, and nothing in it
     monkeypatch.setattr(models, "has_fast_bfloat16", lambda device: True)
     monkeypatch.setattr(models, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read))
     monkeypatch.setattr(models, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda folder, **kwargs: None))

@@ -78,7 +78,8 @@ def test_steps_of_a_stage() -> None:
     assert options("sliderquant-lora", epochs=7, stages=3).steps(43, [2]) == round(7 * 43 / 3)
     assert options("sliderquant-lora", grad_accum=4).steps(8, [4]) == 20
     assert options("omniquant").steps(128, [4]) == 20 * 128
-    assert options("autoround").steps(16, [4]) == options("autoround").steps(99, [2]) == 200
+    assert options("autoround", max_passes=0).steps(16, [4]) == options("autoround").steps(99, [2]) == 200
+    assert options("autoround").steps(16, [4]) == 12 * 16  # passes over so few sequences are bounded
     assert options("autoround", epochs=2).steps(16, [4]) == 32
     assert options("autoround", iters=1, grad_accum=50).steps(16, [4]) == 1
 
@@ -142,9 +143,13 @@ def test_a_record_survives_json() -> None:
         start=3,
         stop=5,
         share=0.5,
+        init=("coreq", "rtn"),
         loss_before=0.25,
         loss_after=0.125,
+        accepted=True,
+        held_out=2,
         steps=7,
+        planned=9,
         seconds=1.5,
         captured=False,
         notes=("said",),

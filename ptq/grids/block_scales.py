@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ptq.errors import NumericalError
 from ptq.grids.floating_point import E2M1, E4M3, FloatFormat
+from ptq.grids.grid import check_finite
 
 __all__ = [
     "E8M0_BIAS",
@@ -219,8 +220,7 @@ def divided(x: Tensor, number: float) -> Tensor:
 
 def _largest(blocks: Tensor) -> Tensor:
     largest = blocks.abs().amax(-1)
-    if not bool(torch.isfinite(largest).all()):
-        raise NumericalError("the weight, or the target it was corrected to, holds NaN or Inf; more damping may help.")
+    check_finite(largest)
     return largest
 
 

@@ -13,7 +13,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "ScaledGrid", "uniform_grid"]
+from ptq.errors import NumericalError
+
+__all__ = ["SMALLEST_STEP", "Grid", "ScaledGrid", "check_finite", "uniform_grid"]
+
+SMALLEST_STEP = 2.0**-100
+"""Stands for a step of zero, by which a grid must not be divided."""
+
+
+def check_finite(found: Tensor) -> None:
+    """Check what was computed from a weight before scales are fitted to it.
+
+    Raises:
+        NumericalError: it holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(found).all()):
+        raise NumericalError("the weight, or the target it was corrected to, holds NaN or Inf; more damping may help.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericalError
+from ptq.grids.grid import check_finite
 from ptq.grids.storage import SCALE_DTYPES, Storage
 
 __all__ = ["PNORM", "SCALE_SEARCHES", "ScaleSearch", "fit_scales", "stored_scale"]
@@ -134,8 +135,7 @@ def _slab(weight: Tensor, importance: Tensor | None, scheme: Storage, power: flo
     else:
         span = high - low
         zero = (-low / span * steps).nan_to_num_(0.0).round_().clamp_(0, steps)
-    if not bool(torch.isfinite(span).all()):
-        raise NumericalError("the weight, or the target it was corrected to, holds NaN or Inf; more damping may help.")
+    check_finite(span)
     unit = torch.where(span > 0, span, torch.ones_like(span)) / steps
     return _Groups(weight, importance, scheme, power, unit, zero)
 

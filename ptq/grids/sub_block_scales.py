@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericalError
+from ptq.grids.grid import check_finite
 
 __all__ = ["SubBlockLayout", "fit_sub_block_scales"]
 
@@ -125,8 +126,7 @@ def _fit_blocks(target: Tensor, importance: Tensor | None, size: int, layout: Su
 def _search(weights: Tensor, h: Tensor | None, layout: SubBlockLayout) -> tuple[Tensor, Tensor]:
     """Scale float16 ``[n]`` and multipliers uint8 ``[n, subs]`` of blocks ``[n, subs, sub]``."""
     rms = weights.square().mean((1, 2)).sqrt_()
-    if not bool(torch.isfinite(rms).all()):
-        raise NumericalError("the weight, or the target it was corrected to, holds NaN or Inf; more damping may help.")
+    check_finite(rms)
     scale = _stored(_guess(weights, h, rms, layout), rms)
     best = _Best(weights, h, layout)
     for _ in range(_ROUNDS):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericalError
-from ptq.grids.grid import Grid
+from ptq.grids.grid import Grid, check_finite
 from ptq.grids.scale_search import PNORM, ScaleSearch, stored_scale
 
 __all__ = ["fit_table_scales", "grouped"]
@@ -60,10 +60,7 @@ def fit_table_scales(
     for start in range(0, len(weight), step):
         groups = grouped(weight[start : start + step], size)
         unit = groups.abs().amax(-1) / float(grid.levels.abs().max())
-        if not bool(torch.isfinite(unit).all()):
-            raise NumericalError(
-                "the weight, or the target it was corrected to, holds NaN or Inf; more damping may help."
-            )
+        check_finite(unit)
         if search == "minmax":
             parts.append(stored_scale(unit, dtype))
         else:

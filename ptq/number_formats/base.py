@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq.errors import UsageError
 from ptq.grids import ScaledGrid, ScaleSearch
 from ptq.grids.storage import Storage
 
-__all__ = ["NumberFormat", "TensorSpec", "join_groups", "stored_bits"]
+__all__ = ["NumberFormat", "TensorSpec", "check_fields", "join_groups", "ragged_reason", "stored_bits"]
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one stored tensor."""
@@ -162,3 +163,29 @@ def join_groups(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def stored_bits(specs: Mapping[str, TensorSpec]) -> int:
     """The bits of all tensors of a format that stores nothing but its payload."""
     return sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+
+
+def check_fields(name: str, scheme: Storage, wanted: Mapping[str, object], other: str | None = None) -> None:
+    """Check the fields of a scheme that a number format leaves no choice for.
+
+    Args:
+        name: of the format.
+        scheme: what was asked for.
+        wanted: its fields by name.
+        other: what takes other values, for the message.
+
+    Raises:
+        UsageError: a field has another value.
+    """
+    for field, value in wanted.items():
+        found = getattr(scheme, field)
+        if found != value:
+            instead = "" if other is None else f", or take {other}"
+            raise UsageError(f"the number format {name} has {field}={value}, got {found!r}: leave it out{instead}.")
+
+
+def ragged_reason(name: str, block: int, in_features: int) -> str | None:
+    """Why rows of ``in_features`` are not stored in whole blocks of a format; ``None`` where they are."""
+    if in_features % block == 0:
+        return None
+    return f"it has {in_features} input channels, and blocks of {name} are {block} wide"

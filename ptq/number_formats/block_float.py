@@ -22,11 +22,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ptq.errors import UsageError, unknown_name
+from ptq.errors import unknown_name
 from ptq.grids import ScaledGrid, ScaleSearch, Storage
 from ptq.grids.block_scales import as_blocks, e8m0_values, exponent_scales, fit_e4m3, fit_e8m0, global_scale
 from ptq.grids.floating_point import E2M1, E4M3, FloatFormat
-from ptq.number_formats.base import NumberFormat, TensorSpec, stored_bits
+from ptq.number_formats.base import NumberFormat, TensorSpec, check_fields, ragged_reason, stored_bits
 from ptq.packing.nibbles import pack_nibbles, unpack_nibbles
 
 __all__ = ["MXFP4", "MXFP8", "NVFP4", "MxFormat", "Nvfp4Format"]
@@ -39,18 +39,11 @@ class _BlockFormat(NumberFormat):
     block: int
 
     def check(self, scheme: Storage) -> None:
-        for field, wanted in (("bits", self.number.bits), ("group_size", self.block), ("symmetric", True)):
-            found = getattr(scheme, field)
-            if found != wanted:
-                raise UsageError(
-                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take a "
-                    "format with free groups (e.g. fp4)."
-                )
+        fields = {"bits": self.number.bits, "group_size": self.block, "symmetric": True}
+        check_fields(self.name, scheme, fields, "a format with free groups (e.g. fp4)")
 
     def unsupported_reason(self, out_features: int, in_features: int, scheme: Storage) -> str | None:
-        if in_features % self.block == 0:
-            return None
-        return f"it has {in_features} input channels, and blocks of {self.name} are {self.block} wide"
+        return ragged_reason(self.name, self.block, in_features)
 
     def describe(self, scheme: Storage) -> str:
         return self.name

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ptq.errors import UsageError, unknown_name
+from ptq.errors import unknown_name
 from ptq.grids import SCALE_DTYPES, ScaledGrid, ScaleSearch, Storage
 from ptq.grids.block_scales import as_blocks, fit_ratio
 from ptq.grids.floating_point import E4M3
-from ptq.number_formats.base import NumberFormat, TensorSpec, stored_bits
+from ptq.number_formats.base import NumberFormat, TensorSpec, check_fields, stored_bits
 
 __all__ = ["FP8", "FP8_BLOCK", "FP8_TENSOR", "Fp8Format"]
 
@@ -43,10 +43,7 @@ class Fp8Format(NumberFormat):
         self.defaults: Mapping[str, object] = {"bits": 8, "symmetric": True, "group_size": columns}
 
     def check(self, scheme: Storage) -> None:
-        for field, wanted in (("bits", 8), ("group_size", self._columns), ("symmetric", True)):
-            found = getattr(scheme, field)
-            if found != wanted:
-                raise UsageError(f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out.")
+        check_fields(self.name, scheme, {"bits": 8, "group_size": self._columns, "symmetric": True})
 
     def describe(self, scheme: Storage) -> str:
         return self.name

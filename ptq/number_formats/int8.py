@@ -15,9 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ptq.errors import UsageError
 from ptq.grids import SCALE_DTYPES, Storage
-from ptq.number_formats.base import TensorSpec
+from ptq.number_formats.base import TensorSpec, check_fields
 from ptq.number_formats.integer import IntegerFormat
 
 __all__ = ["INT8", "Int8Format"]
@@ -34,13 +33,8 @@ class Int8Format(IntegerFormat):
     fixed_groups = True
 
     def check(self, scheme: Storage) -> None:
-        for field, wanted in (("bits", 8), ("group_size", None), ("symmetric", True)):
-            found = getattr(scheme, field)
-            if found != wanted:
-                raise UsageError(
-                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take "
-                    "integers in groups (--format int)."
-                )
+        fields = {"bits": 8, "group_size": None, "symmetric": True}
+        check_fields(self.name, scheme, fields, "integers in groups (--format int)")
 
     def describe(self, scheme: Storage) -> str:
         return self.name

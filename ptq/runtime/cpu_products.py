@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calib.precision import has_fast_bfloat16
+from ptq.grids import SMALLEST_STEP
 from ptq.grids.block_scales import exponent_scales
 from ptq.grids.codebooks import symmetric_levels
 from ptq.grids.floating_point import E2M1
@@ -129,7 +130,7 @@ def _call(weight: PackedWeight) -> tuple[str, tuple[object, ...]]:
     shape = (weight.out_features, weight.in_features)
     if isinstance(scheme.number_format, Itq3sFormat):
         layout = scheme.number_format.layout
-        return "blocks", (tensors["weight_packed"], *_tables(layout), layout.sub, _LEAST, *shape)
+        return "blocks", (tensors["weight_packed"], *_tables(layout), layout.sub, SMALLEST_STEP, *shape)
     codes = _codes(scheme)
     scale_table = codes.scale_table
     if "weight_global_scale" in tensors:
@@ -140,7 +141,6 @@ def _call(weight: PackedWeight) -> tuple[str, tuple[object, ...]]:
     return "packed", (tensors["weight_packed"], tensors["weight_scale"], *arguments)
 
 
-_LEAST = 2.0**-100  # of `ptq.number_formats.rotated.common.sub_block_grid`
 _FORMATS = frozenset({"int", "nvfp4", "mxfp4", "fp4", "e2m1", "higgs", "itq3s", "itq3s-104"})
 
 
@@ -153,7 +153,7 @@ def _codes(scheme: Scheme) -> _Codes:
         from ptq.grids.codebooks import GAUSSIAN
 
         levels = symmetric_levels(GAUSSIAN[scheme.bits]).levels
-        return _Codes(levels.repeat(16 // len(levels)).contiguous(), least=_LEAST)
+        return _Codes(levels.repeat(16 // len(levels)).contiguous(), least=SMALLEST_STEP)
     exponents = exponent_scales(torch.arange(256, dtype=torch.uint8)) if scheme.format == "mxfp4" else None
     return _Codes(E2M1.values(torch.arange(16)).contiguous(), scale_table=exponents)
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.errors import NumericalError, UsageError, unknown_name
-from ptq.grids import ScaledGrid, ScaleSearch, Storage
-from ptq.number_formats.base import NumberFormat, TensorSpec, stored_bits
+from ptq.errors import unknown_name
+from ptq.grids import SMALLEST_STEP, ScaledGrid, ScaleSearch, Storage, check_finite
+from ptq.number_formats.base import NumberFormat, TensorSpec, check_fields, ragged_reason, stored_bits
 
 __all__ = ["GgufFormat", "nonzero"]
 
 _CHUNK = 1 << 20  # weights fitted at once
-_SMALLEST = 2.0**-100  # stands for a step of zero, by which a grid must not be divided
 
 
 class GgufFormat(NumberFormat):
@@ -49,18 +48,10 @@ class GgufFormat(NumberFormat):
         return self.fallback_fields
 
     def check(self, scheme: Storage) -> None:
-        for field, wanted in self.defaults.items():
-            found = getattr(scheme, field)
-            if found != wanted:
-                raise UsageError(
-                    f"the number format {self.name} has {field}={wanted}, got {found!r}: leave it out, or take "
-                    "integers (--format int)."
-                )
+        check_fields(self.name, scheme, self.defaults, "integers (--format int)")
 
     def unsupported_reason(self, out_features: int, in_features: int, scheme: Storage) -> str | None:
-        if in_features % self.block == 0:
-            return None
-        return f"it has {in_features} input channels, and blocks of {self.name} are {self.block} wide"
+        return ragged_reason(self.name, self.block, in_features)
 
     def describe(self, scheme: Storage) -> str:
         return self.name
@@ -84,10 +75,7 @@ class GgufFormat(NumberFormat):
         """Least squares, weighted by ``importance`` for the search ``"hessian"``; the other searches are the same."""
         if search not in self.searches:
             raise unknown_name(f"scale search of {self.name}", search, self.searches)
-        if not bool(torch.isfinite(target).all()):
-            raise NumericalError(
-                "the weight, or the target it was corrected to, holds NaN or Inf; more damping may help."
-            )
+        check_finite(target)
         weighted = importance if search == "hessian" else None
         h = torch.ones(target.shape[1], device=target.device) if weighted is None else weighted.float().clamp(min=0)
         # Where no input ever is, every scale is as good: the weights themselves decide.
@@ -156,4 +144,4 @@ class GgufFormat(NumberFormat):
 
 def nonzero(step: Tensor) -> Tensor:
     """Steps by which a grid can be divided: those of zero stand for the smallest one."""
-    return torch.where(step == 0, _SMALLEST, step)
+    return torch.where(step == 0, SMALLEST_STEP, step)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import UsageError
-from ptq.grids import ScaledGrid, Storage
+from ptq.grids import SMALLEST_STEP, ScaledGrid, Storage
 from ptq.grids.codebooks import symmetric_levels
 from ptq.grids.sub_block_scales import SubBlockLayout
 
@@ -20,7 +20,6 @@ ROTATED = {
     "input_rotation": {"kind": "hadamard", "seed": 0, "block": BLOCK},
 }
 """Fields of a scheme that all of them begin with."""
-_SMALLEST = 2.0**-100  # stands for a scale of zero, by which a grid must not be divided
 
 
 def check_fixed(name: str, scheme: Storage, bits: tuple[int, ...]) -> None:
@@ -53,7 +52,7 @@ def sub_block_grid(
     scale: Tensor, index: Tensor, layout: SubBlockLayout, in_features: int, params: dict[str, Tensor]
 ) -> ScaledGrid:
     """The grid of a weight with scales of two levels."""
-    effective = layout.expand(scale, index).clamp_(min=_SMALLEST)
+    effective = layout.expand(scale, index).clamp_(min=SMALLEST_STEP)
     group = torch.arange(in_features, device=scale.device) // layout.sub
     levels = symmetric_levels(layout.magnitudes, scale.device)
     return ScaledGrid(levels, effective, torch.zeros_like(effective), group, params)

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ptq.errors import NumericalError
-from ptq.grids import ScaledGrid, ScaleSearch, Storage
+from ptq.grids import ScaledGrid, ScaleSearch, Storage, check_finite
 from ptq.grids.codebooks import GAUSSIAN, TERNARY_MAGNITUDES
 from ptq.grids.sub_block_scales import SubBlockLayout, fit_sub_block_scales
 from ptq.number_formats.base import NumberFormat, TensorSpec
@@ -153,8 +152,7 @@ class TernaryFormat(GaussianFormat):
 
 def _published(target: Tensor) -> dict[str, Tensor]:
     """Step and zero of the paper's ternary code: 0.798 standard deviations, and minus the mean in whole steps."""
-    if not bool(torch.isfinite(target).all()):
-        raise NumericalError("the weight, or the target it was corrected to, holds NaN or Inf; more damping may help.")
+    check_finite(target)
     scales, zeros = [], []
     for part in torch.split(target, BLOCK, 1):
         scale = (_PUBLISHED_STEP * part.std(1, correction=0)).to(torch.float16)

@@ -11,16 +11,11 @@ benchmark goes on. ``--seconds`` starts no new run after that time.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from quality import Bench, Cell, brief
+from bench import Row, parsed, read_rows, row_arguments, run_rows
 
 INT3 = {"bits": 3, "group_size": 64, "symmetric": False, "scale_dtype": "float16"}
 ITQ3S = {"method": "coreq", "format": "itq3s"}
@@ -61,73 +56,34 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-class RowBench(Bench):
-    """`quality.Bench` for the rows here."""
-
-    def fields(self, cell: Cell) -> dict[str, Any]:
-        """What is asked of ``ptq.quantize``, without the data."""
-        return ROWS[cell.method]
+def rows(seeds: list[int]) -> Iterator[Row]:
+    """All runs, seed after seed, the most important first."""
+    for seed in seeds:
+        for name, fields in ROWS.items():
+            if seed == seeds[0] or name not in NO_DATA:
+                number, _, method = name.partition(" ")
+                yield Row(number, method, seed, fields)
 
 
 def main() -> None:
-    options = parse()
+    options = parsed(row_arguments(__doc__))
     if options.table:
         print(table(Path(options.table)))
         return
-    started, folder = time.monotonic(), Path(options.records)
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = RowBench(options)
-    for seed in options.seeds:
-        for row in options.rows:
-            cell = Cell(row, "itq3s", seed)
-            target = folder / cell.file
-            if target.exists() or (seed != options.seeds[0] and row in NO_DATA):
-                continue
-            if time.monotonic() - started > options.seconds:
-                print(f"stopped before {row}, seed {seed}: run the same command again to go on", file=sys.stderr)
-                return
-            record = bench.run(cell)
-            part = target.with_suffix(".part")
-            part.write_text(json.dumps(record, indent=1) + "\n")
-            part.replace(target)
-            print(f"{row}, seed {seed}: {brief(record)}", file=sys.stderr, flush=True)
+    run_rows(rows(options.seeds), options)
 
 
 def table(folder: Path) -> str:
-    """The records as Markdown."""
+    """The records as Markdown, all formats in one table by KL."""
     lines = ["| weights | seed | bits per weight | WikiText-2 | held-out | KL | s |", "|---|---|---|---|---|---|---|"]
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    for record in sorted(records, key=lambda r: r["divergence"]["kl_mean"]):
-        cell = Cell(**record["cell"])
+    for record in sorted(read_rows(folder), key=lambda r: r["wiki_divergence"]["kl_mean"]):
+        cell = record["cell"]
         lines.append(
-            f"| {cell.method} | {cell.seed} | {record['bits_per_weight']:.3f} | {record['wiki']:.2f} | "
-            f"{record['held_out']:.2f} | {record['divergence']['kl_mean']:.4f} | {record['seconds']:.0f} |"
+            f"| {cell['setting']} {cell['method']} | {cell['seed']} | {record['bits_per_weight']:.3f} | "
+            f"{record['wiki']:.2f} | {record['held_out']:.2f} | {record['wiki_divergence']['kl_mean']:.4f} | "
+            f"{record['seconds']:.0f} |"
         )
     return "\n".join(lines)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="a local Hugging Face folder or a hub id")
-    parser.add_argument("--table", metavar="RECORDS", help="print the records of a folder as a table, and stop")
-    parser.add_argument("--calib", default="c4")
-    parser.add_argument("--wiki", default="wikitext2", help="the text for perplexity and KL")
-    parser.add_argument("--held-out", default="c4")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--max-tokens", type=int, help="of the first text; default all")
-    parser.add_argument("--max-held-out", type=int, help="of the second text; default all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no new run after this time")
-    parser.add_argument("--dtype", default="auto", help="of the passes while quantizing")
-    parser.add_argument("--eval-dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--records", default="records-itq3s")
-    options = parser.parse_args()
-    if not options.table and not options.model:
-        parser.error("MODEL is required")
-    return options
 
 
 if __name__ == "__main__":

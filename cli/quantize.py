@@ -113,6 +113,12 @@ __all__ = ["command"]
     metavar="N",
     help="Block size of online Hadamard rotations, 32 to 1024.  [default: 256; down: the largest that divides]",
 )
+@click.option(
+    "--rotate-head",
+    type=click.Choice(["auto", "online", "merged"]),
+    help="With --rotate residual and a head tied to the embedding. online: stays tied, two small rotations per token "
+    "at run time (native container only); merged: a tensor of its own.  [default: auto, online where it can be stored]",
+)
 @method_flags
 @click.option("-O", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option(

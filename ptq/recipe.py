@@ -16,12 +16,13 @@ from ptq.errors import UsageError, unknown_name
 from ptq.recipe_files.reader import read_recipe
 from ptq.scheme import Rotation, Scheme, check_dynamic
 
-__all__ = ["COMPUTE_DTYPES", "CONTAINER_NAMES", "ROTATIONS", "CalibrationSpec", "Recipe"]
+__all__ = ["COMPUTE_DTYPES", "CONTAINER_NAMES", "ROTATE_HEADS", "ROTATIONS", "CalibrationSpec", "Recipe"]
 
 T = TypeVar("T")
 CONTAINER_NAMES = ("auto", "compressed-tensors", "native", "gptq")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROTATIONS = ("residual", "down", "input")
+ROTATE_HEADS = ("auto", "online", "merged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,13 @@ class Recipe:
         kv_bits: width, 2 to 8, to which keys (after rotary) and values are rounded at run time, each token and head
             with a range of its own; ``None`` leaves them as they are.
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
-        rotate: ``residual`` rotates the hidden state between blocks (into the weights, free at run time), ``down``
+        rotate: ``residual`` rotates the hidden state between blocks (merged into the weights), ``down``
             rotates at run time the input of the linears that end a block's MLP, ``input`` that of every linear.
         rotate_block: the largest block of the rotations at run time, 32 to 1024; ``None`` is 256 for ``input`` and the
             largest that divides the width for ``down``.
+        rotate_head: what ``residual`` does about a head that is tied to the embedding: ``online`` keeps the tie by two
+            rotations a token at run time, ``merged`` gives the head a tensor of its own; ``auto`` is ``online`` in
+            the native container, the only one that carries it, and ``merged`` in others.
         text_only: of a multimodal model, quantize and write the text part as a model of its own; otherwise the model
             is written whole, with all but its language part as it was.
 
@@ -104,6 +108,7 @@ class Recipe:
     kv_symmetric: bool = False
     rotate: tuple[str, ...] = ()
     rotate_block: int | None = None
+    rotate_head: Literal["auto", "online", "merged"] = "auto"
     text_only: bool = False
 
     def __post_init__(self) -> None:
@@ -121,6 +126,12 @@ class Recipe:
         check_dynamic("kv", "keys and values", self.kv_bits, self.kv_symmetric)
         object.__setattr__(self, "rotate", _rotations(self.rotate))
         Rotation(block=self.rotate_block)  # refuses other sizes
+        if self.rotate_head not in ROTATE_HEADS:
+            raise unknown_name("rotation of the head", self.rotate_head, ROTATE_HEADS)
+        if self.rotate_head == "online" and self.container not in ("auto", "native"):
+            raise UsageError(
+                f"rotate_head is online, which the container {self.container} cannot say: use native, or merged."
+            )
 
     def scheme_for(self, linear: str) -> Scheme | None:
         """The scheme of a linear by its full name, or ``None`` if it stays in full precision."""
@@ -146,6 +157,7 @@ class Recipe:
             "kv_symmetric": self.kv_symmetric,
             "rotate": list(self.rotate),
             "rotate_block": self.rotate_block,
+            "rotate_head": self.rotate_head,
             "text_only": self.text_only,
         }
 

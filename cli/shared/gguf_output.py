@@ -45,7 +45,8 @@ def gguf_recipe(recipe: Recipe, out: str, *, restart: bool) -> Recipe:
     scheme = _stored(recipe.scheme)
     exact_type("every linear", scheme, (256, 256))
     overrides = tuple((pattern, _stored(one)) for pattern, one in recipe.overrides)
-    return dataclasses.replace(recipe, scheme=scheme, overrides=overrides, container="native")
+    # llama.cpp rotates nothing at run time.
+    return dataclasses.replace(recipe, scheme=scheme, overrides=overrides, container="native", rotate_head="merged")
 
 
 def _stored(scheme: Any) -> Any:

@@ -33,6 +33,7 @@ DIRECT = (
     "text_only",
     "preset",
     "rotate_block",
+    "rotate_head",
 )
 
 
@@ -45,7 +46,7 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
             `METHOD_FLAGS`, ``options`` (``KEY=VALUE`` strings), ``overrides`` (see `parse_override`), ``ignore``,
             ``dtype``, ``format``, ``preset``, ``act_format`` (``"none"`` is none), ``act_bits`` and ``kv_bits`` (0 is
             none), ``act_symmetric``, ``kv_symmetric``, ``rotate`` (names, or several with commas),
-            ``rotate_block``, ``text_only``.
+            ``rotate_block``, ``rotate_head``, ``text_only``.
 
     Raises:
         UsageError: an unknown method, option or format, or a value that a field refuses.

@@ -13,6 +13,11 @@ A scheme has all fields of `ptq.scheme.Scheme`. Where keys and values are rounde
 
       "key_values": {"bits": 4, "symmetric": false}
 
+and where the residual stream is rotated at run time (`ptq.transforms.rotation.online`)
+
+      "residual_rotation": {"seed": 0, "keep_ones": false, "embeddings": ["model.embed_tokens"],
+                            "norm": "model.norm", "offset": 0.0}
+
 transformers only warns about a quantization method that it does not know, and goes on with random weights. Two things
 turn that into an error: ``transformers_weights`` (transformers takes it for the name of the weight file and raises an
 error that quotes it; our quantizer removes it first), and for every packed linear an empty tensor ``X.weight`` (int8,
@@ -31,6 +36,7 @@ from ptq.containers.base import Container
 from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import KeyValueScheme, Scheme
+from ptq.transforms.rotation.online import StreamRotation
 
 __all__ = [
     "GUARD_KEY",
@@ -40,6 +46,7 @@ __all__ = [
     "VERSION",
     "NativeContainer",
     "read_key_values",
+    "read_residual_rotation",
     "read_schemes",
 ]
 
@@ -129,6 +136,22 @@ def read_key_values(config: Mapping[str, Any], where: str = "config.json") -> Ke
         return KeyValueScheme(fields["bits"], fields["symmetric"])
     except (KeyError, TypeError, UsageError) as error:
         raise OutputError(f"{where}: key_values is damaged ({error!r}); quantize again.") from error
+
+
+def read_residual_rotation(config: Mapping[str, Any], where: str = "config.json") -> StreamRotation | None:
+    """How the residual stream is rotated at run time, from a ``quantization_config``; ``None`` where it is not.
+
+    Raises:
+        OutputError: Another version, or an entry ``residual_rotation`` that is not one.
+    """
+    _check_version(config, where)
+    fields = config.get("residual_rotation")
+    if fields is None:
+        return None
+    try:
+        return StreamRotation.from_dict(fields)
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"{where}: residual_rotation is damaged ({error!r}); quantize again.") from error
 
 
 def _check_version(config: Mapping[str, Any], where: str) -> None:

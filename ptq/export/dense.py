@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from calib.checkpoint.atomic_files import os_errors
+from calib.checkpoint.files import stored_tensors
 from calib.checkpoint.reader import unmerged_experts
+from calib.model.structure import end_modules, tied_head
 from ptq.errors import UsageError
 from ptq.export.result import Part, Result
 from ptq.quantized import QuantizedWeight
 from ptq.transforms.hadamard import InputRotation
+from ptq.transforms.rotation.online import StreamRotation
 
 __all__ = ["DENSE_DTYPES", "DenseExport", "dense_weight"]
 
@@ -58,6 +64,9 @@ class DenseExport:
             key: tensor.to(self.dtype) if tensor.dtype in (own, self.dtype) else tensor
             for key, tensor in part.others.items()
         }
+        online = self._result.residual_rotation
+        if online is not None:
+            tensors |= {key: value.to(self.dtype) for key, value in _merged(online, self._result, part.others).items()}
         for name, weight in part.linears():
             values = dense_weight(weight).to(self.dtype)
             transposed = isinstance(self._result.linears.get(name), Conv1D)
@@ -67,7 +76,45 @@ class DenseExport:
     def config(self) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, dict[str, Any]]]:
         """``config.json``, its ``quantization_config``, and more files."""
         config = {key: value for key, value in self._result.plain_config.items() if key != "torch_dtype"}
-        return config | {"dtype": str(self.dtype).removeprefix("torch.")}, None, {}
+        tie = {} if self._result.residual_rotation is None else {"tie_word_embeddings": False}
+        return config | tie | {"dtype": str(self.dtype).removeprefix("torch.")}, None, {}
+
+
+def _merged(online: StreamRotation, result: Result, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an online rotation of the residual stream makes of the tensors beside it, so that nothing rotates any more.
+
+    Args:
+        online: The rotation.
+        result: The whole result.
+        others: Of one weight file; the head's tensor goes where the embedding is.
+
+    Raises:
+        UsageError: The tensors have other names than in the model.
+    """
+    norm = _read(result, online.norm)
+    embedding, _ = end_modules(result.skeleton)
+    names = {module: name for name, module in result.skeleton.named_modules()}
+    table, head = f"{names[embedding]}.weight", tied_head(result.skeleton)
+    own = [key for key in (f"{name}.weight" for name in online.embeddings) if key in others]
+    merged = {key: online.merged_rows(others[key]) for key in own}
+    if table in others:
+        merged[f"{head}.weight"] = online.merged_rows(others[table], online.gain(norm))
+    if f"{online.norm}.weight" in others:
+        merged |= {f"{online.norm}.{leaf}": value for leaf, value in online.merged_norm(norm).items()}
+    return merged
+
+
+def _read(result: Result, module: str) -> dict[str, Tensor]:
+    """Weight and bias of a module, from the file that holds them."""
+    stored, found = stored_tensors(result.folder), {}
+    for leaf in ("weight", "bias"):
+        one = stored.get(f"{module}.{leaf}")
+        if one is not None:
+            with os_errors(one.file, "read"), safe_open(one.file, "pt") as file:
+                found[leaf] = file.get_tensor(f"{module}.{leaf}")
+    if "weight" not in found:
+        raise UsageError(f"{result.folder} has no tensor {module}.weight, before which its config rotates the stream.")
+    return found
 
 
 def dense_weight(weight: QuantizedWeight) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from calib.checkpoint.atomic_files import write_json
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
-from ptq.errors import OutputError, unknown_name
+from ptq.containers.native import NATIVE
+from ptq.errors import OutputError, UsageError, unknown_name
 from ptq.export.dense import DENSE_DTYPES, DenseExport
 from ptq.export.gguf.write import EMBEDDING_TYPES, write_gguf
 from ptq.export.repack import ContainerExport
@@ -85,6 +86,11 @@ def export(
     source, target, listener = Path(result), Path(out), on_event or ignore_events
     _check_target(source, target, overwrite, is_file=format == "gguf")
     opened = Result(source, trust_remote_code=trust_remote_code)
+    if format not in (NATIVE.name, *DENSE_DTYPES) and opened.residual_rotation is not None:
+        raise UsageError(
+            f"{source} rotates its residual stream at run time so that the head stays tied to the embedding, which "
+            f"{format} cannot say. Quantize again with --rotate-head merged: the head gets a tensor of its own."
+        )
     if format == "gguf":
         return write_gguf(opened, target, listener, embedding=embedding)
     return _write_folder(opened, FOLDER_FORMATS[format](opened, format), target, listener)

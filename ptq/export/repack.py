@@ -53,6 +53,8 @@ class ContainerExport:
         quantization = self._container.quantization_config(
             self._schemes, self._result.linears, key_values=self._result.key_values
         )
+        if self._container is NATIVE and self._result.residual_rotation is not None:
+            quantization |= {"residual_rotation": self._result.residual_rotation.to_dict()}
         config = {**self._result.plain_config, **self._container.config_changes(self._result.dtype)}
         return config, quantization, self._container.files(quantization)
 

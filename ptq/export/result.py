@@ -20,12 +20,13 @@ from calib.checkpoint.sources.folder import build_skeleton
 from calib.model.experts import split_experts
 from calib.model.structure import all_linears
 from ptq.checkpoint.verify import verify_files
-from ptq.containers.native import GUARD_KEY, NATIVE, read_key_values
+from ptq.containers.native import GUARD_KEY, NATIVE, read_key_values, read_residual_rotation
 from ptq.containers.select import CONTAINERS
 from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
 from ptq.report import LayerRecord, Report
 from ptq.scheme import KeyValueScheme, Scheme
+from ptq.transforms.rotation.online import StreamRotation
 
 __all__ = ["Part", "Result"]
 
@@ -98,6 +99,13 @@ class Result:
         if self.container is not NATIVE:
             return None
         return read_key_values(self.config["quantization_config"], str(self.folder / "config.json"))
+
+    @property
+    def residual_rotation(self) -> StreamRotation | None:
+        """How the residual stream is rotated at run time; ``None`` where it is not."""
+        if self.container is not NATIVE:
+            return None
+        return read_residual_rotation(self.config["quantization_config"], str(self.folder / "config.json"))
 
     @cached_property
     def skeleton(self) -> Any:

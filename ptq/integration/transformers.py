@@ -24,6 +24,7 @@ from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.swap import share_rotations, swap_linear
 from ptq.runtime.kv_cache import set_key_values
 from ptq.scheme import KeyValueScheme, Scheme
+from ptq.transforms.rotation.online import StreamRotation
 
 __all__ = ["PtqConfig", "PtqQuantizer", "register"]
 
@@ -48,6 +49,7 @@ class PtqConfig(QuantizationConfigMixin):
         schemes: Mapping[str, Any] | None = None,
         layers: Mapping[str, str] | None = None,
         key_values: Mapping[str, Any] | None = None,
+        residual_rotation: Mapping[str, Any] | None = None,
         quant_method: str = native.QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes names of its enum or others
@@ -55,8 +57,10 @@ class PtqConfig(QuantizationConfigMixin):
         self.schemes = dict(schemes or {})
         self.layers = dict(layers or {})
         self.key_values = key_values
+        self.residual_rotation = residual_rotation
         self.layer_schemes()
         self.key_value_scheme()
+        self.stream_rotation()
 
     def layer_schemes(self) -> dict[str, Scheme]:
         """Scheme of every packed linear by its full name in the causal language model."""
@@ -66,10 +70,14 @@ class PtqConfig(QuantizationConfigMixin):
         """How keys and values are rounded; ``None`` where they are not."""
         return native.read_key_values(self.to_dict())
 
+    def stream_rotation(self) -> StreamRotation | None:
+        """How the residual stream is rotated at run time; ``None`` where it is not."""
+        return native.read_residual_rotation(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
-        keys = ("quant_method", "version", "schemes", "layers")
-        own = {key: getattr(self, key) for key in keys}
-        return own if self.key_values is None else own | {"key_values": self.key_values}
+        own = {key: getattr(self, key) for key in ("quant_method", "version", "schemes", "layers")}
+        some = {key: getattr(self, key) for key in ("key_values", "residual_rotation")}
+        return own | {key: value for key, value in some.items() if value is not None}
 
 
 class PtqQuantizer(HfQuantizer):
@@ -89,13 +97,17 @@ class PtqQuantizer(HfQuantizer):
         verify_checkpoint(model.config, kwargs.get("checkpoint_files"))
         schemes = self.quantization_config.layer_schemes()
         prefix = f"{model.base_model_prefix}."
+        rotation = self.quantization_config.stream_rotation()
         if not hasattr(model, model.base_model_prefix):  # AutoModel builds only what lies under the prefix
+            rotation = None if rotation is None else rotation.inside(prefix)
             inside = {name: scheme for name, scheme in schemes.items() if "." in name}  # and no head
             schemes = {name.removeprefix(prefix): scheme for name, scheme in inside.items()}
         split_named_experts(model, schemes)
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=True)
         share_rotations(model)
+        if rotation is not None:
+            rotation.install(model)
         key_values = self.quantization_config.key_value_scheme()
         if key_values is not None:
             for block in find_blocks(model):  # and not the attention of a vision tower

@@ -25,7 +25,7 @@ from ptq.pipeline.dry_run.windows import Surroundings, check_learning
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.job import Job
 from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer
-from ptq.pipeline.preparation.container import choose_container
+from ptq.pipeline.preparation.container import choose_container, rotates_head_online
 from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
 from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
@@ -142,11 +142,7 @@ class _Preparation:
         """Rotate the residual stream and the inputs of linears, where the recipe says so."""
         seed = self.recipe.calibration.seed
         if "residual" in self.recipe.rotate:
-            self._emit("rotating the residual stream: norm gains go into the linears that read them")
-            rotated = rotate_residual(self.source, seed)
-            for note in rotated.notes:
-                self._emit(note)
-            self.source = rotated
+            self._rotate_residual(seed)
         block = self.recipe.rotate_block
         if "input" in self.recipe.rotate:
             self.assignment = rotate_inputs(self.assignment, seed, block)
@@ -154,6 +150,14 @@ class _Preparation:
             rotation = Rotation(seed, block)
             self.assignment = rotate_last_inputs(self.assignment, self.source, rotation, self.device, self.dtype)
         self.assignment = seed_rotations(self.assignment, self.source, seed, self.device, self.dtype)
+
+    def _rotate_residual(self, seed: int) -> None:
+        self._emit("rotating the residual stream: norm gains go into the linears that read them")
+        online = rotates_head_online(self.source, self.assignment, self.recipe)
+        rotated = rotate_residual(self.source, seed, keep_tie=online)
+        for note in rotated.notes:
+            self._emit(note)
+        self.source = rotated
 
     def _container(self) -> FormatChoice:
         """The container, decided by the first process for all."""

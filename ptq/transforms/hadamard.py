@@ -186,32 +186,60 @@ class ResidualRotation:
     """
 
     def __init__(self, width: int, seed: int, *, keep_ones: bool = False) -> None:
-        self.width, self.seed = width, seed
+        self.width, self.seed, self.keep_ones = width, seed, keep_ones
         generator = torch.Generator().manual_seed(seed)
         self._power = width & -width
         self._sign = _signs(width, generator)
         odd = width // self._power
         self._odd = _orthogonal(odd, generator)  # [odd, odd]
         self._mirror: Tensor | None = None
+        self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
         if keep_ones:
             ones = torch.full((width,), width**-0.5, dtype=torch.float64)
             apart = self(ones) - ones
             if apart.norm() > 1e-9:
                 self._mirror = apart / apart.norm()
+        self._placed.clear()
 
     def __call__(self, x: Tensor) -> Tensor:
         """``Q x`` of vectors ``[..., width]``, computed and returned in float64 on their device."""
-        work = (x.double() * self._sign.to(x.device)).reshape(*x.shape[:-1], self._power, -1)  # [..., power, odd]
-        work = work @ self._odd.to(x.device).T
+        return self._product(x.double())
+
+    def online(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """``Q x``, or ``Q^T x``, of vectors ``[..., width]`` in a forward pass: computed in float32, or float64 where
+        they are, and returned in their dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (self._inverse(wide) if inverse else self._product(wide)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        sign, odd, mirror = self._constants(x)
+        work = (x * sign).reshape(*x.shape[:-1], self._power, -1)  # [..., power, odd]
+        work = work @ odd.T
         work = hadamard(work.mT).mT.flatten(-2)
-        if self._mirror is None:
-            return work
-        mirror = self._mirror.to(x.device)
-        return work - 2.0 * (work @ mirror)[..., None] * mirror
+        return work if mirror is None else _reflected(work, mirror)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        sign, odd, mirror = self._constants(x)
+        work = x if mirror is None else _reflected(x, mirror)
+        work = hadamard(work.reshape(*x.shape[:-1], self._power, -1).mT).mT @ odd
+        return work.flatten(-2) * sign
+
+    def _constants(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Signs, odd factor and mirror on the device and in the dtype of ``x``: copied there once."""
+        where = x.device, x.dtype
+        if where not in self._placed:
+            mirror = None if self._mirror is None else self._mirror.to(*where)
+            self._placed[where] = self._sign.to(*where), self._odd.to(*where), mirror
+        return self._placed[where]
 
     def matrix(self) -> Tensor:
         """``Q``, float64 ``[width, width]``."""
         return self(torch.eye(self.width, dtype=torch.float64)).T.contiguous()
+
+
+def _reflected(x: Tensor, mirror: Tensor) -> Tensor:
+    """Vectors ``[..., width]`` in the plane mirror with unit normal ``mirror``."""
+    return x - 2.0 * (x @ mirror)[..., None] * mirror
 
 
 def random_orthogonal(width: int, seed: int) -> Tensor:

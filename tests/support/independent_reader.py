@@ -39,7 +39,35 @@ def dense_tensors(folder: Path) -> dict[str, Tensor]:
             matrix = rotation_matrix(weight.shape[1], rotation["seed"], rotation["block"])
             weight = weight @ matrix  # stored is W R^T
         dense[f"{name}.weight"] = torch.from_numpy(weight).float()
-    return {name: tensor.float() for name, tensor in stored.items()} | dense
+    found = {name: tensor.float() for name, tensor in stored.items()} | dense
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    online = config.get("residual_rotation")
+    return found if online is None else found | _merged(found, online)
+
+
+def _merged(tensors: dict[str, Tensor], online: dict[str, Any]) -> dict[str, Tensor]:
+    """Embedding, head and last norm of a model without biases that rotates nothing at run time."""
+    (name,), norm = online["embeddings"], online["norm"]
+    table, gain = tensors[f"{name}.weight"].double(), tensors[f"{norm}.weight"].double() + online["offset"]
+    matrix = torch.from_numpy(_stream_matrix(table.shape[1], online["seed"]))
+    assert not online["keep_ones"]
+    return {
+        f"{name}.weight": (table @ matrix.T).float(),
+        "lm_head.weight": (table * gain @ matrix.T).float(),
+        f"{norm}.weight": torch.full_like(gain, 1.0 - online["offset"]).float(),
+    }
+
+
+def _stream_matrix(width: int, seed: int) -> NDArray[np.float64]:
+    """``Q`` of the residual stream: a Hadamard matrix of the power of two times a random orthogonal one, signed."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1
+    power = width & -width
+    drawn = torch.randn(width // power, width // power, generator=generator, dtype=torch.float64)
+    q, r = np.linalg.qr(drawn.numpy())
+    odd = q * np.sign(np.diagonal(r))
+    matrix: NDArray[np.float64] = np.kron(hadamard_matrix(power) / np.sqrt(power), odd) * signs.numpy()[None, :]
+    return matrix
 
 
 def rotation_matrix(width: int, seed: int, block: int | None = None) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.containers.select import CONTAINERS
 from ptq.pipeline.job import Job
+from ptq.pipeline.preparation.container import online_rotation
 from ptq.pipeline.preparation.preflight import peak_memory
 from ptq.pipeline.preparation.sizes import dense_experts
 from ptq.report import PartRecord, Report
@@ -79,7 +80,9 @@ def _quantization_config(job: Job, schemes: Mapping[str, Scheme]) -> dict[str, A
         if name.endswith(".weight") and len(tensor.shape) == 2
     ]
     container = CONTAINERS[job.container.name]
-    return container.quantization_config(schemes, job.linears, key_values=job.key_values, others=carried)
+    config = container.quantization_config(schemes, job.linears, key_values=job.key_values, others=carried)
+    online = online_rotation(job.source)
+    return config if online is None else config | {"residual_rotation": online.to_dict()}
 
 
 def _model_config(job: Job) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import torch
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
+from calib.model.structure import all_linears
 from ptq.checkpoint.journal import Journal
+from ptq.containers.select import select_container
 from ptq.errors import UsageError
 from ptq.pipeline.preparation.preflight import clashing_schemes
 from ptq.pipeline.preparation.schemes.block_maps import trace_block_kinds
@@ -19,8 +21,10 @@ from ptq.proof import FormatChoice, settle_format
 from ptq.recipe import Recipe
 from ptq.report import STAGING
 from ptq.scheme import KeyValueScheme
+from ptq.transforms.rotation.online import StreamRotation
+from ptq.transforms.rotation.rotated_source import RotatedSource
 
-__all__ = ["CONTAINER_CONDITION", "choose_container", "key_values_of"]
+__all__ = ["CONTAINER_CONDITION", "choose_container", "key_values_of", "online_rotation", "rotates_head_online"]
 
 CONTAINER_CONDITION = "container"
 """Name in the conditions of a journal, which hold the container and the reason for it."""
@@ -58,8 +62,9 @@ def choose_container(
             f"the container {requested} cannot carry a quantized embedding or head ({ends}): say --container native, "
             f"or leave them in full precision."
         )
+    tied = online_rotation(source) is not None
     settled = settle_format(
-        "native" if ends else requested,
+        "native" if ends or tied else requested,
         assignment.schemes,
         source,
         key_values_of(recipe),
@@ -67,12 +72,42 @@ def choose_container(
     )
     if ends and requested == "auto":
         settled = dataclasses.replace(settled, reason=f"{ends} is quantized, which no other container carries")
+    elif tied and requested == "auto":
+        settled = dataclasses.replace(
+            settled, reason="the residual stream is rotated at run time, so that the tie stays"
+        )
     begun = None if out is None else _begun(out)
     if begun is not None:
         return dataclasses.replace(settled, name=begun[0], reason=begun[1])
     if settled.name == "native" or len(set(assignment.schemes.values())) == 1:
         return settled
     return _without_clashes(settled, assignment, recipe, trace_block_kinds(source, device, dtype).values())
+
+
+def rotates_head_online(source: ModelSource, assignment: Plan, recipe: Recipe) -> bool:
+    """Whether a head that is tied to the embedding stays so when the residual stream is rotated.
+
+    Only the native container says what is rotated at run time, so it does where the result will be in that one.
+
+    Args:
+        source: The model, before anything is rotated.
+        assignment: What will be done to its linears.
+        recipe: The container that is asked for, and rotations.
+    """
+    if recipe.rotate_head != "auto":
+        return recipe.rotate_head == "online"
+    if recipe.container != "auto":
+        return recipe.container == "native"
+    if assignment.outside or {"input", "down"} & set(recipe.rotate):
+        return True
+    linears = all_linears(source.skeleton)
+    name, _ = select_container("auto", assignment.schemes, linears, source.skeleton, key_values_of(recipe))
+    return name == "native"
+
+
+def online_rotation(source: ModelSource) -> StreamRotation | None:
+    """How the residual stream of a model is rotated at run time; ``None`` where it is not."""
+    return source.online if isinstance(source, RotatedSource) else None
 
 
 def key_values_of(recipe: Recipe) -> KeyValueScheme | None:

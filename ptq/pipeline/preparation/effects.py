@@ -42,6 +42,11 @@ _NEEDS = (
         "no input is rotated at run time (--rotate input or down)",
     ),
     _Need(
+        ("rotate_head",),
+        lambda f: "residual" in f.recipe.rotate,
+        "the residual stream is not rotated (--rotate residual)",
+    ),
+    _Need(
         ("act_symmetric",),
         lambda f: any(s.act_bits is not None for s in (f.recipe.scheme, *(scheme for _, scheme in f.recipe.overrides))),
         "the inputs of linears are not rounded (act_bits is not set)",

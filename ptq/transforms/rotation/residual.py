@@ -3,10 +3,14 @@
 With the gains of all norms moved into the linears that read them, a root-mean-square norm does not see a rotation: if
 everything that writes to the stream is multiplied by an orthogonal Q and everything that reads it by Q^T, all outputs
 stay. A norm that subtracts the mean does not see a rotation that keeps the all-ones vector; one of these is used where
-it is needed. Nothing is left to do at run time.
+it is needed.
 
     embedding E -> E Q^T      writer W, b -> Q W, Q b      norm gain g -> 1      reader W -> W diag(g) Q^T
     norm bias c -> 0, reader bias b -> b + W c if all readers have a bias; otherwise c -> Q (c / g)
+
+Merged into the checkpoint like this, nothing is left to do at run time, and a head that was tied to the embedding needs
+a tensor of its own. Where the tie is kept, embedding, last norm and head stay as they were, and the stream is rotated
+and rotated back beside them at run time (`ptq.transforms.rotation.online`).
 
 `rotate_residual` gives a source that behaves like one whose checkpoint was rotated beforehand; tensors are rotated when
 they are read. Before it returns it has tried the rotation on one block of every kind and on the model without blocks.
@@ -30,6 +34,7 @@ from calib.model.structure import find_blocks, foreign_code
 from calib.precision import strict_float32
 from calib.runner.forward import move_to
 from ptq.transforms.hadamard import ResidualRotation
+from ptq.transforms.rotation.online import StreamRotation
 from ptq.transforms.rotation.rotated_source import RotatedSource, get_parameter, put_parameter
 from ptq.transforms.rotation.stream_roles import Part, block_parts, cannot_rotate, outside_parts
 from ptq.transforms.tracing import trace
@@ -42,29 +47,33 @@ _PROBE_TOKENS = 16
 _PROBE_ROWS = 64  # of the vocabulary that are tried
 
 
-def rotate_residual(source: ModelSource, seed: int) -> RotatedSource:
+def rotate_residual(source: ModelSource, seed: int, *, keep_tie: bool = False) -> RotatedSource:
     """The same model with its residual stream rotated by a random Hadamard rotation (`ResidualRotation`).
 
     ``source`` must not be used any more: its skeleton now belongs to the result.
 
     Args:
-        source: the model; seed: of the rotation.
+        source: The model.
+        seed: Of the rotation.
+        keep_tie: Keep a head tied to its embedding by rotating the stream beside them at run time. Models without a
+            tie are rotated by their weights alone in any case.
 
     Raises:
         ModelError: the model cannot be rotated, or outputs change by more than `TOLERANCE`; names the part.
     """
     with torch.no_grad(), strict_float32():
-        return _Search(source).rotated(seed)
+        return _Search(source, keep_tie=keep_tie).rotated(seed)
 
 
 class _Search:
     """Finds the parts of a model and tries the rotation on them, block by block.
 
     Args:
-        source: the model.
+        source: The model.
+        keep_tie: See `rotate_residual`.
     """
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, *, keep_tie: bool) -> None:
         self.source, self.model = source, source.skeleton
         self.blocks = find_blocks(self.model)
         embedding: Any = self.model.get_input_embeddings()
@@ -75,6 +84,7 @@ class _Search:
         names = {module: name for name, module in self.model.named_modules()}
         self.embedding, self.head = names[embedding], names[head]
         self.tied = f"{self.embedding}.weight" if head.weight is embedding.weight else ""
+        self.keeps_tie = keep_tie and bool(self.tied)
         self.tokens = (torch.arange(_PROBE_TOKENS) % min(_PROBE_ROWS, int(embedding.weight.shape[0])))[None]
         self.calls: list[BlockCall] = []
         self.hidden = torch.empty(0)  # what enters the first block
@@ -82,12 +92,12 @@ class _Search:
 
     def rotated(self, seed: int) -> RotatedSource:
         """The rotated source, tried."""
-        if self.tied:
+        if self.tied and not self.keeps_tie:
             self._untie()
         outside = frozenset(n for n in self.source.tensor_names() if not n.startswith(self._prefixes()))
         with self._small_vocabulary(outside):
             outer = self._outside_parts()
-            parts = dict(outer)
+            parts = {} if self.keeps_tie else dict(outer)
             examples: dict[object, tuple[int, dict[str, Part]]] = {}
             for index, name in enumerate(self.blocks):
                 kind = self._kind(name)
@@ -96,12 +106,23 @@ class _Search:
                 parts |= {f"{name}.{tensor}": part.inside(name) for tensor, part in examples[kind][1].items()}
             keep_ones = any(part.centers for part in parts.values())
             rotation = ResidualRotation(self.hidden.shape[-1], seed, keep_ones=keep_ones)
-            source = RotatedSource(self.source, rotation, parts, f"{self.head}.weight", self.tied)
+            online = self._online(outer, rotation) if self.keeps_tie else None
+            source = RotatedSource(
+                self.source, rotation, parts, f"{self.head}.weight", "" if self.keeps_tie else self.tied, online
+            )
             source.check_carried()
             for index, own in examples.values():
                 self._try_block(source, index, own)
-            self._try_outside(source, outer)
+            self._try_outside(source, {} if self.keeps_tie else outer)
+        if self.keeps_tie:
+            self.model.tie_weights()
         return source
+
+    def _online(self, outer: Mapping[str, Part], rotation: ResidualRotation) -> StreamRotation:
+        """The rotation beside embeddings and last norm, which are what ``outer`` says of them."""
+        embeddings = tuple(name.removesuffix(".weight") for name, part in outer.items() if part.kind == "write")
+        ((norm, offset),) = {(part.norm, part.offset) for part in outer.values() if part.norm}
+        return StreamRotation(rotation.seed, rotation.keep_ones, embeddings, norm, offset)
 
     # -- the model without its blocks --------------------------------------------------------------------------------
 
@@ -198,6 +219,8 @@ class _Search:
             ModelError: hidden states or logits are not those of the model.
         """
         hidden, logits = self._hollow()
+        if source.online is not None:
+            source.online.install(self.model)  # for good: passes over the model rotate, too
         originals = {name: get_parameter(self.model, name) for name in parts}
         for name, value in originals.items():
             put_parameter(self.model, name, source.changed(name, value, originals.get(parts[name].weight)))

@@ -16,6 +16,7 @@ from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
 from calib.model.experts import expert_lists
 from ptq.transforms.hadamard import ResidualRotation
+from ptq.transforms.rotation.online import StreamRotation
 from ptq.transforms.rotation.stream_roles import Part, cannot_rotate
 
 __all__ = ["RotatedSource", "get_parameter", "put_parameter"]
@@ -32,9 +33,12 @@ class RotatedSource:
     is rounded once, as it would be in a checkpoint that was rotated and saved.
 
     Args:
-        source: the model as it is stored; rotation: of the stream.
-        parts: of all tensors in the stream, by full name.
-        tied: name of the embedding's weight, if the head had none of its own; head: name of the head's weight.
+        source: The model as it is stored.
+        rotation: Of the stream.
+        parts: Of all tensors that are rotated, by full name.
+        head: Name of the head's weight.
+        tied: Name of the embedding's weight, if the head gets a tensor of its own that was the embedding's; else empty.
+        online: What is left to rotate at run time; its hooks are on the skeleton already. ``None`` where nothing is.
 
     Attributes:
         rotation: of the stream.
@@ -43,17 +47,30 @@ class RotatedSource:
     """
 
     def __init__(
-        self, source: ModelSource, rotation: ResidualRotation, parts: Mapping[str, Part], head: str, tied: str
+        self,
+        source: ModelSource,
+        rotation: ResidualRotation,
+        parts: Mapping[str, Part],
+        head: str,
+        tied: str,
+        online: StreamRotation | None = None,
     ) -> None:
         self._source, self.rotation, self._parts = source, rotation, parts
-        self._head, self._tied = head, tied
+        self._head, self._tied, self.online = head, tied, online
         self.skeleton, self.name, self.dtype = source.skeleton, source.name, source.dtype
         self.quantization = source.quantization
         self.config_changes: Mapping[str, Any] = {"tie_word_embeddings": False} if tied else {}
         self.notes: tuple[str, ...] = ()
         if tied:
             size = sum(size for _, _, size in source.stored_sizes(frozenset({tied})))
-            self.notes = (f"the rotation gives the head a tensor of its own, {head}: {size:,} bytes more",)
+            self.notes = (
+                f"the rotation gives the head a tensor of its own, {head}: {size:,} bytes more "
+                f"(--rotate-head online keeps it tied)",
+            )
+        elif online is not None:
+            self.notes = (
+                "the head stays tied to the embedding: the residual stream is rotated beside them at run time",
+            )
 
     @property
     def folder(self) -> Path | None:
@@ -105,7 +122,8 @@ class RotatedSource:
         return self._source.carried()
 
     def fingerprint(self) -> str:
-        text = f"{self._source.fingerprint()} residual rotation 1, seed {self.rotation.seed}"
+        kept = "" if self.online is None else ", head tied"
+        text = f"{self._source.fingerprint()} residual rotation 1, seed {self.rotation.seed}{kept}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     # -- one tensor --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from calib.checkpoint.reader import ModelSource, open_model
 from calib.precision import strict_float32
 from calib.runner.runner import CalibrationRunner
 from ptq.errors import ModelError
+from ptq.transforms.rotation.online import StreamRotation
 from ptq.transforms.rotation.residual import RotatedSource, rotate_residual
 from tests.support.tiny_models import EXPERT_FAMILIES, FAMILIES, ODD_FAMILIES, tiny_model
 
@@ -161,8 +162,56 @@ def test_a_tied_head_becomes_a_tensor_of_its_own(tiny_folder: Path) -> None:
     assert source.config_changes == {"tie_word_embeddings": False}
     head = source.skeleton.get_parameter("lm_head.weight")
     assert source.notes == (
-        f"the rotation gives the head a tensor of its own, lm_head.weight: {head.nbytes:,} bytes more",
+        f"the rotation gives the head a tensor of its own, lm_head.weight: {head.nbytes:,} bytes more "
+        "(--rotate-head online keeps it tied)",
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2", "stablelm", "qwen3_moe"])
+def test_an_online_rotation_keeps_the_tie_and_the_outputs(family: str) -> None:
+    model = tiny_model(family, tie_word_embeddings=True)
+    plain = open_model(model)
+    source = rotate_residual(open_model(model), 0, keep_tie=True)
+    assert source.tensor_names() == plain.tensor_names()
+    assert source.config_changes == {}
+    assert source.online is not None
+    source.load(source.tensor_names())
+    rotated: Any = source.skeleton
+    assert rotated.get_output_embeddings().weight is rotated.get_input_embeddings().weight
+    assert torch.equal(rotated.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert change(outputs(rotated), outputs(model)) < 1e-4
+    rotated.get_input_embeddings()._forward_hooks.clear()
+    assert change(outputs(rotated), outputs(model)) > 1e-2
+
+
+def test_a_walk_meets_the_stream_rotated_online(tiny_folder: Path) -> None:
+    plain, rotated = open_model(tiny_folder), rotate_residual(open_model(tiny_folder), 3, keep_tie=True)
+    streams = []
+    with torch.no_grad(), strict_float32():
+        for source in (plain, rotated):
+            runner = CalibrationRunner(source, tokens(), device=torch.device("cpu"), dtype=torch.float32)
+            streams.append([runner.hidden(0, full=True).clone() for _ in runner])
+    for before, after in zip(*streams, strict=True):
+        assert change(after, rotated.rotation(before)) < 1e-2  # of a half-precision checkpoint
+
+
+def test_the_tie_is_part_of_the_fingerprint(tiny_folder: Path) -> None:
+    merged, online = (rotate_residual(open_model(tiny_folder), 0, keep_tie=keep) for keep in (False, True))
+    assert merged.fingerprint() != online.fingerprint()
+    assert online.notes == (
+        "the head stays tied to the embedding: the residual stream is rotated beside them at run time",
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1.5}, {"keep_ones": 0}, {"embeddings": "model.embed_tokens"}, {"embeddings": []}, {"norm": None}],
+)
+def test_a_damaged_entry_of_an_online_rotation_is_refused(change: dict[str, Any]) -> None:
+    fields = {"seed": 0, "keep_ones": False, "embeddings": ["model.embed_tokens"], "norm": "model.norm", "offset": 0.0}
+    assert StreamRotation.from_dict(fields).to_dict() == fields
+    with pytest.raises(TypeError):
+        StreamRotation.from_dict(fields | change)
 
 
 def test_an_untied_model_keeps_its_config() -> None:

@@ -43,7 +43,7 @@ class FolderExport(Protocol):
 
 
 FOLDER_FORMATS: Mapping[str, Callable[[Result, str], FolderExport]] = {
-    **dict.fromkeys(("compressed-tensors", "gptq", "native"), ContainerExport),
+    **dict.fromkeys(("compressed-tensors", "gptq", "awq", "native"), ContainerExport),
     **dict.fromkeys(DENSE_DTYPES, DenseExport),
 }
 """Formats that are folders."""

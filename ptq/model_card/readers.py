@@ -30,6 +30,7 @@ class Reader:
 
 _FOLDER = "OUT"
 _PTQ = Reader("ptq", code_block("python", f'import ptq\n\nmodel = ptq.load("{_FOLDER}")'), "`pip install ptq-toolkit`.")
+_EVAL = Reader("ptq", code_block("console", f"$ ptq eval {_FOLDER}"), "Dequantized, without more packages.")
 _CONVERT = Reader(
     "llama.cpp",
     code_block("console", f"$ python convert_hf_to_gguf.py {_FOLDER} --outfile OUT.gguf\n$ llama-cli -m OUT.gguf"),
@@ -78,7 +79,13 @@ def _gptq(report: Report) -> Iterator[Reader]:
     schemes = [row.scheme for row in report.layers]
     if all(scheme["bits"] in _GPTQ_READERS_BITS and scheme["symmetric"] for scheme in schemes):
         yield _vllm("Not run by ptq.")
-    yield _PTQ
+    yield _EVAL
+
+
+def _awq(report: Report) -> Iterator[Reader]:
+    yield _vllm("Not run by ptq.")
+    yield _transformers("`pip install gptqmodel`.")
+    yield _EVAL
 
 
 def _dense(report: Report) -> Iterator[Reader]:
@@ -92,5 +99,6 @@ _READERS = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "gptq_v2": _gptq,
+    "awq": _awq,
     **dict.fromkeys(("bf16", "f16", "f32"), _dense),
 }

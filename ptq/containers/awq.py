@@ -142,14 +142,15 @@ def _layout_problem(name: str, scheme: Scheme, linear: nn.Module) -> str | None:
 
 def _pack(values: Tensor) -> Tensor:
     """uint8 ``[out, n]`` to int32 ``[n, out/8]``."""
-    nibbles = values.T.unflatten(1, (-1, _PER_WORD))[..., _ORDER]
-    return pack_rows(nibbles.flatten(1).contiguous(), _BITS)
+    out_features, columns = values.shape
+    nibbles = values.T.reshape(columns, -1, _PER_WORD)[..., _ORDER]
+    return pack_rows(nibbles.reshape(columns, out_features).contiguous(), _BITS)
 
 
 def _unpack(words: Tensor, out_features: int) -> Tensor:
     """The inverse of `_pack`."""
-    nibbles = unpack_rows(words, _BITS, out_features).unflatten(1, (-1, _PER_WORD))
-    return nibbles[..., _INVERSE].flatten(1).T.contiguous()
+    nibbles = unpack_rows(words, _BITS, out_features).reshape(len(words), -1, _PER_WORD)[..., _INVERSE]
+    return nibbles.reshape(len(words), out_features).T.contiguous()
 
 
 AWQ = AwqContainer()

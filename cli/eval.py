@@ -114,6 +114,11 @@ __all__ = ["command"]
 )
 @click.option("--trust-remote-code", is_flag=True, help="Allow running Python code from the model repository.")
 @click.option(
+    "--card/--no-card",
+    default=True,
+    help="Put the scores into the model card (README.md) of a folder that ptq wrote.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print the results as JSON on stdout (docs/json.md) and nothing else."
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write the results to a JSON file.")
@@ -143,6 +148,12 @@ def command(**options: Any) -> None:
         echo(line)
     else:
         show(record, console())
+    if options["card"]:
+        from cli.shared.card_scores import add_to_card
+
+        said = add_to_card(options["model"], record)
+        if said is not None:
+            echo(said, err=True)
     if problem is not None:  # after the result: a file that cannot be written must not cost it
         raise problem
 

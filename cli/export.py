@@ -15,7 +15,7 @@ __all__ = ["command"]
     "--format",
     required=True,
     metavar="NAME",
-    help="compressed-tensors, gptq, native, gguf, or dequantized: bf16, f16, f32.",
+    help="compressed-tensors, gptq, awq, native, gguf, or dequantized: bf16, f16, f32.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The new folder, or the .gguf file.")
 @click.option(

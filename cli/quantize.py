@@ -143,7 +143,7 @@ __all__ = ["command"]
 @click.option(
     "--dtype", metavar="DTYPE", help="Data type of the calibration forward passes: auto, float32, bfloat16 or float16."
 )
-@click.option("--container", metavar="NAME", help="auto, compressed-tensors, native or gptq.  [default: auto]")
+@click.option("--container", metavar="NAME", help="auto, compressed-tensors, native, gptq or awq.  [default: auto]")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="Device to run on.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted run or a finished result and start over.")
 @click.option(

@@ -19,7 +19,7 @@ from ptq.scheme import Rotation, Scheme, check_dynamic
 __all__ = ["COMPUTE_DTYPES", "CONTAINER_NAMES", "ROTATE_HEADS", "ROTATIONS", "CalibrationSpec", "Recipe"]
 
 T = TypeVar("T")
-CONTAINER_NAMES = ("auto", "compressed-tensors", "native", "gptq")
+CONTAINER_NAMES = ("auto", "compressed-tensors", "native", "gptq", "awq")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROTATIONS = ("residual", "down", "input")
 ROTATE_HEADS = ("auto", "online", "merged")
@@ -78,7 +78,7 @@ class Recipe:
         compute_dtype: dtype of the passes through the model's blocks. ``auto`` is the checkpoint's half-precision dtype
             where the device multiplies it natively, float32 otherwise. Statistics and solves are float32 in any case.
         container: ``auto`` writes a compressed-tensors checkpoint where that can carry the result, else a native one;
-            ``gptq`` is the layout of GPTQModel.
+            ``gptq`` is the layout of GPTQModel, ``awq`` that of AutoAWQ.
         kv_bits: width, 2 to 8, to which keys (after rotary) and values are rounded at run time, each token and head
             with a range of its own; ``None`` leaves them as they are.
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
@@ -103,7 +103,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    container: Literal["auto", "compressed-tensors", "native", "gptq"] = "auto"
+    container: Literal["auto", "compressed-tensors", "native", "gptq", "awq"] = "auto"
     kv_bits: int | None = None
     kv_symmetric: bool = False
     rotate: tuple[str, ...] = ()

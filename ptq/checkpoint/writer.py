@@ -29,6 +29,7 @@ from ptq.checkpoint.journal import JOURNAL_NAME, FinishedPart
 from ptq.checkpoint.resume import open_journal, shard_name
 from ptq.containers.native import GUARD_KEY, NATIVE
 from ptq.errors import OutputError
+from ptq.model_card import CARD_NAME, card_is_ours
 from ptq.report import REPORT_NAME, STAGING, Report
 
 __all__ = ["STAGING", "CheckpointWriter", "check_output_folder", "read_shard"]
@@ -265,10 +266,11 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _earlier_companions(out: Path) -> list[Path]:
-    """The files that an earlier run put beside its weights, by its report: never one outside the folder."""
+    """The files that an earlier run put beside its weights, by its report: never one outside the folder, and no model
+    card that somebody has put in the place of ours."""
     try:
         names = json.loads((out / REPORT_NAME).read_text(encoding="utf-8"))["companions"]
-        paths = [out / name for name in names]
+        paths = [out / name for name in names if name != CARD_NAME or card_is_ours(out)]
     except (OSError, ValueError, KeyError, TypeError):  # no report, or one that does not list them
         return []
     inside = [path for path in paths if path.parent.resolve().is_relative_to(out.resolve())]

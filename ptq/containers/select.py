@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ptq.containers.awq import AWQ
 from ptq.containers.base import Container
 from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
 from ptq.containers.gptq import GPTQ, GPTQ_V2
@@ -15,7 +16,7 @@ from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["CONTAINERS", "select_container"]
 
-CONTAINERS: dict[str, Container] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE, GPTQ, GPTQ_V2)}
+CONTAINERS: dict[str, Container] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE, GPTQ, GPTQ_V2, AWQ)}
 """The table."""
 _CHOICES = {"auto": (COMPRESSED_TENSORS, NATIVE), "gptq": (GPTQ, GPTQ_V2)}
 """What a name stands for: the first of these that can carry the result; any other name is a row of the table."""
@@ -43,4 +44,9 @@ def select_container(
         if problem is None:
             return container.name, first or "it carries every scheme here"
         first = problem if requested != "auto" else first or problem
-    raise UsageError(f"the container {requested} cannot carry this: {first}. Use --container native or auto.")
+    able = dict.fromkeys(
+        container.name.removesuffix("_v2")
+        for container in CONTAINERS.values()
+        if container.unsupported_reason(schemes, linears, model, key_values) is None
+    )
+    raise UsageError(f"the container {requested} cannot carry this: {first}. What can: {', '.join(able)}.")

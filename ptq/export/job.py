@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from calib.checkpoint.atomic_files import write_json
+from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
 from ptq.containers.native import NATIVE
@@ -43,7 +44,7 @@ class FolderExport(Protocol):
 
 
 FOLDER_FORMATS: Mapping[str, Callable[[Result, str], FolderExport]] = {
-    **dict.fromkeys(("compressed-tensors", "gptq", "native"), ContainerExport),
+    **dict.fromkeys(("compressed-tensors", "gptq", "awq", "native"), ContainerExport),
     **dict.fromkeys(DENSE_DTYPES, DenseExport),
 }
 """Formats that are folders."""
@@ -140,6 +141,9 @@ def _write_folder(result: Result, writer: FolderExport, out: Path, listener: Lis
         for name, content in more.items():
             write_json(checkpoint.companions / name, content)
         report = _report(result, writer, checkpoint, time.monotonic() - start)
+        report, left = add_card(checkpoint, report, result.folder)
+        if left is not None:
+            listener(Event("message", left))
         checkpoint.finish(config, quantization, report)
     return report
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from calib.checkpoint.atomic_files import write_json
+from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.containers.select import CONTAINERS
@@ -42,7 +43,9 @@ def finish(job: Job, checkpoint: CheckpointWriter, total: PartRecord) -> Report:
     quantization = _quantization_config(job, schemes)
     for name, content in CONTAINERS[job.container.name].files(quantization).items():
         write_json(checkpoint.companions / name, content)
-    report = _report(job, checkpoint, total)
+    report, note = add_card(checkpoint, _report(job, checkpoint, total), job.source.folder)
+    if note is not None:
+        job.emit(note)
     checkpoint.finish(_model_config(job), quantization, report)
     return report
 

@@ -130,7 +130,8 @@ def test_companions_are_in_the_output_and_the_report(model: Path, tmp_path: Path
     assert (out / "templates" / "tool.jinja").read_text() == "templates/tool.jinja"
     assert {"LICENSE", "templates/tool.jinja", "tokenizer.json"} <= set(report.companions)
     assert Report.load(out) == report
-    assert not {"README.md", "weights.bin", "companions"} & {path.name for path in out.iterdir()}
+    assert not {"weights.bin", "companions"} & {path.name for path in out.iterdir()}
+    assert "written by ptq" in (out / "README.md").read_text()  # not the source's, which has these letters
     assert any("README.md" in text for text in said)
 
 

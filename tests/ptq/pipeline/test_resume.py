@@ -70,8 +70,9 @@ def test_what_changes_nothing_may_change(tmp_path: Path) -> None:
     run(tmp_path / "model", tmp_path / "whole")
     with pytest.raises(Cut):
         run(tmp_path / "model", tmp_path / "out", ("block_done", 2))
-    shutil.move(tmp_path / "model", tmp_path / "elsewhere")
-    run(tmp_path / "elsewhere", tmp_path / "out", offload="disk")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "model", tmp_path / "elsewhere" / "model")  # its name is in the card
+    run(tmp_path / "elsewhere" / "model", tmp_path / "out", offload="disk")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Entry] = {
     "report": Entry("cli.report", "Write an HTML report about a quantized model and its evaluations."),
     "inspect": Entry("cli.inspect", "Show a quantized checkpoint layer by layer."),
     "generate": Entry("cli.generate", "Generate text with a model."),
+    "serve": Entry("cli.serve", "Serve a model through an OpenAI-compatible endpoint."),
     "bench": Entry("cli.bench", "Measure how fast this machine runs packed weights."),
     "methods": Entry("cli.methods", "List the quantization methods and their options."),
 }
@@ -78,7 +79,7 @@ def cli() -> None:
       ptq inspect OUT --sort loss
       ptq generate OUT "Once upon a time"
 
-    MODEL is a local Hugging Face folder, a hub id or a .gguf file. Every command has --help and --json.
+    MODEL is a local Hugging Face folder, a hub id or a .gguf file. Every command has --help, and all but serve --json.
     """
 
 

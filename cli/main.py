@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "quantize": Entry("cli.quantize", "Quantize a model and write a checkpoint that transformers loads."),
     "plan": Entry("cli.plan", "Choose a format for every linear within a budget of bytes."),
+    "tune": Entry("cli.tune", "Tune the norms of a result end to end, at no byte more."),
     "export": Entry("cli.export", "Write a result in the format of another runtime."),
     "eval": Entry("cli.eval", "Measure perplexity, task accuracy and KL divergence of a model."),
     "compare": Entry("cli.compare", "Compare evaluations item by item, with significance tests."),

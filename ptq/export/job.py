@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from calib.checkpoint.atomic_files import write_json
+from calib.checkpoint.files import resolve_model
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
@@ -107,7 +108,7 @@ def _open(source: Path, trust_remote_code: bool) -> Result:
     if source.suffix == ".gguf" and source.is_file():
         raise UsageError(f"{source} is a GGUF file, which is exported to {', '.join(DENSE_DTYPES)} only.")
     kind = Result if _may_be_ours(source) else ImportedResult
-    return kind(source, trust_remote_code=trust_remote_code)
+    return kind(resolve_model(str(source)), trust_remote_code=trust_remote_code)
 
 
 def _may_be_ours(source: Path) -> bool:

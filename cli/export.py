@@ -33,6 +33,8 @@ def command(
 ) -> None:
     """Write OUT, a folder of ptq quantize, in the format of another runtime.
 
+    OUT may also be a GPTQ, AWQ or compressed-tensors folder of another program, or for bf16, f16 and f32 a .gguf file.
+
     Weights are never rounded again: a format that cannot hold them exactly is refused.
 
     \b

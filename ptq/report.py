@@ -12,6 +12,7 @@ from typing import Any
 from ptq.errors import OutputError
 
 __all__ = [
+    "IMPORTED",
     "REPORT_NAME",
     "REPORT_VERSION",
     "STAGING",
@@ -26,6 +27,8 @@ __all__ = [
 REPORT_NAME = "ptq_report.json"
 STAGING = ".ptq_partial"  # where a run writes until it is finished
 REPORT_VERSION = 1
+IMPORTED = "imported"
+"""The method of what another program quantized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

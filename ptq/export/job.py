@@ -12,18 +12,21 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from calib.checkpoint.atomic_files import write_json
+from calib.checkpoint.files import resolve_model
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
 from ptq.containers.native import NATIVE
 from ptq.errors import OutputError, UsageError, unknown_name
 from ptq.export.dense import DENSE_DTYPES, DenseExport
+from ptq.export.dense_copy import write_dense_copy
 from ptq.export.gguf.write import EMBEDDING_TYPES, write_gguf
+from ptq.export.imported import ImportedResult
 from ptq.export.repack import ContainerExport
 from ptq.export.result import Part, Result
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.preparation.preflight import check_disk
-from ptq.report import REPORT_NAME, Report
+from ptq.report import REPORT_NAME, STAGING, Report
 
 __all__ = ["EXPORT_FORMATS", "export"]
 
@@ -65,7 +68,8 @@ def export(
     """Write a finished result in the format of another runtime.
 
     Args:
-        result: an output folder of ``ptq quantize``.
+        result: an output folder of ``ptq quantize``, or a quantized folder of another program (GPTQ, AWQ,
+            compressed-tensors); for dequantized formats also a ``.gguf`` file and whatever else ptq reads.
         format: a name of `EXPORT_FORMATS`.
         out: the new folder, which must be empty, or the ``.gguf`` file.
         overwrite: replace an earlier output of ptq there.
@@ -86,7 +90,9 @@ def export(
         raise unknown_name("type of the embedding", embedding, EMBEDDING_TYPES)
     source, target, listener = Path(result), Path(out), on_event or ignore_events
     _check_target(source, target, overwrite, is_file=format == "gguf")
-    opened = Result(source, trust_remote_code=trust_remote_code)
+    if format in DENSE_DTYPES and not _may_be_ours(source):
+        return write_dense_copy(str(result), format, target, listener, trust_remote_code=trust_remote_code)
+    opened = _open(source, trust_remote_code)
     if format not in (NATIVE.name, *DENSE_DTYPES) and opened.residual_rotation is not None:
         raise UsageError(
             f"{source} rotates its residual stream at run time so that the head stays tied to the embedding, which "
@@ -95,6 +101,21 @@ def export(
     if format == "gguf":
         return write_gguf(opened, target, listener, embedding=embedding)
     return _write_folder(opened, FOLDER_FORMATS[format](opened, format), target, listener)
+
+
+def _open(source: Path, trust_remote_code: bool) -> Result:
+    """A result of ptq, or a quantized folder of another program."""
+    if source.suffix == ".gguf" and source.is_file():
+        raise UsageError(f"{source} is a GGUF file, which is exported to {', '.join(DENSE_DTYPES)} only.")
+    kind = Result if _may_be_ours(source) else ImportedResult
+    return kind(resolve_model(str(source)), trust_remote_code=trust_remote_code)
+
+
+def _may_be_ours(source: Path) -> bool:
+    """Whether a source is a result of ptq, an unfinished one, or a folder without any model, which `Result` refuses."""
+    if source.suffix == ".gguf" or not source.is_dir():
+        return False
+    return (source / REPORT_NAME).is_file() or (source / STAGING).exists() or not (source / "config.json").is_file()
 
 
 def _check_target(source: Path, target: Path, overwrite: bool, *, is_file: bool) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from calib.checkpoint.atomic_files import os_errors
 from calib.checkpoint.config import check_config
 from calib.checkpoint.files import stored_tensors
+from calib.checkpoint.safetensors_header import StoredTensor
 from calib.checkpoint.sources.folder import build_skeleton
 from calib.model.experts import split_experts
 from calib.model.structure import all_linears
@@ -134,6 +135,16 @@ class Result:
     def files(self) -> list[Path]:
         """The weight files, in order."""
         return [self.folder / name for name in sorted(self.report.files)]
+
+    def contents(self, path: Path) -> tuple[list[str], dict[str, StoredTensor]]:
+        """Names of the quantized linears of a weight file, in the order of `Part.linears`, and its other tensors."""
+        stored = {key: one for key, one in stored_tensors(self.folder).items() if one.file.name == path.name}
+        owners = {key: key.rpartition(".")[0] for key in stored}
+        names = sorted({owner for owner in owners.values() if owner in self.rows})
+        others = {
+            key: one for key, one in stored.items() if owners[key] not in self.rows or key.rpartition(".")[2] == "bias"
+        }
+        return names, others
 
     def parts(self) -> Iterator[Part]:
         """The weight files, one in memory at a time.

@@ -15,7 +15,7 @@ from ptq.model_card.metadata import MARK, card_data, front_matter, hub_name
 from ptq.model_card.readers import readers
 from ptq.model_card.scores import NO_SCORES, scores_section
 from ptq.model_card.text import cell, code_block, one_line, table
-from ptq.report import Report
+from ptq.report import IMPORTED, Report
 
 __all__ = ["CARD_NAME", "card_is_ours", "render_card"]
 
@@ -41,12 +41,13 @@ def render_card(report: Report, source: Path | None) -> str:
         source: the folder that it was made of, whose own card has licence, language and tags.
     """
     name = str(report.model["source"])
-    carried = front_matter(source)
-    base = hub_name(name, source)
+    imported = report.recipe["method"] == IMPORTED
+    carried = front_matter(source, quantized=imported)
+    base = None if imported and "base_model" in carried else hub_name(name, source)
     data = card_data(carried, base, _tags(report))
     parts = [
         f"---\n{data.to_yaml()}\n---\n{MARK}",
-        f"# {cell(_title(name))}, {cell(_storage(report))} by {cell(str(report.recipe['method']))}",
+        f"# {cell(_title(name))}, {cell(_storage(report))}",
         _introduction(report, data.base_model),
         "## How it was made",
         *_recipe(report, base or Path(name).name or "MODEL"),
@@ -69,7 +70,9 @@ def _title(name: str) -> str:
 def _storage(report: Report) -> str:
     """The formats in the result; the recipe's where there are many."""
     names = [name for name, _ in Counter(str(row.scheme["name"]) for row in report.layers).most_common()]
-    return ", ".join(names) if len(names) <= _WIDEST_NAMES else f"{len(names)} formats"
+    formats = ", ".join(names) if len(names) <= _WIDEST_NAMES else f"{len(names)} formats"
+    method = str(report.recipe["method"])
+    return f"{formats} by {method}" if method != IMPORTED else formats or "dequantized"
 
 
 def _tags(report: Report) -> list[str]:
@@ -100,6 +103,9 @@ def _introduction(report: Report, base: Any) -> str:
 
 def _recipe(report: Report, model: str) -> Iterator[str]:
     recipe = report.recipe
+    if recipe["method"] == IMPORTED:
+        yield "Another program quantized it; ptq wrote the same values in another format."
+        return
     yield code_block("console", f"$ {quoted([one_line(word) for word in command_words(recipe, model)])}")
     if len(recipe["overrides"]) + len(recipe["ignore"]) > MAX_OVERRIDES:
         plain = yaml.safe_dump(_without_names(recipe), sort_keys=False, allow_unicode=True)

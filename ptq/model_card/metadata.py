@@ -24,8 +24,12 @@ _OF_QUANTIZATION = re.compile(
 )
 
 
-def front_matter(folder: Path | None) -> dict[str, Any]:
+def front_matter(folder: Path | None, *, quantized: bool = False) -> dict[str, Any]:
     """Licence, language, tags and the like of a folder's ``README.md``; of a card of ours, the base model as well.
+
+    Args:
+        folder: of the source.
+        quantized: the source is another program's quantization, whose base is ours as well.
 
     A card that is missing, too large or no YAML gives nothing: it is a courtesy to carry it on, no condition.
     """
@@ -41,7 +45,7 @@ def front_matter(folder: Path | None) -> dict[str, Any]:
         data = yaml.safe_load(found[1])
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    keys = (*_CARRIED, *(_BASE if MARK in text else ()))
+    keys = (*_CARRIED, *(_BASE if quantized or MARK in text else ()))
     entries = {key: _plain(data[key]) for key in keys if key in data} if isinstance(data, Mapping) else {}
     return {key: value for key, value in entries.items() if value}
 

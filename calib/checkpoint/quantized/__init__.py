@@ -9,7 +9,15 @@ dtype.
 from __future__ import annotations
 
 from calib.checkpoint.quantized.methods import read_dense, source_method
-from calib.checkpoint.quantized.packed import SourceQuantization
-from calib.checkpoint.quantized.weights import StoredWeights, open_weights
+from calib.checkpoint.quantized.packed import PackedWeight, SourceQuantization
+from calib.checkpoint.quantized.weights import StoredWeights, open_weights, packed_weights
 
-__all__ = ["SourceQuantization", "StoredWeights", "open_weights", "read_dense", "source_method"]
+__all__ = [
+    "PackedWeight",
+    "SourceQuantization",
+    "StoredWeights",
+    "open_weights",
+    "packed_weights",
+    "read_dense",
+    "source_method",
+]

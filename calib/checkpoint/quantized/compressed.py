@@ -20,8 +20,11 @@ from calib.errors import ModelError
 
 __all__ = ["compressed_weights"]
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_FP4 = {"nvfp4-pack-quantized": "tensor_group", "mxfp4-pack-quantized": "group"}
+"""Formats with two codes of 4 bits per byte, and the strategy of their scales."""
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized", *_FP4)
 _SCALE = ".weight_scale"
+_WIDENED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FULL = "Give the full-precision model."
 
 
@@ -82,6 +85,8 @@ def _compressed(
             f"{prefix} is stored in the compressed-tensors format {layout!r}; ptq reads {', '.join(_FORMATS)}. {_FULL}"
         )
     packed, args = layout == "pack-quantized", scheme.weights
+    if layout in _FP4:
+        return _fp4(prefix, layout, stored, scheme)
     roles = ["weight_packed" if packed else "weight", "weight_scale"]
     roles += ["weight_shape"] if packed else []
     roles += [] if args.symmetric else ["weight_zero_point"]
@@ -97,6 +102,27 @@ def _compressed(
     parts = {role: f"{prefix}.{role}" for role in roles}
     make = functools.partial(_decompress, BaseCompressor.get_value_from_registry(layout), scheme, shape)
     return PackedWeight(f"{prefix}.weight", parts, shape, args.num_bits, make)
+
+
+def _fp4(prefix: str, layout: str, stored: Mapping[str, StoredTensor], scheme: QuantizationScheme) -> PackedWeight:
+    """Codes of E2M1: two input channels per byte, with a scale per group, and in NVFP4 one of the whole weight."""
+    args = scheme.weights
+    group, by_tensor = args.group_size or 0, layout.startswith("nvfp4")
+    if args.num_bits != 4 or str(args.strategy) != _FP4[layout] or group < 1:
+        raise ModelError(f"{prefix} is {layout} with {args.num_bits} bits and scales by {args.strategy}. {_FULL}")
+    packed = find(stored, prefix, "weight_packed")
+    if len(packed.shape) != 2 or 0 in packed.shape:
+        raise ModelError(f"{prefix}.weight_packed has the shape {list(packed.shape)}, not two sizes.")
+    shape = (packed.shape[0], 2 * packed.shape[1])
+    why = f"{layout} of a weight of {shape[0]} x {shape[1]}"
+    scales = find(stored, prefix, "weight_scale")
+    require_shape(f"{prefix}.weight_scale", scales, (shape[0], math.ceil(shape[1] / group)), why)
+    roles = ["weight_packed", "weight_scale"]
+    if by_tensor:
+        require_shape(f"{prefix}.weight_global_scale", find(stored, prefix, "weight_global_scale"), (1,), why)
+        roles.append("weight_global_scale")
+    make = functools.partial(_decompress, BaseCompressor.get_value_from_registry(layout), scheme, shape)
+    return PackedWeight(f"{prefix}.weight", {role: f"{prefix}.{role}" for role in roles}, shape, 4, make)
 
 
 def _check(
@@ -132,8 +158,10 @@ def _check(
 def _decompress(
     compressor: type[BaseCompressor], scheme: QuantizationScheme, shape: tuple[int, ...], parts: Mapping[str, Tensor]
 ) -> Tensor:
-    state = dict(parts) | {"weight_scale": parts["weight_scale"].float()}  # the library computes in the scale's dtype
-    weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    scale = parts["weight_scale"]
+    # The library computes in the dtype of an integer's scale; exponents (uint8) and FP8 scales it takes as they are.
+    state = dict(parts) | ({"weight_scale": scale.float()} if scale.dtype in _WIDENED else {})
+    weight: Tensor = compressor.decompress(state, scheme)["weight"].float()
     if weight.shape != torch.Size(shape):
         raise ModelError(f"compressed-tensors gave a weight of {list(weight.shape)} where {list(shape)} was stored.")
     return weight

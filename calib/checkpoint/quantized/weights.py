@@ -21,7 +21,7 @@ from calib.checkpoint.quantized.packed import PackedWeight, SourceQuantization
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
 
-__all__ = ["StoredWeights", "open_weights"]
+__all__ = ["StoredWeights", "open_weights", "packed_weights"]
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _PLAIN.items()}
@@ -166,6 +166,30 @@ def open_weights(folder: Path, files: Mapping[str, StoredTensor], config: Any) -
     config.dtype = dtype
     summary = SourceQuantization.of(method, packed, str(dtype).removeprefix("torch."))
     return StoredWeights(files, names, dtype, summary)
+
+
+def packed_weights(
+    folder: Path, files: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], list[PackedWeight]]:
+    """What a folder says of its quantization, and its packed weights, described and not read.
+
+    Args:
+        folder: the model folder.
+        files: every tensor in its files.
+        config: its ``config.json`` as plain data.
+
+    Returns:
+        The ``quantization_config`` with its ``quant_method``, empty for a model in full precision, and the weights.
+
+    Raises:
+        ModelError: see `open_weights`.
+    """
+    stated = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    stated = stated or _beside(folder, files) or {}
+    if not stated:
+        return {}, []
+    method = source_method(str(folder), stated)
+    return {**stated, "quant_method": method}, _packed(method, str(folder), files, stated)
 
 
 def _beside(folder: Path, files: Mapping[str, StoredTensor]) -> Mapping[str, Any] | None:

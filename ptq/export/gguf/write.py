@@ -15,7 +15,6 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_
 from torch import Tensor
 
 from calib.checkpoint.atomic_files import file_sha256, write_file
-from calib.checkpoint.files import stored_tensors
 from ptq.errors import OutputError, UsageError
 from ptq.export.gguf.metadata import Family, add_architecture, find_family, rope_factors
 from ptq.export.gguf.types import exact_type, pack_q8_0, row_bytes, weight_bytes
@@ -88,16 +87,12 @@ class GgufExport:
     def _entries_of(self, path: Path) -> Iterator[Entry]:
         """Tensors that one weight file becomes, in the order of `arrays`."""
         rows = self._result.rows
-        stored = {key: one for key, one in stored_tensors(self._result.folder).items() if one.file.name == path.name}
-        owners = sorted({key.rpartition(".")[0] for key in stored})
-        for name in (owner for owner in owners if owner in rows):
+        names, others = self._result.contents(path)
+        for name in names:
             shape = rows[name].shape
             kind = exact_type(name, self._result.schemes[name], shape)
             yield Entry(self._name(f"{name}.weight"), name, kind, shape[0], shape[1])
-        for key, one in stored.items():
-            owner, _, leaf = key.rpartition(".")
-            if owner in rows and leaf != "bias":
-                continue
+        for key, one in others.items():
             kind = self._plain_kind(key, one.shape, one.dtype)
             yield Entry(self._name(key), key, kind, one.shape[0] if len(one.shape) == 2 else None, one.shape[-1])
 

@@ -224,7 +224,8 @@ NOT_READ: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-4", GPTQ, r"None bits"),
     ("fp8-block", BLOCKS | {"weight_block_size": [128]}, r"not two sizes such as"),
     ("fp8-block", BLOCKS | {"weight_block_size": None}, r"one per channel"),
-    ("ct-4-sym", ct("nvfp4-pack-quantized", group(4)), r"'nvfp4-pack-quantized'.*pack-quantized"),
+    ("ct-4-sym", ct("mxfp6-pack-quantized", group(4)), r"'mxfp6-pack-quantized'.*pack-quantized"),
+    ("ct-4-sym", ct("nvfp4-pack-quantized", group(4)), r"nvfp4-pack-quantized with 4 bits and scales by group"),
     ("ct-4-sym", ct("pack-quantized", group(4, strategy="rows")), r"does not accept the quantization_config"),
     ("ct-4-sym", ct("pack-quantized", group(4, actorder="group")), r"does not accept"),
     (

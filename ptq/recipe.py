@@ -84,8 +84,8 @@ class Recipe:
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
         rotate: ``residual`` rotates the hidden state between blocks (merged into the weights), ``down``
             rotates at run time the input of the linears that end a block's MLP, ``input`` that of every linear.
-        rotate_block: the largest block of the rotations at run time, 32 to 1024; ``None`` is 256 for ``input`` and the
-            largest that divides the width for ``down``.
+        rotate_block: the largest block of the rotations at run time, 32 to 1024; ``None`` is 256 for ``input`` and for
+            number formats with a rotation of their own, and the largest that divides the width for ``down``.
         rotate_head: what ``residual`` does about a head that is tied to the embedding: ``online`` keeps the tie by two
             rotations a token at run time, ``merged`` gives the head a tensor of its own; ``auto`` is ``online`` in
             the native container, the only one that carries it, and ``merged`` in others.

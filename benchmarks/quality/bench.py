@@ -114,7 +114,7 @@ class Bench:
                 self.tokenizer,
                 texts=[text],
                 against=self.base,
-                seqlen=EVAL_SEQLEN,
+                seqlen=self.options.eval_seqlen,
                 bos="never",
                 max_tokens=limit,
             )
@@ -245,6 +245,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--held-out", default="c4", help="the second text")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--eval-seqlen", type=int, default=EVAL_SEQLEN, help="of the segments of both texts")
     parser.add_argument("--max-tokens", type=int, help="of the first text; default all")
     parser.add_argument("--max-held-out", type=int, help="of the second text; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -10,6 +10,7 @@ from calib.checkpoint.atomic_files import file_sha256, os_errors
 from calib.checkpoint.files import INDEX_NAME, MAX_INDEX_BYTES
 from calib.checkpoint.json import read_json
 from calib.checkpoint.safetensors_header import check_headers
+from ptq.containers.native import QUANT_METHOD, verify_config
 from ptq.errors import OutputError
 from ptq.report import REPORT_NAME, Report
 
@@ -27,17 +28,19 @@ def verify_files(folder: str | Path) -> int:
     """Compare size and SHA-256 of every weight file with the report; files are read in blocks of 1 MiB.
 
     Args:
-        folder: an output folder; without a report (a model that was saved again) there is nothing to compare.
+        folder: an output folder; without a report (a model that was saved again) the config alone is compared, with its
+            own checksum.
 
     Returns:
         How many files were compared.
 
     Raises:
-        OutputError: the report was changed, a file is missing or differs (both hashes are named), or a file that
-            takes precedence over the listed ones was added.
+        OutputError: the report or the config was changed, a file is missing or differs (both hashes are named), or a
+            file that takes precedence over the listed ones was added.
     """
     folder = Path(folder)
     if not (folder / REPORT_NAME).is_file():
+        _verify_config(folder)
         return 0
     report = Report.load(folder)
     files = report.files
@@ -54,10 +57,7 @@ def verify_files(folder: str | Path) -> int:
 
 def _verify_rotations(folder: Path, report: Report) -> None:
     """Formats and rotations of the config are the report's: no tensor shows that signs or blocks are others."""
-    path = folder / "config.json"
-    config = read_json(path, MAX_INDEX_BYTES, error=OutputError).get("quantization_config") if path.is_file() else None
-    if not isinstance(config, dict) or config.get("quant_method") != "ptq":
-        return
+    path, config = _native_config(folder)
     schemes, layers = config.get("schemes"), config.get("layers")
     if not isinstance(schemes, dict) or not isinstance(layers, dict):
         return  # the reader of the config says what is wrong with it
@@ -69,6 +69,18 @@ def _verify_rotations(folder: Path, report: Report) -> None:
                     f"{path} does not match its tensors: it gives {layer.name} {field}={scheme.get(field)!r}, and "
                     f"{REPORT_NAME} says that they were written with {layer.scheme.get(field)!r}. {_WAY_OUT}"
                 )
+
+
+def _verify_config(folder: Path) -> None:
+    path, config = _native_config(folder)
+    verify_config(config, str(path))
+
+
+def _native_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The path of the folder's config, and its ``quantization_config`` if that is one of the native container."""
+    path = folder / "config.json"
+    config = read_json(path, MAX_INDEX_BYTES, error=OutputError).get("quantization_config") if path.is_file() else None
+    return path, config if isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD else {}
 
 
 def _verify_index(folder: Path, files: Mapping[str, Any]) -> None:

@@ -5,7 +5,8 @@
     "quantization_config": {
       "quant_method": "ptq", "version": 1,
       "schemes": {"int3-asym-g64-float16": {"format": "int", "bits": 3, "symmetric": false, ...}},
-      "layers": {"model.layers.0.mlp.down_proj": "int3-asym-g64-float16", ...}
+      "layers": {"model.layers.0.mlp.down_proj": "int3-asym-g64-float16", ...},
+      "check": "0123456789abcdef"
     },
     "transformers_weights": "these weights are packed by ptq: run `pip install ptq-toolkit` and ..."
 
@@ -18,6 +19,9 @@ and where the residual stream is rotated at run time (`ptq.transforms.rotation.o
       "residual_rotation": {"seed": 0, "keep_ones": false, "embeddings": ["model.embed_tokens"],
                             "norm": "model.norm", "offset": 0.0}
 
+``check`` is a checksum over the other keys: no tensor shows that the seed of a rotation is another one, and a model
+that was saved again has no report that says so.
+
 transformers only warns about a quantization method that it does not know, and goes on with random weights. Two things
 turn that into an error: ``transformers_weights`` (transformers takes it for the name of the weight file and raises an
 error that quotes it; our quantizer removes it first), and for every packed linear an empty tensor ``X.weight`` (int8,
@@ -26,6 +30,7 @@ shape [0]), which a plain linear refuses by its shape even where ``save_pretrain
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,6 +40,7 @@ from torch import Tensor, nn
 from ptq.containers.base import Container
 from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
+from ptq.report import canonical_json
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.rotation.online import StreamRotation
 
@@ -45,9 +51,12 @@ __all__ = [
     "QUANT_METHOD",
     "VERSION",
     "NativeContainer",
+    "config_checksum",
     "read_key_values",
     "read_residual_rotation",
     "read_schemes",
+    "verify_config",
+    "with_checksum",
 ]
 
 QUANT_METHOD = "ptq"
@@ -101,11 +110,38 @@ class NativeContainer(Container):
             "schemes": {key: scheme.to_dict() for scheme, key in keys.items()},
             "layers": {name: keys[scheme] for name, scheme in packed.items()},
         }
-        return config if key_values is None else config | {"key_values": key_values.to_dict()}
+        if key_values is not None:
+            config["key_values"] = key_values.to_dict()
+        return with_checksum(config)
 
     def config_entries(self) -> dict[str, Any]:
         """The sentence that stops a transformers without us."""
         return {GUARD_KEY: GUARD_SENTENCE}
+
+
+def config_checksum(config: Mapping[str, Any]) -> str:
+    """The first 16 hex digits of the SHA-256 of a ``quantization_config`` without its ``check``."""
+    return hashlib.sha256(canonical_json({k: v for k, v in config.items() if k != "check"})).hexdigest()[:16]
+
+
+def with_checksum(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the ``check`` that belongs to its other keys."""
+    return {**config, "check": config_checksum(config)}
+
+
+def verify_config(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Compare a ``quantization_config`` with its ``check``; one of an earlier release has none.
+
+    Raises:
+        OutputError: it was changed after it was written.
+    """
+    stated = config.get("check")
+    if stated is not None and stated != (found := config_checksum(config)):
+        raise OutputError(
+            f"{where}: quantization_config was changed after it was written: its checksum is {found}, and check says "
+            f"{stated}. With other schemes the same tensors are another model: copy {where} again or quantize again; "
+            "if the change is wanted, remove check, or load with ptq.load(..., verify=False)."
+        )
 
 
 def read_schemes(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Scheme]:

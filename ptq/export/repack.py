@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ptq.containers.native import NATIVE
+from ptq.containers.native import NATIVE, with_checksum
 from ptq.containers.select import CONTAINERS, select_container
 from ptq.errors import UsageError
 from ptq.export.result import Part, Result
@@ -54,7 +54,7 @@ class ContainerExport:
             self._schemes, self._result.linears, key_values=self._result.key_values
         )
         if self._container is NATIVE and self._result.residual_rotation is not None:
-            quantization |= {"residual_rotation": self._result.residual_rotation.to_dict()}
+            quantization = with_checksum(quantization | {"residual_rotation": self._result.residual_rotation.to_dict()})
         config = {**self._result.plain_config, **self._container.config_changes(self._result.dtype)}
         return config, quantization, self._container.files(quantization)
 

@@ -1,10 +1,13 @@
-"""Tensors that a checkpoint names otherwise than `QuantLinear` does: renamed when loaded, and back when saved."""
+"""Tensors that a checkpoint names otherwise than `QuantLinear` or transformers do: renamed when loaded, and back when
+saved."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
 __all__ = ["StoredNames"]
 
@@ -29,6 +32,29 @@ class StoredNames(WeightRenaming):
             for name in (linear, linear.removeprefix(f"{prefix}."), f"{prefix}.{linear}"):
                 names.update({f"{name}.{theirs}": f"{name}.{ours}" for ours, theirs in leaves.items()})
         return cls._with(names)
+
+    @classmethod
+    def of_modules(cls, tensors: Iterable[str], conversions: Iterable[Any]) -> StoredNames | None:
+        """The step that stands before those of the model, for tensors that checkpoints store under the module's name
+        where the model's own names are others (Mixtral's ``mlp`` is ``block_sparse_moe`` in its files).
+
+        Without it a model that is saved would have other names than the checkpoint it was loaded from. Prefixes are
+        left to transformers: a base model has none.
+
+        Args:
+            tensors: by full name in the model.
+            conversions: the model's steps of loading.
+        """
+        renamings = [
+            one for one in conversions if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange)
+        ]
+        names = {}
+        for name in tensors:
+            back: list[Any] = [one.reverse_transform() for one in reversed(renamings)]
+            stock = apply_renamings(name, back)
+            if stock != name and apply_renamings(stock, [copy.copy(one) for one in renamings]) == name:
+                names[name] = stock
+        return cls._with(names) if names else None
 
     @classmethod
     def _with(cls, names: Mapping[str, str]) -> StoredNames:

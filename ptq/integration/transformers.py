@@ -21,8 +21,10 @@ from ptq.containers import native
 from ptq.containers.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
 from ptq.integration.experts import leave_split_experts, split_named_experts
+from ptq.integration.stored_names import StoredNames
 from ptq.integration.swap import share_rotations, swap_linear
 from ptq.runtime.kv_cache import set_key_values
+from ptq.runtime.linear import QuantLinear
 from ptq.scheme import KeyValueScheme, Scheme
 from ptq.transforms.rotation.online import StreamRotation
 
@@ -50,6 +52,7 @@ class PtqConfig(QuantizationConfigMixin):
         layers: Mapping[str, str] | None = None,
         key_values: Mapping[str, Any] | None = None,
         residual_rotation: Mapping[str, Any] | None = None,
+        check: str | None = None,
         quant_method: str = native.QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes names of its enum or others
@@ -58,6 +61,7 @@ class PtqConfig(QuantizationConfigMixin):
         self.layers = dict(layers or {})
         self.key_values = key_values
         self.residual_rotation = residual_rotation
+        self.check = check
         self.layer_schemes()
         self.key_value_scheme()
         self.stream_rotation()
@@ -76,7 +80,7 @@ class PtqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in ("quant_method", "version", "schemes", "layers")}
-        some = {key: getattr(self, key) for key in ("key_values", "residual_rotation")}
+        some = {key: getattr(self, key) for key in ("key_values", "residual_rotation", "check")}
         return own | {key: value for key, value in some.items() if value is not None}
 
 
@@ -114,7 +118,9 @@ class PtqQuantizer(HfQuantizer):
                 set_key_values(model.get_submodule(block), key_values)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        return leave_split_experts(weight_conversions, model)
+        conversions = leave_split_experts(weight_conversions, model)
+        own = StoredNames.of_modules(_packed_tensors(model), conversions)
+        return conversions if own is None else [own, *conversions]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         return None if is_scale(converter) else super().get_new_dtype(converter, param, dtype)
@@ -131,3 +137,9 @@ class PtqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """False: the reference forward has not been measured under ``torch.compile``."""
         return False
+
+
+def _packed_tensors(model: PreTrainedModel) -> list[str]:
+    """Names of the stored tensors of all packed linears."""
+    packed = (name for name, module in model.named_modules() if isinstance(module, QuantLinear))
+    return [f"{name}.{leaf}" for name in packed for leaf, _ in model.get_submodule(name).named_buffers(recurse=False)]

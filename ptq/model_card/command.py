@@ -66,7 +66,7 @@ def _scheme(scheme: Mapping[str, Any]) -> Iterator[str]:
         yield "--sym" if scheme["symmetric"] else "--asym"
     if scheme["scale_dtype"] != "auto":
         yield from ("--scale-dtype", scheme["scale_dtype"])
-    if scheme["act_format"] is not None:
+    if scheme.get("act_format") is not None:
         yield from ("--act-format", scheme["act_format"])
     if scheme["act_bits"] is not None:
         yield from ("--act-bits", str(scheme["act_bits"]))
@@ -75,6 +75,7 @@ def _scheme(scheme: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _model(recipe: Mapping[str, Any]) -> Iterator[str]:
+    recipe = {"rotate_block": None, "rotate_head": "auto", "text_only": False, **recipe}  # earlier releases lack these
     if recipe["kv_bits"] is not None:
         yield from ("--kv-bits", str(recipe["kv_bits"]))
     if recipe["kv_symmetric"]:
@@ -114,5 +115,5 @@ def _override(row: Mapping[str, Any]) -> str:
         parts.append(f"g{row['group_size'] or 0}")
     if whole:
         parts.append("sym" if row["symmetric"] else "asym")
-    parts.append(f"a-{row['act_format']}" if row["act_format"] is not None else f"a{row['act_bits'] or 0}")
+    parts.append(f"a-{row['act_format']}" if row.get("act_format") is not None else f"a{row['act_bits'] or 0}")
     return ",".join(parts)

@@ -30,7 +30,12 @@ from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
 from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
 from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary, choose_offload_target, resolve_device
-from ptq.pipeline.preparation.schemes.rotated_assignment import rotate_inputs, rotate_last_inputs, seed_rotations
+from ptq.pipeline.preparation.schemes.rotated_assignment import (
+    resize_rotations,
+    rotate_inputs,
+    rotate_last_inputs,
+    seed_rotations,
+)
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan, make_plan
 from ptq.proof import FormatChoice
 from ptq.recipe import Recipe
@@ -149,6 +154,8 @@ class _Preparation:
         elif "down" in self.recipe.rotate:
             rotation = Rotation(seed, block)
             self.assignment = rotate_last_inputs(self.assignment, self.source, rotation, self.device, self.dtype)
+        elif block is not None:
+            self.assignment = resize_rotations(self.assignment, block)
         self.assignment = seed_rotations(self.assignment, self.source, seed, self.device, self.dtype)
 
     def _rotate_residual(self, seed: int) -> None:

@@ -74,12 +74,24 @@ class Itq3sConfig:
             raise UsageError(f"itq3s: shaping is 0 to 2, got {self.shaping!r}.")
         if self.scales == "hessian" and self.solver == "none":
             raise UsageError("itq3s: scales=hessian needs calibration data; give --calib, or solver=coreq.")
-        if self.solver != "coreq" and (self.beam != 1 or self.order != "descending"):
-            raise UsageError(
-                f"itq3s: beam and order belong to solver=coreq, and the solver is {self.solver}: give --calib, or "
-                "leave them out."
-            )
+        self._check_used()
         self.coreq()  # checks beam, order and passes
+
+    def _check_used(self) -> None:
+        """Check that options which were set are those of the solver that runs."""
+        unused = {
+            "none": (("beam", "order", "damping"), "a solver with calibration data: give --calib"),
+            "gptq": (("beam", "order", "shaping"), "another solver: give solver=coreq, or none for shaping"),
+            "coreq": (("shaping",), "solver=none, which rounds without data: leave out --calib"),
+        }
+        names, owner = unused[self.solver]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"itq3s: {name}={getattr(self, name)} belongs to {owner}, or leave {name} out (the solver is "
+                    f"{self.solver})."
+                )
 
     def coreq(self) -> coreq.CoreqConfig:
         """The same for the solver ``coreq``."""

@@ -39,6 +39,7 @@ class GaussianFormat(NumberFormat):
     name = "higgs"
     summary = "rotated weights in the Gaussian-optimal levels of 2, 3 or 4 bits, one float16 scale per 256"
     defaults: Mapping[str, object] = {"bits": 4, **ROTATED}
+    searches: tuple[str, ...] = ("pnorm", "hessian")
 
     def check(self, scheme: Storage) -> None:
         check_fixed(self.name, scheme, tuple(GAUSSIAN))
@@ -64,7 +65,7 @@ class GaussianFormat(NumberFormat):
         importance: Tensor | None = None,
         shared: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Least squares, weighted by ``importance`` for the search ``"hessian"``; the other searches are the same."""
+        """Least squares, weighted by ``importance`` for the search ``"hessian"``; any other search is the same."""
         scale, _ = fit_sub_block_scales(target, _LAYOUTS[scheme.bits], importance if search == "hessian" else None)
         return {"scale": scale}
 
@@ -107,6 +108,7 @@ class TernaryFormat(GaussianFormat):
     name = "itq3s-ternary"
     summary = "rotated weights in -1, 0, 1 as the paper of ITQ3_S has them, 3.125 bits per weight; for comparison"
     defaults: Mapping[str, object] = {"bits": 3, **ROTATED}
+    searches = ("minmax", "pnorm", "hessian")
 
     def check(self, scheme: Storage) -> None:
         check_fixed(self.name, scheme, (3,))

@@ -35,6 +35,7 @@ class Itq3sFormat(NumberFormat):
     """Parameters: ``scale`` float16 ``[out, blocks]``, ``multiplier`` uint8 ``[out, sub-blocks]`` (an index)."""
 
     defaults: Mapping[str, object] = {"bits": 3, **ROTATED}
+    searches = ("pnorm", "hessian")
 
     def __init__(self, name: str, sub: int, multipliers: tuple[int, ...], size: str) -> None:
         self.name = name
@@ -71,7 +72,7 @@ class Itq3sFormat(NumberFormat):
         importance: Tensor | None = None,
         shared: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Least squares, weighted by ``importance`` for the search ``"hessian"``; the other searches are the same."""
+        """Least squares, weighted by ``importance`` for the search ``"hessian"``; any other search is the same."""
         scale, index = fit_sub_block_scales(target, self.layout, importance if search == "hessian" else None)
         return {"scale": scale, "multiplier": index}
 

@@ -11,6 +11,7 @@ from calib.checkpoint.atomic_files import write_json
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
+from ptq.containers.native import with_checksum
 from ptq.containers.select import CONTAINERS
 from ptq.pipeline.job import Job
 from ptq.pipeline.preparation.container import online_rotation
@@ -85,7 +86,7 @@ def _quantization_config(job: Job, schemes: Mapping[str, Scheme]) -> dict[str, A
     container = CONTAINERS[job.container.name]
     config = container.quantization_config(schemes, job.linears, key_values=job.key_values, others=carried)
     online = online_rotation(job.source)
-    return config if online is None else config | {"residual_rotation": online.to_dict()}
+    return config if online is None else with_checksum(config | {"residual_rotation": online.to_dict()})
 
 
 def _model_config(job: Job) -> dict[str, Any]:

@@ -20,6 +20,11 @@ class _Facts(NamedTuple):
     reads_data: bool
 
 
+def _rotates_by_format(recipe: Recipe) -> bool:
+    """Whether a scheme of the recipe rotates inputs by itself, as the number format `itq3s` does."""
+    return any(s.input_rotation is not None for s in (recipe.scheme, *(scheme for _, scheme in recipe.overrides)))
+
+
 class _Need(NamedTuple):
     """When arguments have an effect, and the sentence for when they have none; ``{method}`` is the method's name."""
 
@@ -33,12 +38,12 @@ _NEEDS = (
     _Need(("calib", *_DATA, "offload", "compute_dtype"), lambda f: f.reads_data, "{method} reads no calibration text"),
     _Need(
         ("seed",),
-        lambda f: f.reads_data or bool(f.recipe.rotate),
+        lambda f: f.reads_data or bool(f.recipe.rotate) or _rotates_by_format(f.recipe),
         "{method} draws no calibration text and nothing is rotated",
     ),
     _Need(
         ("rotate_block",),
-        lambda f: bool({"input", "down"} & set(f.recipe.rotate)),
+        lambda f: bool({"input", "down"} & set(f.recipe.rotate)) or _rotates_by_format(f.recipe),
         "no input is rotated at run time (--rotate input or down)",
     ),
     _Need(

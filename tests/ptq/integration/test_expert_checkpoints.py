@@ -133,6 +133,16 @@ def round_trip(family: str, kept: str, kind: str, folder: Path) -> None:
     before, after = loaded.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    written, saved = (stored_packed(folder / name, packed(loaded)) for name in ("out", "again"))
+    assert written.keys() == saved.keys()
+    assert all(torch.equal(written[key], saved[key]) for key in written)
+
+
+def stored_packed(folder: Path, linears: set[str]) -> dict[str, Tensor]:
+    """What the file stores of packed linears, under whatever names it has for them."""
+    stored = load_file(folder / "model.safetensors")
+    dense = {key for key in stored if key.rpartition(".")[0] not in linears and not key.endswith(("packed", "scale"))}
+    return {key: tensor for key, tensor in stored.items() if key not in dense}
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory"])

@@ -14,9 +14,11 @@ from torch import Tensor
 import ptq
 from calib.data.tokens import Calibration
 from cli.main import main
+from ptq.api import make_recipe
 from ptq.errors import NumericalError, UsageError
 from ptq.methods import LayerMethod, find_method, make_config
 from ptq.methods.layerwise.itq3s import guessed_hessian
+from ptq.pipeline.preparation.effects import without_effect
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Rotation, Scheme
 from ptq.transforms.hadamard import InputRotation
@@ -213,13 +215,59 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, Any], said: str) -> No
         Scheme.of("itq3s", **fields)
 
 
-def test_options_of_a_solver_that_does_not_run_are_refused() -> None:
-    for options in ({"beam": 2}, {"order": "natural"}, {"scales": "hessian"}, {"shaping": 3.0}, {"solver": "ldl"}):
-        with pytest.raises(UsageError):
-            make_config(find_method("itq3s"), options)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beam": 2}, "beam=2 belongs to a solver with calibration data: give --calib"),
+        ({"order": "natural"}, "order=natural belongs to a solver with calibration data"),
+        ({"damping": 0.1}, "damping=0.1 belongs to a solver with calibration data"),
+        ({"solver": "gptq", "beam": 2}, "beam=2 belongs to another solver: give solver=coreq"),
+        ({"solver": "gptq", "shaping": 0.5}, "shaping=0.5 belongs to another solver"),
+        ({"solver": "coreq", "shaping": 0.5}, "shaping=0.5 belongs to solver=none"),
+        ({"scales": "hessian"}, "scales=hessian needs calibration data"),
+        ({"shaping": 3.0}, "shaping is 0 to 2, got 3.0"),
+        ({"solver": "ldl"}, "solver 'ldl'"),
+    ],
+    ids=str,
+)
+def test_options_of_a_solver_that_does_not_run_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make_config(find_method("itq3s"), options)
+
+
+@pytest.mark.parametrize("name", ["itq3s", "itq3s-104", "higgs", "itq3s-ternary"])
+def test_codebooks_take_only_their_own_searches_of_scales(name: str, tmp_path: Path) -> None:
+    """The range of a codebook is not that of its largest weight; the paper's ternary step is the exception."""
+    run = {"out": tmp_path / "out", "device": "cpu", "method": "rtn", "format": name, "scales": "minmax"}
+    if name == "itq3s-ternary":
+        assert ptq.quantize(tiny_model("llama"), **run).layers
+        return
+    with pytest.raises(UsageError, match=f"{name} takes scales=pnorm, hessian, got 'minmax'"):
+        ptq.quantize(tiny_model("llama"), **run)
+
+
+def test_the_size_of_blocks_can_be_chosen_for_a_format_that_rotates(tmp_path: Path) -> None:
+    fields = {"method": "itq3s", "rotate_block": 32, "seed": 3}
+    own = (("*.o_proj", Scheme.of("itq3s", input_rotation=Rotation(5, 128))),)
+    report = ptq.quantize(tiny_model("llama"), out=tmp_path / "out", device="cpu", overrides=own, **fields)
+    blocks = {layer.name.rsplit(".", 1)[1]: layer.scheme["input_rotation"]["block"] for layer in report.layers}
+    assert blocks.pop("o_proj") == 128
+    assert set(blocks.values()) == {32}
+    assert without_effect(fields, make_recipe(fields)) == {}
+    assert set(without_effect(fields, make_recipe({**fields, "format": "int"}))) == {"rotate_block", "seed"}
 
 
 def test_narrow_linears_are_named(tmp_path: Path) -> None:
+    model = tiny_model("mixtral", intermediate_size=24)
+    with pytest.raises(
+        UsageError, match=r"down_proj \(64 x 24\) .* at least 32.*--ignore '\*?model.layers.\*"
+    ) as caught:
+        ptq.quantize(model, out=tmp_path / "out", device="cpu", method="itq3s")
+    pattern = str(caught.value).rsplit("'", 2)[1]
+    report = ptq.quantize(model, out=tmp_path / "out", device="cpu", method="itq3s", ignore=(pattern,))
+    assert {layer.name.rsplit(".", 1)[1] for layer in report.layers} == {
+        *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up"))
+    }
     reason = Scheme.of("itq3s").number_format.unsupported_reason(8, 16, Scheme.of("itq3s"))
     assert reason == "it has 16 input channels, and blocks of this format need at least 32"
 
@@ -261,6 +309,33 @@ def test_a_checkpoint_that_does_not_match_its_tensors_is_refused(
     target.update(change)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ptq.PtqError, match=said):
+        ptq.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 5}, r"quantization_config was changed after it was written: its checksum is \w{16}, and check says"),
+        ({"block": 64}, "was changed after it was written"),
+        ({"kind": "hadamard-3"}, "kind of input rotation 'hadamard-3'"),
+    ],
+    ids=str,
+)
+def test_signs_are_checked_without_a_report(change: dict[str, Any], said: str, stored: Path, tmp_path: Path) -> None:
+    """What `save_pretrained` writes: no report, and no tensor that shows another seed."""
+    folder = tmp_path / "saved"
+    ptq.load(stored).save_pretrained(folder)
+    assert not (folder / "ptq_report.json").exists()
+    assert torch.equal(logits(ptq.load(folder)), logits(ptq.load(stored)))
+    config = json.loads((folder / "config.json").read_text())
+    next(iter(config["quantization_config"]["schemes"].values()))["input_rotation"].update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ptq.PtqError, match=said):
+        ptq.load(folder)
+    if "seed" in change:
+        assert not torch.equal(logits(ptq.load(folder, verify=False)), logits(ptq.load(stored)))
+        del config["quantization_config"]["check"]
+        (folder / "config.json").write_text(json.dumps(config))
         ptq.load(folder)
 
 

@@ -145,6 +145,9 @@ RECIPES |= {
     },
     "rotations": {"method": "rtn", "rotate": ("residual", "input"), "rotate_block": 64, "kv_bits": 4},
     "k-quants": {"method": "rtn", "format": "q2_k"},
+    "itq3s": {"method": "itq3s", "rotate_block": 64, "shaping": 0.5, "seed": 3},
+    "itq3s with data": {"method": "itq3s", "calib": "self", "beam": 4},
+    "higgs": {"method": "itq3s", "format": "higgs", "bits": 2},
     "fp8": {"method": "rtn", "preset": "FP8_DYNAMIC", "text_only": True},
 }
 
@@ -158,6 +161,14 @@ def test_the_command_makes_the_same_recipe(name: str) -> None:
         command.parse_args(context, shlex.split(shlex.join(words))[2:])
         flags = {key: value for key, value in context.params.items() if key not in ("model", "out", "device")}
     assert build_recipe(Recipe(), flags) == recipe
+
+
+def test_reports_of_earlier_releases_lack_fields() -> None:
+    whole = ptq.api.make_recipe(RECIPES["overrides"]).record()
+    before = {key: value for key, value in whole.items() if key not in ("rotate_block", "rotate_head", "text_only")}
+    for scheme in (before["scheme"], *before["overrides"]):
+        scheme.pop("act_format")
+    assert command_words(before, "MODEL") == command_words(ptq.api.make_recipe(RECIPES["overrides"]).record(), "MODEL")
 
 
 def test_a_long_recipe_is_a_file_beside_the_command(tmp_path: Path) -> None:

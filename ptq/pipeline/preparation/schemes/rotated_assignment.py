@@ -11,9 +11,9 @@ from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
 from ptq.pipeline.preparation.schemes.block_maps import block_kind, trace_block_kinds
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
-from ptq.scheme import Rotation
+from ptq.scheme import Rotation, Scheme
 
-__all__ = ["rotate_inputs", "rotate_last_inputs", "seed_rotations"]
+__all__ = ["resize_rotations", "rotate_inputs", "rotate_last_inputs", "seed_rotations"]
 
 _DEFAULT_SEED = 0  # of the rotations of number formats
 _INPUT_BLOCK = 256  # of `rotate_inputs`, where nothing is said
@@ -34,6 +34,25 @@ def rotate_inputs(plan: Plan, seed: int, block: int | None = None) -> Plan:
         for name, scheme in plan.schemes.items()
     }
     return dataclasses.replace(plan, schemes=schemes)
+
+
+def resize_rotations(plan: Plan, block: int) -> Plan:
+    """The plan with another block size for the rotations that number formats begin with; those that a scheme of the
+    recipe describes by itself stay.
+
+    Args:
+        plan: Schemes.
+        block: The largest block of the transform.
+    """
+    return dataclasses.replace(plan, schemes={name: _resized(scheme, block) for name, scheme in plan.schemes.items()})
+
+
+def _resized(scheme: Scheme | None, block: int) -> Scheme | None:
+    if scheme is None or scheme.input_rotation is None:
+        return scheme
+    if scheme.input_rotation != Rotation.of(scheme.number_format.defaults.get("input_rotation")):
+        return scheme
+    return dataclasses.replace(scheme, input_rotation=dataclasses.replace(scheme.input_rotation, block=block))
 
 
 def seed_rotations(plan: Plan, source: ModelSource, seed: int, device: torch.device, dtype: torch.dtype) -> Plan:

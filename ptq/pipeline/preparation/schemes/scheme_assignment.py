@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import re
 from collections.abc import Mapping
 
 import torch
@@ -113,14 +114,14 @@ def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:
     if problem is not None:
         raise UsageError(
             f"{name} ({shape[0]} x {shape[1]}) cannot be stored as {scheme.describe()}: {problem}. Give it another "
-            f"scheme (--override '{name}=8') or leave it in full precision (--ignore '{name}')."
+            f"scheme (--override '{_kind(name)}=8') or leave it in full precision (--ignore '{_kind(name)}')."
         )
     record = scheme.activation_format
     problem = None if record is None else record.unsupported_reason(shape[1])
     if problem is not None:
         raise UsageError(
             f"{name} ({shape[0]} x {shape[1]}) cannot have inputs as {scheme.act_format}: {problem}. Leave it in full "
-            f"precision (--ignore '{name}'), or take --act-format fp8, which takes every width."
+            f"precision (--ignore '{_kind(name)}'), or take --act-format fp8, which takes every width."
         )
 
 
@@ -145,3 +146,8 @@ def _check_matches(pattern: str, linears: list[str], outside: list[str]) -> None
         )
     near = difflib.get_close_matches(pattern, linears, n=2, cutoff=0.3) or linears[:2]
     raise UsageError(f"the pattern {pattern!r} matches no linear of the model. Names look like {', '.join(near)}.")
+
+
+def _kind(name: str) -> str:
+    """A pattern for the linears that stand in the same place of all blocks and experts."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -65,7 +65,12 @@ __all__ = ["command"]
     "self.  [default: c4]",
 )
 @click.option("--calib-samples", type=int, metavar="N", help="Number of calibration sequences.  [default: 128]")
-@click.option("--calib-seqlen", type=int, metavar="T", help="Tokens per calibration sequence.  [default: 2048]")
+@click.option(
+    "--calib-seqlen",
+    type=int,
+    metavar="T",
+    help="Tokens per calibration sequence.  [default: 2048, or the model's context where that is shorter]",
+)
 @click.option(
     "--calib-bos",
     metavar="auto|always|never",

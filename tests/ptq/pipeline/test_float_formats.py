@@ -197,3 +197,13 @@ def test_inputs_that_cannot_be_rounded_are_refused(tmp_path: Path) -> None:
             run(tiny_model("llama"), tmp_path / "out", **fields)
     with pytest.raises(UsageError, match=r"q_proj .* cannot have inputs as nvfp4: its .*q_proj=a0"):
         run(tiny_model("llama", hidden_size=40), tmp_path / "out", method="rtn", act_format="nvfp4")
+
+
+def test_shifts_of_any_method_are_in_the_report(tmp_path: Path) -> None:
+    """The powers of two that the checkpoint stores, under the names that llm-fp4 gives them."""
+    report = run(tiny_model("llama"), tmp_path / "out", method="rtn", format="e2m1", act_format="e2m1-shifted")
+    layers = quantized_linears(ptq.load(tmp_path / "out"))
+    for record in report.layers:
+        shift = layers[record.name].get_buffer("input_shift").float()
+        assert record.figures["mean shift"] == pytest.approx(float(shift.mean()))
+        assert record.figures["largest shift"] == float(shift.max())

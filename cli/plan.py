@@ -85,7 +85,9 @@ __all__ = ["command"]
     metavar="N",
     help="Sequences; a quarter more is drawn and held out to measure KL.",
 )
-@click.option("--calib-seqlen", default=512, type=int, metavar="T", help="Tokens in each sequence.")
+@click.option(
+    "--calib-seqlen", type=int, metavar="T", help="Tokens in each sequence.  [default: 512, or the model's context]"
+)
 @click.option("--seed", default=0, type=int, help="Seed for drawing sequences and labels.")
 @click.option(
     "--probes",

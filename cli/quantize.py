@@ -34,13 +34,14 @@ __all__ = ["command"]
 @click.option(
     "--format",
     metavar="NAME",
-    help="Number format of weights: int, nvfp4, mxfp4, fp8, q4_k, ...; see ptq methods.  [default: int]",
+    help="Number format of weights: int, nvfp4, mxfp4, mxfp8, fp8, e2m1, q4_k, ...; ptq methods lists them and which "
+    "methods take each.  [default: int]",
 )
 @click.option(
     "--preset",
     metavar="NAME",
     help="Formats of weights and activations by the names of compressed-tensors: NVFP4, NVFP4A16, MXFP4, FP8, "
-    "FP8_DYNAMIC, W4A16, W8A8, ...; options beside it override it.",
+    "FP8_DYNAMIC, W4A16, W8A8, ...; what contradicts the name is refused.",
 )
 @click.option("--bits", type=int, help="Bits of a code, 2 to 8.  [default: 3]")
 @click.option(
@@ -64,7 +65,12 @@ __all__ = ["command"]
     "self.  [default: c4]",
 )
 @click.option("--calib-samples", type=int, metavar="N", help="Number of calibration sequences.  [default: 128]")
-@click.option("--calib-seqlen", type=int, metavar="T", help="Tokens per calibration sequence.  [default: 2048]")
+@click.option(
+    "--calib-seqlen",
+    type=int,
+    metavar="T",
+    help="Tokens per calibration sequence.  [default: 2048, or the model's context where that is shorter]",
+)
 @click.option(
     "--calib-bos",
     metavar="auto|always|never",
@@ -85,7 +91,8 @@ __all__ = ["command"]
 @click.option(
     "--act-format",
     metavar="NAME",
-    help="Format of activations, e.g. nvfp4 or fp8; ptq methods lists them; none to undo a recipe's.",
+    help="Format of activations in the place of --act-bits: nvfp4, mxfp4, mxfp8, fp8 (dynamic, per token), fp8-tensor "
+    "(static, from calibration), ...; ptq methods lists them; none to undo a recipe's.",
 )
 @click.option(
     "--act-sym/--act-asym",

@@ -23,7 +23,7 @@ from ptq.pipeline.job import Job
 from ptq.pipeline.preparation.preflight import resolve_device
 from ptq.pipeline.prepare import Request, prepare
 from ptq.pipeline.run import execute
-from ptq.presets import find_preset
+from ptq.presets import check_places, with_preset
 from ptq.recipe import CONTAINER_NAMES, Recipe
 from ptq.recipe_files.other_names import other_name
 from ptq.report import Report
@@ -163,9 +163,9 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None, *, has_da
 
     Args:
         fields: names of `Recipe`, of `Scheme` (``bits``, ``symmetric``, ``group_size``, ``scale_dtype``, ``format``,
-            ``act_format``, ...), ``preset`` (a name of `ptq.presets.PRESETS`: fields of the scheme, which others given
-            here win over), ``calib``, ``calib_samples``, ``calib_seqlen``, ``calib_bos``, ``calib_template``, ``seed``,
-            and options of the method (``beam``, ``damping``, ...).
+            ``act_format``, ...), ``preset`` (a name of `ptq.presets.PRESETS`: fields of the scheme; others given here
+            win where the name leaves them open), ``calib``, ``calib_samples``, ``calib_seqlen``, ``calib_bos``,
+            ``calib_template``, ``seed``, and options of the method (``beam``, ``damping``, ...).
         base: what the fields change; default ``Recipe()``.
         has_data: calibration data is given beside the fields.
 
@@ -173,8 +173,11 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None, *, has_da
         UsageError: a name that is none of these, or a value that does not fit.
     """
     base = base or Recipe()
+    if fields.get("format") in CONTAINER_NAMES:
+        fields = {"container" if name == "format" else name: value for name, value in fields.items()}
+    check_places(fields)
     if "preset" in fields:
-        fields = {**find_preset(fields["preset"]), **{k: v for k, v in fields.items() if k != "preset"}}
+        fields = with_preset(fields)
     own = {field.name for field in dataclasses.fields(Recipe)} - {"scheme", "calibration", "options"}
     scheme_names = {field.name for field in dataclasses.fields(Scheme)}
     method = find_method(fields.get("method", base.method))
@@ -184,8 +187,6 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None, *, has_da
         options.update(method.with_data)
     options.update(fields.get("options", {}))
     parts: dict[str, dict[str, Any]] = {"scheme": {}, "calibration": {}, "recipe": {}}
-    if fields.get("format") in CONTAINER_NAMES:
-        fields = {"container" if name == "format" else name: value for name, value in fields.items()}
     for name, value in fields.items():
         if name in own:
             parts["recipe"][name] = value
@@ -214,9 +215,12 @@ def make_recipe(fields: Mapping[str, Any], base: Recipe | None = None, *, has_da
 def _scheme(base: Recipe, method: LayerMethod | WindowMethod, given: Mapping[str, Any]) -> Scheme:
     """The base's scheme with what is given; another method or number format brings its own defaults along."""
     start = dict(method.defaults) if method.name != base.method else {}
-    name = given.get("format", start.get("format", base.scheme.format))
-    if name != base.scheme.format:
-        start = {**find_number_format(name).defaults, **start, "format": name}
+    own = start.get("format", base.scheme.format)
+    name = given.get("format", own)
+    if name != own:  # the method's defaults are those of its own format
+        start |= {**find_number_format(name).defaults, "format": name}
+    elif name != base.scheme.format:
+        start = {**find_number_format(name).defaults, **start}
     return dataclasses.replace(base.scheme, **{**start, **given})
 
 

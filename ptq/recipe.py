@@ -16,13 +16,23 @@ from ptq.errors import UsageError, unknown_name
 from ptq.recipe_files.reader import read_recipe
 from ptq.scheme import Rotation, Scheme, check_dynamic
 
-__all__ = ["COMPUTE_DTYPES", "CONTAINER_NAMES", "ROTATE_HEADS", "ROTATIONS", "CalibrationSpec", "Recipe"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "CONTAINER_NAMES",
+    "ROTATE_HEADS",
+    "ROTATIONS",
+    "USUAL_SEQLEN",
+    "CalibrationSpec",
+    "Recipe",
+]
 
 T = TypeVar("T")
 CONTAINER_NAMES = ("auto", "compressed-tensors", "native", "gptq", "awq")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROTATIONS = ("residual", "down", "input")
 ROTATE_HEADS = ("auto", "online", "merged")
+USUAL_SEQLEN = 2048
+"""Tokens in a calibration sequence, where nothing else is said and the model takes so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +44,8 @@ class CalibrationSpec:
             ``wikitext2``, ``c4``, ``repo:split:field`` of a hub data set, ``pydoc`` (the reference manual every CPython
             carries) or ``self`` (sampled from the model).
         samples: number of sequences.
-        seqlen: tokens in each sequence, BOS included.
+        seqlen: tokens in each sequence, BOS included; ``None`` is 2048, or the model's context where that is shorter
+            (`fitted`).
         seed: seed of the draw of sequences.
         bos: ``auto`` begins every sequence with BOS where the tokenizer puts one before a text; ``always``, ``never``.
         template: ``auto`` writes rows of messages by the tokenizer's chat template, ``always`` takes no other rows,
@@ -43,7 +54,7 @@ class CalibrationSpec:
 
     source: str = "c4"
     samples: int = 128
-    seqlen: int = 2048
+    seqlen: int | None = None
     seed: int = 0
     bos: str = "auto"
     template: str = "auto"
@@ -53,10 +64,28 @@ class CalibrationSpec:
             raise UsageError(f"the calibration source must be a name or a path, got {self.source!r}.")
         for name, low in (("samples", 1), ("seqlen", 1), ("seed", 0)):
             value = getattr(self, name)
+            if value is None and name == "seqlen":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
                 raise UsageError(f"calibration {name} must be a whole number from {low} to 2^63 - 1, got {value!r}.")
         check_bos_choice(self.bos, "calibration bos")
         check_template_choice(self.template, "calibration template")
+
+    def fitted(self, context: int | None, usual: int = USUAL_SEQLEN) -> CalibrationSpec:
+        """The spec with its length settled for a model.
+
+        Args:
+            context: the most tokens that the model takes; ``None`` is any number.
+            usual: the length where nothing was said and the context allows it.
+        """
+        if self.seqlen is not None:
+            return self
+        return dataclasses.replace(self, seqlen=usual if context is None else min(usual, context))
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """``seqlen``, or the usual length where it is not settled."""
+        return USUAL_SEQLEN if self.seqlen is None else self.seqlen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to YAML and to the report."""

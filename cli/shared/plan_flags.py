@@ -117,5 +117,5 @@ def _text(recipe: Recipe) -> dict[str, Any]:
         "bos": own.bos,
         "template": own.template,
         "samples": min(32, own.samples),
-        "seqlen": min(512, own.seqlen),
+        "seqlen": None if own.seqlen is None else min(512, own.seqlen),
     }

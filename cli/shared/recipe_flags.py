@@ -12,6 +12,7 @@ from ptq.api import make_recipe
 from ptq.errors import UsageError
 from ptq.methods import METHODS, LayerMethod, WindowMethod, find_method, make_config, parse_options
 from ptq.number_formats import FORMATS
+from ptq.presets import check_places
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -52,6 +53,7 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
         UsageError: an unknown method, option or format, or a value that a field refuses.
     """
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    check_places(given)
     method = find_method(given.get("method", base.method))
     fields: dict[str, Any] = {name: given[name] for name in DIRECT if name in given}
     fields |= {"method": method.name, "options": _options(method, given)}
@@ -117,8 +119,12 @@ def _dynamic(given: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("act", "kv"):
         fields |= _width(kind, given[f"{kind}_bits"]) if f"{kind}_bits" in given else {}
         fields |= {key: given[key] for key in (f"{kind}_symmetric",) if key in given}
-    if "act_format" in given:
-        fields["act_format"] = None if given["act_format"] == "none" else given["act_format"]
+    if given.get("act_format") == "none":
+        fields["act_format"] = None
+    elif "act_format" in given:  # a recipe's other way to round inputs gives way, unless both are on the command line
+        fields = {**_width("act", 0), **fields, "act_format": given["act_format"]}
+    elif "act_bits" in given:
+        fields["act_format"] = None
     if "rotate" in given:
         names = [name.strip() for text in given["rotate"] for name in text.split(",")]
         fields["rotate"] = () if names == ["none"] else tuple(names)

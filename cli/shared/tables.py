@@ -12,6 +12,7 @@ from rich.table import Table
 from cli.shared.terminal.progress import duration
 from cli.shared.terminal.rows import Column, NamedRows
 from cli.shared.terminal.screen import Screen
+from ptq.errors import UsageError
 from ptq.report import KeptTensor, LayerRecord, Report
 
 __all__ = ["kept_table", "layer_table", "number", "show_summary", "size", "totals_table", "window_table"]
@@ -44,7 +45,7 @@ def layer_table(records: Sequence[LayerRecord], title: str | None = None) -> Nam
 
 
 def totals_table(report: Report) -> Table:
-    """Model, recipe, size before and after, time by part."""
+    """Model, recipe, what multiplies it on this machine, size before and after, time by part."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in _totals(report):
         table.add_row(label, text)
@@ -127,10 +128,28 @@ def _totals(report: Report) -> list[tuple[str, str]]:
         ("method", f"{recipe['method']}, {_formats(report)}"),
         *_at_run_time(report.recipe),
         ("container", f"{report.container}: {report.container_reason}"),
+        *_products(report),
         ("bits per weight", f"{totals['bits_per_weight']:.3f} in {len(report.layers)} quantized linears"),
         ("weights", f"{before} -> {size(_weight_bytes(report))} (files {size(totals['file_bytes'])})"),
         ("time", f"{duration(totals['seconds'])} ({parts})" if parts else duration(totals["seconds"])),
     ]
+
+
+def _products(report: Report) -> list[tuple[str, str]]:
+    """What multiplies the packed linears here; nothing for a result that only other programs run."""
+    import torch
+
+    from ptq.containers.select import CONTAINERS
+    from ptq.runtime.products import product_rows, products_line
+
+    if report.container not in CONTAINERS:
+        return []
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", str(report.model["dtype"])
+    try:
+        rows = product_rows(report.layers, device, getattr(torch, dtype))
+    except UsageError as error:
+        return [("products here", str(error))]
+    return [("products here", products_line(rows, device, dtype))]
 
 
 def _formats(report: Report) -> str:

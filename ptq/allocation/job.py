@@ -28,7 +28,7 @@ from ptq.allocation.setting import Setting
 from ptq.api import resolve_device
 from ptq.errors import UsageError, unknown_name
 from ptq.pipeline.events import Event, Listener, ignore_events
-from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer
+from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer, longest_context
 from ptq.pipeline.preparation.preflight import check_vocabulary
 from ptq.pipeline.preparation.schemes.outside import outside_modules
 from ptq.pipeline.preparation.schemes.scheme_assignment import make_plan
@@ -40,6 +40,7 @@ __all__ = ["INCLUDES", "PlanOptions", "make_planner", "plan"]
 
 INCLUDES = ("embedding", "lm_head")
 """What ``--include`` takes."""
+_USUAL_SEQLEN = 512  # where nothing is said and the model takes so many
 _HELD_OUT = 4  # one sequence in so many, at least 2, is drawn besides for measuring
 
 
@@ -67,7 +68,7 @@ class PlanOptions:
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     fused: bool = False
-    calibration: CalibrationSpec = dataclasses.field(default_factory=lambda: CalibrationSpec(samples=32, seqlen=512))
+    calibration: CalibrationSpec = dataclasses.field(default_factory=lambda: CalibrationSpec(samples=32))
     compute_dtype: str = "auto"
     probes: int = 16
 
@@ -233,7 +234,7 @@ def _tokens(
             return None, None
         more = max(2, spec.samples // _HELD_OUT)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code, required=True)
-        drawn = dataclasses.replace(spec, samples=spec.samples + more)
+        drawn = dataclasses.replace(spec, samples=spec.samples + more).fitted(longest_context(source), _USUAL_SEQLEN)
         calibration = draw_calibration(source, drawn, tokenizer, listener, trust_remote_code)
     else:
         more = max(1, len(calibration.tokens) // (_HELD_OUT + 1))

@@ -36,8 +36,16 @@ def vllm_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any
     return None
 
 
+def _is_packed_integer(scheme: Scheme) -> bool:
+    """Whether a scheme is read by the loader that `vllm_problem` knows: integers, inputs as they are."""
+    return scheme.format == "int" and not scheme.rounds_input
+
+
 def vllm_phrase(schemes: Mapping[str, Scheme | None], linears: Mapping[str, Any]) -> str:
     """The half sentence on vLLM in a report's ``container_reason``."""
+    names = {scheme.describe() for scheme in schemes.values() if scheme is not None and not _is_packed_integer(scheme)}
+    if names:
+        return f"vLLM has loaders of its own for {', '.join(sorted(names))}, which were not tried"
     problem = vllm_problem(schemes, linears)
     return (
         "vLLM reads these fields (not run here)"

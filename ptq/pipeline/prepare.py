@@ -24,7 +24,7 @@ from ptq.pipeline.dry_run.rough_time import long_run_notices
 from ptq.pipeline.dry_run.windows import Surroundings, check_learning
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.job import Job
-from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer
+from ptq.pipeline.preparation.calibration import draw_calibration, load_tokenizer, longest_context
 from ptq.pipeline.preparation.container import choose_container, rotates_head_online
 from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
@@ -109,6 +109,10 @@ class _Preparation:
         self.device: torch.device
         self.workers, self.device = init_distributed(resolve_device(request.device))
         self.source = _open(request)
+        fitted = recipe.calibration.fitted(longest_context(self.source))
+        recipe = self.recipe = dataclasses.replace(recipe, calibration=fitted)
+        if finished is not None:
+            finished.refuse_other_recipe(recipe)
         if self.method.learned is not None:
             self.method.learned.windows(len(find_blocks(self.source.skeleton)))  # refused before anything is read
         self.assignment: Plan = make_plan(self.source.skeleton, recipe, self.source.dtype)  # likewise
@@ -189,7 +193,7 @@ class _Preparation:
         if not self.method.needs_data:
             return self.workers.broadcast_object(None)
         if self.device.type == "cpu":
-            shape = (spec.samples, spec.seqlen) if given is None else tuple(given.tokens.shape)
+            shape = (spec.samples, spec.tokens_per_sequence) if given is None else tuple(given.tokens.shape)
             for notice in long_run_notices(self.source.skeleton, self.assignment, self.method, *shape):
                 self._emit(notice)
         if given is None and self.workers.is_main_process:

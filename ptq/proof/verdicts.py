@@ -106,8 +106,13 @@ def recall(key: str) -> Verdict | None:
 
 
 def remember(key: str, verdict: Verdict) -> None:
-    """Keep a verdict. A cache that cannot be written costs the next run some seconds and is not worth a word."""
+    """Keep a verdict: one that loads for later runs, too; a failure may have been this environment's and is tried anew.
+
+    A cache that cannot be written costs the next run some seconds and is not worth a word.
+    """
     _remembered[key] = verdict
+    if not verdict.loads:
+        return
     try:
         file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -184,4 +184,5 @@ CPU_PRODUCTS = Kernel(
     product,
     prepare=prepare,
     rotates_input=True,
+    multiplies="codes decoded in registers",
 )

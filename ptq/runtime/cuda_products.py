@@ -303,4 +303,5 @@ CUDA_PRODUCTS = Kernel(
     product,
     prepare=prepare,
     rotates_input=True,
+    multiplies="codes decoded in the product",
 )

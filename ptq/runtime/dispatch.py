@@ -66,6 +66,7 @@ class Kernel:
         prepare: made of a layer's weight once, for a kernel that reads it in an order of its own; comes back as
             `PackedWeight.prepared`.
         rotates_input: ``product`` takes the input before it is rotated where `PackedWeight.rotated` is false.
+        multiplies: how, in a few words for people.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Kernel:
     rounds_input: bool = False
     prepare: Callable[[PackedWeight], Any] | None = None
     rotates_input: bool = False
+    multiplies: str = ""
 
     def refusal(
         self, device: str, dtype: torch.dtype, scheme: Scheme, out_features: int, in_features: int
@@ -113,7 +115,9 @@ def _serves_all(scheme: Scheme, out_features: int, in_features: int) -> str | No
     return None
 
 
-REFERENCE = Kernel("reference", frozenset(), frozenset(), frozenset(), _serves_all, _reference)
+REFERENCE = Kernel(
+    "reference", frozenset(), frozenset(), frozenset(), _serves_all, _reference, multiplies="dequantized tiles"
+)
 """Unpacks a tile of rows, dequantizes it in float32, casts it to the activations' dtype and multiplies."""
 KERNELS: list[Kernel] = [REFERENCE]
 """The table, fastest first. A kernel joins by a record in front of `REFERENCE`."""

@@ -86,4 +86,5 @@ FP8_PRODUCTS = Kernel(
     unsupported_reason,
     product,
     rounds_input=True,
+    multiplies="native FP8, torch._scaled_mm",
 )

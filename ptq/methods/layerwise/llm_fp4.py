@@ -85,16 +85,19 @@ def _formats(names: str, bits: int, option: str) -> tuple[FloatFormat, ...]:
 def adapt(scheme: Scheme, config: LlmFp4Config) -> Scheme:
     """The scheme with the first of the formats that are tried in the place of the bits asked for.
 
+    A number format that the method cannot produce stays, and is refused as it is.
+
     Raises:
         UsageError: an activation format was asked for, or bits that the search does not have.
     """
+    if scheme.format not in (number.name for number in float_formats(_WEIGHT_BITS)):
+        return scheme
     if scheme.act_format is not None:
         raise UsageError(
             f"llm-fp4 searches the format of inputs: give their bits (--act-bits 4) and not the format "
             f"{scheme.act_format}; -O act_formats=e2m1 tries a single one."
         )
-    if scheme.format in (number.name for number in float_formats(_WEIGHT_BITS)):
-        scheme = dataclasses.replace(scheme, format=_formats(config.weight_formats, _WEIGHT_BITS, "")[0].name)
+    scheme = dataclasses.replace(scheme, format=_formats(config.weight_formats, _WEIGHT_BITS, "")[0].name)
     if scheme.act_bits is None:
         return scheme
     if scheme.act_bits < _WEIGHT_BITS:

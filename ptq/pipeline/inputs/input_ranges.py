@@ -70,8 +70,16 @@ def fit_static_inputs(context: BlockContext, schemes: Mapping[str, Scheme]) -> l
         record = schemes[name].activation_format
         assert record is not None
         found.transform.params = record.fit(largest)
-        found.transform.figures = {"input largest": float(largest.max())}
+        found.transform.figures = {"input largest": float(largest.max()), **_shifts(found.transform.params)}
     return notes
+
+
+def _shifts(params: Mapping[str, Tensor]) -> dict[str, float]:
+    """Figures of the channels' shifts, where the format has some; by the names that llm-fp4 gives them."""
+    if "input_shift" not in params:
+        return {}
+    shift = params["input_shift"].float()
+    return {"mean shift": float(shift.mean()), "largest shift": float(shift.max())}
 
 
 def _measured(context: BlockContext, name: str) -> _Range:

@@ -13,11 +13,13 @@ from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.containers.native import with_checksum
 from ptq.containers.select import CONTAINERS
+from ptq.errors import UsageError
 from ptq.pipeline.job import Job
 from ptq.pipeline.preparation.container import online_rotation
 from ptq.pipeline.preparation.preflight import peak_memory
 from ptq.pipeline.preparation.sizes import dense_experts
 from ptq.report import PartRecord, Report
+from ptq.runtime.products import product_rows
 from ptq.scheme import Scheme
 
 __all__ = ["finish"]
@@ -111,6 +113,7 @@ def _report(job: Job, checkpoint: CheckpointWriter, total: PartRecord) -> Report
         "seconds": total.seconds,
     }
     measured = {"flops": total.flops, "offload": job.offload, "proofs": job.container.to_dict()}
+    measured["products"] = _products(job, total)
     return Report(
         model=_describe_model(job, quantized + total.kept_parameters),
         recipe=job.recipe.record(),
@@ -127,6 +130,16 @@ def _report(job: Job, checkpoint: CheckpointWriter, total: PartRecord) -> Report
         windows=tuple(total.windows),
         companions=tuple(checkpoint.companion_names()),
     )
+
+
+def _products(job: Job, total: PartRecord) -> dict[str, Any]:
+    """What multiplies the result on this device, in the dtype that it is loaded in."""
+    device, dtype = job.device.type, job.source.dtype
+    found: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        return found | {"rows": product_rows(total.layers, device, dtype)}
+    except UsageError as error:  # a kernel that is forced and does not serve it: no reason to lose the result
+        return found | {"rows": [], "problem": str(error)}
 
 
 def _describe_model(job: Job, parameters: int) -> dict[str, Any]:

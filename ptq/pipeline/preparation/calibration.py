@@ -17,7 +17,7 @@ from ptq.errors import ModelError, PtqError, UsageError
 from ptq.pipeline.events import Event, Listener
 from ptq.recipe import CalibrationSpec
 
-__all__ = ["draw_calibration", "load_tokenizer"]
+__all__ = ["draw_calibration", "load_tokenizer", "longest_context"]
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bool) -> PreTrainedTokenizerBase | None:
@@ -50,6 +50,12 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bo
     return None
 
 
+def longest_context(source: ModelSource) -> int | None:
+    """The most tokens that a model takes at once; ``None`` where its config names no limit."""
+    context = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None
+
+
 def draw_calibration(
     source: ModelSource,
     spec: CalibrationSpec,
@@ -69,21 +75,22 @@ def draw_calibration(
     Raises:
         PtqError: The text cannot be read, or is too short.
     """
-    listener(Event("message", f"calibration: {spec.samples} x {spec.seqlen} tokens of {spec.source}, seed {spec.seed}"))
+    context = longest_context(source)
+    seqlen = spec.fitted(context).tokens_per_sequence
+    listener(Event("message", f"calibration: {spec.samples} x {seqlen} tokens of {spec.source}, seed {spec.seed}"))
 
-    def sample(samples: int, seqlen: int, seed: int) -> Tensor:
+    def sample(samples: int, length: int, seed: int) -> Tensor:
         whole = _whole_model(source, trust_remote_code)
         # auto: the tokenizer's BOS, else what the model's config names, which is how it writes from nothing
         first = window_bos(tokenizer, spec.bos, "--calib-bos")
         own = spec.bos == "auto" and first is None
-        return sample_from_model(whole, samples, seqlen, seed, bos="config" if own else first)
+        return sample_from_model(whole, samples, length, seed, bos="config" if own else first)
 
-    context = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_calibration(
         spec.source,
         tokenizer,
         samples=spec.samples,
-        seqlen=spec.seqlen,
+        seqlen=seqlen,
         seed=spec.seed,
         context=context,
         sampler=sample,

@@ -42,10 +42,14 @@ class Finished:
     def refuse_other_recipe(self, recipe: Recipe) -> None:
         """Refuse to replace the result of another recipe. Needs no model: call it before one is opened.
 
+        A length of sequences that is not settled yet is none that differs: call it again with the settled one.
+
         Raises:
             UsageError: the recipes differ.
         """
         old, new = _as_today(self.report.recipe), recipe.to_dict()
+        if recipe.calibration.seqlen is None:
+            new["calibration"]["seqlen"] = (old.get("calibration") or {}).get("seqlen")
         if self.report.calibration is None and old.get("method") == new["method"] and not recipe.rotate:
             old, new = (
                 {**one, "calibration": None} for one in (old, new)

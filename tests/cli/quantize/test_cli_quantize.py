@@ -89,6 +89,10 @@ def test_zero_and_none_undo_what_a_recipe_says() -> None:
     )
     undone = build_recipe(base, {"act_bits": 0, "kv_bits": 0, "rotate": ("none",)})
     assert undone == Recipe(scheme=Scheme(4))
+    base_format = Recipe(scheme=Scheme.of("fp8", act_format="fp8"))
+    assert build_recipe(base_format, {"act_bits": 0}).scheme == Scheme.of("fp8")
+    assert build_recipe(base_format, {"act_bits": 8}).scheme == Scheme.of("fp8", act_bits=8)
+    assert build_recipe(base, {"act_format": "fp8"}).scheme == Scheme(4, act_format="fp8")
     assert build_recipe(base, {"act_bits": 8}).scheme == Scheme(4, act_bits=8, act_symmetric=True)
     assert build_recipe(base, {"kv_symmetric": False}).kv_symmetric is False
 

@@ -46,6 +46,21 @@ def test_values_are_those_of_compressed_tensors(name: str, seed: int) -> None:
     assert not torch.equal(wanted, x)
 
 
+def test_in_bfloat16_the_library_differs_by_nothing_but_the_dtype_of_its_scales() -> None:
+    """It divides the largest magnitude of a block by 6 in the input's dtype, we in float32."""
+    record, x = find_activation_format("nvfp4"), activations(2, 7, 256).to(torch.bfloat16)
+    args = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
+    assert args is not None
+    params = record.fit(x.float().abs().amax((0, 1)))
+    tensor_scale = params["input_global_scale"]
+    values = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        scale, zero = compute_dynamic_scales_and_zp(x.to(dtype), args, torch.nn.Module(), global_scale=tensor_scale)
+        values[dtype] = fake_quantize(x, scale, zero, args, global_scale=tensor_scale)
+    assert torch.equal(record.round(x, params), values[torch.float32])
+    assert 0 < (values[torch.bfloat16] != values[torch.float32]).float().mean() < 0.1
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_is_rounded_again_stays(name: str) -> None:
     """All but the formats whose scale moves with the rounded largest value."""

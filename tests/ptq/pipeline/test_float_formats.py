@@ -91,7 +91,17 @@ def test_what_cannot_be_done_is_refused_with_the_way_out(tmp_path: Path) -> None
 def test_a_width_that_no_block_divides_names_the_linear(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"q_proj .* cannot be stored as nvfp4: it has 40 input channels") as caught:
         run(tiny_model("llama", hidden_size=40), tmp_path / "out", method="rtn", format="nvfp4")
-    assert "--ignore" in str(caught.value)
+    assert "; nor can 11 other linears. Give them another scheme (--override '*.q_proj=8'" in str(caught.value)
+    with pytest.raises(
+        UsageError, match=r"down_proj .64 x 40.* Give it another scheme .--override '[a-z._0]*=8,a0'"
+    ) as one:
+        run(
+            tiny_model("llama", intermediate_size=40, num_hidden_layers=1),
+            tmp_path / "out",
+            method="rtn",
+            preset="NVFP4",
+        )
+    assert "leave it in full precision (--ignore 'model.layers.0.mlp.down_proj')" in str(one.value)
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "fp8", "fp8-tensor", "int8"])
@@ -185,5 +195,15 @@ def test_inputs_that_cannot_be_rounded_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             run(tiny_model("llama"), tmp_path / "out", **fields)
-    with pytest.raises(UsageError, match=r"q_proj .* cannot have inputs as nvfp4: its input has 40 channels"):
+    with pytest.raises(UsageError, match=r"q_proj .* cannot have inputs as nvfp4: its .*q_proj=a0"):
         run(tiny_model("llama", hidden_size=40), tmp_path / "out", method="rtn", act_format="nvfp4")
+
+
+def test_shifts_of_any_method_are_in_the_report(tmp_path: Path) -> None:
+    """The powers of two that the checkpoint stores, under the names that llm-fp4 gives them."""
+    report = run(tiny_model("llama"), tmp_path / "out", method="rtn", format="e2m1", act_format="e2m1-shifted")
+    layers = quantized_linears(ptq.load(tmp_path / "out"))
+    for record in report.layers:
+        shift = layers[record.name].get_buffer("input_shift").float()
+        assert record.figures["mean shift"] == pytest.approx(float(shift.mean()))
+        assert record.figures["largest shift"] == float(shift.max())

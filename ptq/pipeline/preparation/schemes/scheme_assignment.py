@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import re
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +14,7 @@ from calib.model.structure import find_blocks, find_linears, is_linear, linear_w
 from ptq.errors import UsageError
 from ptq.methods import METHODS, LayerMethod, check_scheme, find_method, make_config
 from ptq.pipeline.preparation.schemes.outside import outside_schemes
+from ptq.pipeline.preparation.schemes.shapes import check_shapes
 from ptq.recipe import Recipe
 from ptq.scheme import Scheme
 
@@ -77,6 +77,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     config = make_config(method, recipe.options)
     schemes: dict[str, Scheme | None] = {}
     reasons: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in linears:
         scheme = recipe.scheme_for(name)
         if scheme is None:
@@ -92,7 +93,8 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
             check_scheme(method, scheme, METHODS.values(), config)
             checked.add(scheme)
         if scheme is not None:
-            _check_shape(name, linear_weight(model.get_submodule(name)).shape, scheme)
+            shapes[name] = tuple(linear_weight(model.get_submodule(name)).shape)
+    check_shapes({name: scheme for name, scheme in schemes.items() if scheme is not None}, shapes)
     if not any(schemes.values()):
         raise UsageError(f"nothing is left to quantize: {len(linears)} linears in {len(blocks)} blocks, all kept.")
     return Plan(tuple(blocks), schemes, reasons, ends)
@@ -107,22 +109,6 @@ def _that_fits(scheme: Scheme, shape: torch.Size) -> Scheme:
     for field in ("act_bits", "act_symmetric", "act_format", "input_rotation"):
         fields[field] = getattr(scheme, field)
     return Scheme.of(fields.pop("format"), **fields)
-
-
-def _check_shape(name: str, shape: torch.Size, scheme: Scheme) -> None:
-    problem = scheme.number_format.unsupported_reason(shape[0], shape[1], scheme)
-    if problem is not None:
-        raise UsageError(
-            f"{name} ({shape[0]} x {shape[1]}) cannot be stored as {scheme.describe()}: {problem}. Give it another "
-            f"scheme (--override '{_kind(name)}=8') or leave it in full precision (--ignore '{_kind(name)}')."
-        )
-    record = scheme.activation_format
-    problem = None if record is None else record.unsupported_reason(shape[1])
-    if problem is not None:
-        raise UsageError(
-            f"{name} ({shape[0]} x {shape[1]}) cannot have inputs as {scheme.act_format}: {problem}. Leave it in full "
-            f"precision (--ignore '{_kind(name)}'), or take --act-format fp8, which takes every width."
-        )
 
 
 def is_router(name: str) -> bool:
@@ -146,8 +132,3 @@ def _check_matches(pattern: str, linears: list[str], outside: list[str]) -> None
         )
     near = difflib.get_close_matches(pattern, linears, n=2, cutoff=0.3) or linears[:2]
     raise UsageError(f"the pattern {pattern!r} matches no linear of the model. Names look like {', '.join(near)}.")
-
-
-def _kind(name: str) -> str:
-    """A pattern for the linears that stand in the same place of all blocks and experts."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

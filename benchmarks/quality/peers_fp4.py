@@ -114,7 +114,7 @@ def _wanted(options: argparse.Namespace, peer: str, methods: tuple[str, ...]) ->
     """Method, scheme and folder of what is asked for and not there."""
     found = []
     for scheme in options.schemes:
-        for method in methods:
+        for method in (one for one in methods if one in options.methods):
             out = options.work / f"{scheme}-{peer}-{method}"
             if not (out / "seconds.json").exists():
                 found.append((method, scheme, out))
@@ -136,6 +136,7 @@ def parse() -> argparse.Namespace:
             step.add_argument("tokens", help="safetensors file of benchmarks/export_tokens.py")
         step.add_argument("work", type=Path, help="folder for the checkpoints and scores")
         step.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+        step.add_argument("--methods", nargs="+", choices=OUR_METHODS, default=list(OUR_METHODS))
         if name == "score":
             step.add_argument("--text", default="wikitext2")
             step.add_argument("--seqlen", type=int, default=1024)

@@ -45,8 +45,12 @@ class StaticInput:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[..., n]`` rounded: values in the dtype of ``x``. NaN stays NaN, infinity saturates."""
-        scale = self.scale if self.shift is None else self.scale * power_of_two(-self.shift.int())
+        scale = self.channel_scale()
         return self.number.round(x.float() / scale).mul_(self.scale if self.folded else scale).to(x.dtype)
+
+    def channel_scale(self) -> Tensor:
+        """The scale of every channel, float32 ``[n]``; ``[1]`` where all have the tensor's."""
+        return self.scale if self.shift is None else self.scale * power_of_two(-self.shift.int())
 
     def folded_weight(self, weight: Tensor) -> Tensor:
         """The weight ``[out, n]``, float32, for inputs that come folded; the inverse of `unfolded_weight`."""

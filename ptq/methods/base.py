@@ -34,15 +34,16 @@ class LayerResult:
         notes: every fallback that was taken, a sentence each.
         flops: floating-point operations of matrix products and factorizations; what linears share is counted by the one
             that made it. The search of scales and other elementwise work is not counted.
-        losses: relative output errors of nearest rounding and of what was chosen, where the method measures them itself
-            because its inputs are rounded, too; ``None`` leaves them to `ptq.pipeline.output_error`.
+        losses: measures the relative output errors of nearest rounding and of what was chosen, where only the method
+            can because its inputs are rounded, too; ``None`` leaves them to `ptq.pipeline.output_error`. Called once,
+            before the next linear, and not counted as a part of the solve.
     """
 
     weight: QuantizedWeight
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     flops: int = 0
-    losses: tuple[float, float] | None = None
+    losses: Callable[[], tuple[float, float]] | None = None
 
 
 def any_scheme(scheme: Scheme) -> str | None:

@@ -10,13 +10,9 @@ small, in turn: weights for the current X^, then activations for the current W^.
 with the ratio searched: multiples of an exponent bias, as in the paper's code, would clip or widen the range depending
 on the sign of the bias (and do nothing where it is 0).
 
-With ``E = W^ - W`` and ``D = X^ - X`` the output's error is ``X^ E^T + D W^T = D W^^T + X E^T``. So the weights' search
-needs the tokens only as Gram matrices,
-
-    error_k = e_k G e_k^T + 2 e_k F w_k^T + ||D w_k||^2        G = X^^T X^,  F = X^^T D,
-
-``out n^2`` per candidate where the product with all tokens would take ``t n out``; and the activations' search needs
-the weights, where there are more outputs than inputs, only as ``W^^T W^``. Neither is a difference of large numbers.
+What costs is rounding and multiplying candidates, so few are: of a row's 48 ratios a table of errors names the best
+(`ptq.solvers.float_screen`), of which the last round measures three; formats are compared on some of the rows; inputs
+are first tried on few tokens and outputs. What is measured is in `ptq.solvers.float_errors`.
 """
 
 from __future__ import annotations
@@ -29,18 +25,19 @@ import torch
 from torch import Tensor
 
 from calib.precision import product
-from ptq.activation_formats.static_input import StaticInput, fit_static_input, power_of_two
+from ptq.activation_formats.static_input import StaticInput, fit_static_input
 from ptq.grids.floating_point import FloatFormat
 from ptq.grids.scale_search import stored_scale
+from ptq.solvers.float_errors import Sketch, TokenChoice, WeightErrors
+from ptq.solvers.float_screen import screen
 
 __all__ = [
     "NO_CLIP",
     "RATIOS",
+    "TOKENS",
     "FloatInput",
     "FloatWeight",
-    "InputMoments",
     "SearchResult",
-    "output_error",
     "search_float",
     "search_input",
     "search_weight",
@@ -52,47 +49,15 @@ RATIOS = tuple(2.0 ** ((step - 38) / 19) for step in range(48))
 times less range than they have, which a larger scale makes good."""
 NO_CLIP = 38
 """The index of ratio 1."""
+TOKENS = 512
+"""How many tokens stand for the sample."""
+_MEASURED = 3  # ratios of a row, the best by the table, whose errors are measured
+_SAMPLED_ROWS = 128  # on which formats are compared
+_CLOSE = 1.05  # times the best format's error, up to which another is searched to the end
+_FEW = 128  # tokens, and outputs, of the coarse search of inputs
 _STRIDE = 4  # every so many ratios are tried first, then those between them around the best
-_NEAR = 2  # ratios on both sides of the last choice that a later round tries
-_HOPELESS = 1.3  # times the best format's error, from which on later rounds leave a format of inputs out
-_FEW_TOKENS = 512  # of the coarse sweep over the inputs' ratios
-_ROW_CHUNK, _DEVICE_ROW_CHUNK = 1 << 20, 1 << 26  # weights searched at once: bounds the temporaries
-_TOKEN_CHUNK = 1 << 24  # inputs, or outputs, in one temporary of the activations' search
-
-
-@dataclasses.dataclass(frozen=True)
-class InputMoments:
-    """What the weights' search needs of the inputs.
-
-    Args:
-        gram: ``X^^T X^`` float32 ``[n, n]``.
-        drift: ``X^^T (X^ - X)`` float32 ``[n, n]``; ``None`` where inputs are not quantized.
-    """
-
-    gram: Tensor
-    drift: Tensor | None = None
-
-    @classmethod
-    def of(cls, inputs: Tensor, quantizer: StaticInput | None) -> InputMoments:
-        """Of sampled inputs ``[t, n]``, chunk after chunk of tokens."""
-        width = inputs.shape[1]
-        gram = torch.zeros(width, width, device=inputs.device)
-        drift = None if quantizer is None else torch.zeros_like(gram)
-        for chunk in _chunks(inputs, width):
-            exact = chunk.float()
-            seen = exact if quantizer is None else quantizer(exact)
-            gram += product(seen.T, seen)
-            if drift is not None:
-                drift += product(seen.T, seen - exact)
-        return cls(gram, drift)
-
-    def folded(self, quantizer: StaticInput) -> InputMoments:
-        """The same of inputs multiplied by the powers of two of the quantizer's shifts."""
-        if quantizer.shift is None:
-            return self
-        power = power_of_two(quantizer.shift.int())
-        square = power[:, None] * power
-        return InputMoments(self.gram * square, None if self.drift is None else self.drift * square)
+_HOPELESS = 1.3  # times the best format's error, from which on a format of inputs is left out before that
+_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 25  # rounded numbers at once: bounds the temporaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +68,7 @@ class FloatWeight:
         number: the format of all codes.
         scale: float32 ``[out, 1]``, as it will be stored.
         choice: int64 ``[out]``, the index of every row's ratio in `RATIOS`.
-        error: float32 ``[out]``, the rows' output errors without the part that no weight changes; empty if unknown.
+        error: float32 ``[out]``, the rows' output errors; empty if unknown.
     """
 
     number: FloatFormat
@@ -118,7 +83,8 @@ class FloatWeight:
 
 @dataclasses.dataclass(frozen=True)
 class FloatInput:
-    """An activation quantizer, the index of its ratio in `RATIOS`, and the squared error of the sampled outputs."""
+    """An activation quantizer, the index of its ratio in `RATIOS`, and the squared error of the outputs it was measured
+    on."""
 
     quantizer: StaticInput
     choice: int
@@ -132,7 +98,7 @@ class SearchResult:
     Args:
         weight: format and scales.
         inputs: the activation quantizer; ``None`` where inputs stay as they are.
-        rounds: how many were made: fewer than asked for if one changed nothing.
+        rounds: how many were made: fewer than asked for if one left the inputs as they were.
     """
 
     weight: FloatWeight
@@ -142,9 +108,8 @@ class SearchResult:
 
 def search_float(
     weight: Tensor,
-    moments: InputMoments | None,
-    samples: Tensor | None,
-    absmax: Tensor | None,
+    samples: Tensor,
+    absmax: Tensor,
     weight_formats: Sequence[FloatFormat],
     input_formats: Sequence[FloatFormat],
     dtype: torch.dtype,
@@ -154,219 +119,235 @@ def search_float(
 ) -> SearchResult:
     """Search weights and activations in turn, beginning with the first format of each and no clipping.
 
+    All rounds but the last one choose weights by the table alone; the first one is the only one that looks at all
+    ratios of the inputs.
+
     Args:
         weight: float32 ``[out, n]``.
-        moments: of the inputs where they stay as they are; otherwise they are taken from ``samples``.
-        samples: tokens ``[t, n]`` for quantized inputs.
-        absmax: float32 ``[n]``, the largest magnitude of every channel over all tokens, likewise.
+        samples: tokens ``[t, n]``, in random order.
+        absmax: float32 ``[n]``, the largest magnitude of every channel over all tokens.
         weight_formats: which formats weights may have.
-        input_formats: which formats inputs may have; empty leaves them as they are.
+        input_formats: which formats inputs may have.
         dtype: in which the weight's scales are stored.
         shift: whether input channels have shifts.
         rounds: how often both are searched; 0 keeps the beginning (min-max).
     """
-    weights = [weight_at(weight, weight_formats[0], NO_CLIP, dtype)]
-    if not input_formats:
-        if rounds:
-            assert moments is not None
-            weights = search_weight(weight, moments, weight_formats, dtype)
-        return SearchResult(weights[0], None, min(rounds, 1))
-    assert samples is not None
-    assert absmax is not None
-    first = fit_static_input(absmax, input_formats[0], RATIOS[NO_CLIP], shift=shift)
-    inputs, done = [FloatInput(first, NO_CLIP, 0.0)], 0
-    while done < rounds:
-        before = weights[0], inputs[0]
-        current = InputMoments.of(samples, inputs[0].quantizer)
-        weights = search_weight(weight, current, weight_formats, dtype, weights if done else ())
-        rounded = weights[0].round(weight)
-        inputs = search_input(samples, absmax, weight, rounded, input_formats, shift=shift, last=inputs if done else ())
+    found = weight_at(weight, weight_formats[0], NO_CLIP, dtype)
+    inputs = [FloatInput(fit_static_input(absmax, input_formats[0], RATIOS[NO_CLIP], shift=shift), NO_CLIP, 0.0)]
+    if not rounds:
+        return SearchResult(found, inputs[0], 0)
+    chosen = TokenChoice.of(samples, TOKENS)
+    wanted = chosen.outputs(weight)
+    done, last = 0, False
+    while not last:
+        before, last = inputs[0], done == rounds - 1
+        errors = chosen.errors(before.quantizer, wanted)
+        measured = _MEASURED if last else 0
+        found = search_weight(weight, errors, weight_formats, dtype, measured=measured)
+        rounded = found.round(weight)
+        if not done:
+            inputs = _coarse_inputs(samples, absmax, weight, rounded, input_formats, shift=shift)
+        if done or last:
+            inputs = search_input(chosen, wanted, absmax, rounded, inputs, shift=shift)
         done += 1
-        if _unchanged(before, (weights[0], inputs[0])):
-            break
-    return SearchResult(weights[0], inputs[0], done)
-
-
-def _unchanged(before: tuple[FloatWeight, FloatInput], after: tuple[FloatWeight, FloatInput]) -> bool:
-    same = before[0].number == after[0].number and torch.equal(before[0].choice, after[0].choice)
-    return same and before[1].quantizer.number == after[1].quantizer.number and before[1].choice == after[1].choice
+        settled = inputs[0].choice == before.choice and inputs[0].quantizer.number == before.quantizer.number
+        rounds = min(rounds, done + 1) if settled else rounds
+    return SearchResult(found, inputs[0], done)
 
 
 def weight_at(weight: Tensor, number: FloatFormat, choice: Tensor | int, dtype: torch.dtype) -> FloatWeight:
     """The format with every row's range times a ratio of `RATIOS`, by index (an int: of all rows)."""
     if isinstance(choice, int):
         choice = torch.full((len(weight),), choice, device=weight.device)
-    ratios = torch.tensor(RATIOS, device=weight.device)[choice]
-    unit = weight.abs().amax(1) / number.maximum
-    return FloatWeight(number, stored_scale(unit * ratios, dtype)[:, None], choice, torch.empty(0))
+    return FloatWeight(number, _scales(weight, number, choice[:, None], dtype), choice, torch.empty(0))
+
+
+def _scales(weight: Tensor, number: FloatFormat, choice: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are stored, float32 ``[out, c]``, of the ratios ``choice [out, c]``."""
+    unit = weight.abs().amax(1, keepdim=True) / number.maximum
+    return stored_scale(unit * _ratios(weight.device)[choice], dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _ratios(device: torch.device) -> Tensor:
+    return torch.tensor(RATIOS, device=device)
 
 
 def search_weight(
     weight: Tensor,
-    moments: InputMoments,
+    errors: WeightErrors,
     formats: Sequence[FloatFormat],
     dtype: torch.dtype,
-    last: Sequence[FloatWeight] = (),
-) -> list[FloatWeight]:
-    """The best clip ratio of every row for each format, the best format first.
+    *,
+    measured: int = _MEASURED,
+) -> FloatWeight:
+    """The best format, with the best clip ratio of every row.
 
     Args:
         weight: float32 ``[out, n]``.
-        moments: of the inputs.
-        formats: which are tried.
+        errors: what to make small.
+        formats: which are tried; more than one are compared on some of the rows first.
         dtype: in which scales are stored.
-        last: what the previous round gave; only ratios near it are tried then, and it is never left for a worse one.
+        measured: how many ratios of a row, the best by the table, are measured; 0 takes the table's word.
     """
-    before = {one.number: one.choice for one in last}
-    pull = None if moments.drift is None else product(weight, moments.drift.T)  # rows F w_k
 
-    def score(rows: slice, candidate: FloatWeight) -> Tensor:
-        error = candidate.round(weight[rows]).sub_(weight[rows])
-        slope = product(error, moments.gram)
-        if pull is not None:
-            slope.add_(pull[rows], alpha=2)
-        return slope.mul_(error).sum(1)
+    def search(number: FloatFormat, rows: slice) -> FloatWeight:
+        return _search_rows(weight[rows], errors.of_rows(rows), sketch, number, dtype, measured)
 
-    def search_rows(rows: slice, number: FloatFormat) -> FloatWeight:
-        def attempt(choice: Tensor) -> FloatWeight:
-            found = weight_at(weight[rows], number, choice, dtype)
-            return dataclasses.replace(found, error=score(rows, found))
-
-        start = before.get(number)
-        return _search_ratio(attempt, weight[rows], None if start is None else start[rows])
-
-    limit = _ROW_CHUNK if weight.device.type == "cpu" else _DEVICE_ROW_CHUNK
-    step = max(1, limit // weight.shape[1])
-    chunks = [slice(start, start + step) for start in range(0, len(weight), step)]
-    found = [_joined([search_rows(rows, number) for rows in chunks]) for number in formats]
-    return sorted(found, key=lambda one: float(one.error.sum(dtype=torch.float64)))
+    sketch = errors.sketch()
+    every = slice(None)
+    few = slice(0, None, max(1, len(weight) // _SAMPLED_ROWS))
+    if len(formats) > 1 and few.step > 1:
+        sampled = {number: _sum(search(number, few).error) for number in formats}
+        limit = _CLOSE * min(sampled.values())
+        formats = [number for number in formats if sampled[number] <= limit]
+    found = [search(number, every) for number in formats]
+    return found[0] if len(found) == 1 else min(found, key=lambda one: _sum(one.error))
 
 
-def _search_ratio(attempt: Callable[[Tensor], FloatWeight], rows: Tensor, start: Tensor | None) -> FloatWeight:
-    """The best ratio of every row: first a coarse sweep, then its neighbours; from ``start`` only these."""
+def _sum(error: Tensor) -> float:
+    return float(error.sum(dtype=torch.float64))
+
+
+def _search_rows(
+    weight: Tensor, errors: WeightErrors, sketch: Sketch, number: FloatFormat, dtype: torch.dtype, measured: int
+) -> FloatWeight:
+    """The best ratio of every row in one format."""
+    estimates = screen(weight, sketch, number, RATIOS)
+    candidates = estimates.topk(max(1, measured), dim=1, largest=False).indices
+    least = estimates.gather(1, candidates[:, :1])
+    plain = estimates[:, NO_CLIP : NO_CLIP + 1] <= least  # also where all are equal: nothing is clipped without a gain
+    candidates[:, :1] = torch.where(plain, NO_CLIP, candidates[:, :1])
+    scales = _scales(weight, number, candidates, dtype)
+    if not measured:
+        return FloatWeight(number, scales, candidates[:, 0], least[:, 0])
+    limit = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, limit // (measured * weight.shape[1]))
+    parts = []
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        scale = scales[rows, :, None]
+        rounded = number.round(weight[rows, None] / scale).mul_(scale)
+        parts.append(errors.of_rows(rows).errors(weight[rows], rounded))
+    return _best(number, scales, candidates, torch.cat(parts))
+
+
+def _best(number: FloatFormat, scales: Tensor, candidates: Tensor, errors: Tensor) -> FloatWeight:
+    """Row by row the candidate with the smallest error, the first of equal ones."""
+    scale, choice, error = scales[:, 0], candidates[:, 0], errors[:, 0]
+    for index in range(1, errors.shape[1]):
+        wins = errors[:, index] < error
+        scale = torch.where(wins, scales[:, index], scale)
+        choice = torch.where(wins, candidates[:, index], choice)
+        error = torch.where(wins, errors[:, index], error)
+    return FloatWeight(number, scale[:, None], choice, error)
+
+
+def _coarse_inputs(
+    samples: Tensor,
+    absmax: Tensor,
+    weight: Tensor,
+    rounded: Tensor,
+    formats: Sequence[FloatFormat],
+    *,
+    shift: bool,
+) -> list[FloatInput]:
+    """The best ratio for each format on few tokens and outputs, without those formats that are far behind."""
+    rows = slice(0, None, max(1, len(weight) // _FEW))
+    tokens = TokenChoice.of(samples, _FEW)
+    measure = _InputErrors(tokens, tokens.outputs(weight[rows]), absmax, rounded[rows], shift=shift)
     top = len(RATIOS) - 1
-    if start is None:
-        coarse = [attempt(torch.full((len(rows),), i, device=rows.device)) for i in (NO_CLIP, *range(0, top, _STRIDE))]
-        best = coarse[0]
-        for other in coarse[1:]:
-            best = _better(best, other)
-        start, reach = best.choice, _STRIDE - 1
-    else:
-        best, reach = attempt(start), _NEAR
-    for offset in (*range(-reach, 0), *range(1, reach + 1)):
-        best = _better(best, attempt((start + offset).clamp(0, top)))
-    return best
-
-
-def _better(one: FloatWeight, other: FloatWeight) -> FloatWeight:
-    """Row by row the one with the smaller error, ``one`` where they are equal."""
-    wins = other.error < one.error
-    return FloatWeight(
-        one.number,
-        torch.where(wins[:, None], other.scale, one.scale),
-        torch.where(wins, other.choice, one.choice),
-        torch.where(wins, other.error, one.error),
-    )
-
-
-def _joined(parts: Sequence[FloatWeight]) -> FloatWeight:
-    if len(parts) == 1:
-        return parts[0]
-    scale, choice, error = (torch.cat([getattr(p, name) for p in parts]) for name in ("scale", "choice", "error"))
-    return FloatWeight(parts[0].number, scale, choice, error)
+    coarse = [NO_CLIP, *(choice for choice in range(0, top + 1, _STRIDE) if choice != NO_CLIP)]
+    found = [measure.best(number, coarse) for number in formats]
+    for limit, offset in ((_HOPELESS, _STRIDE // 2), (_HOPELESS, _STRIDE // 4)):
+        least = min(one.error for one in found)
+        kept = [one for one in found if one.error <= limit * least]
+        found = [measure.near(one, offset) for one in kept]
+    least = min(one.error for one in found)
+    return sorted((one for one in found if one.error <= _CLOSE * least), key=lambda one: one.error)
 
 
 def search_input(
-    inputs: Tensor,
+    tokens: TokenChoice,
+    wanted: Tensor,
     absmax: Tensor,
-    weight: Tensor,
-    quantized: Tensor,
-    formats: Sequence[FloatFormat],
+    rounded: Tensor,
+    last: Sequence[FloatInput],
     *,
     shift: bool = True,
-    last: Sequence[FloatInput] = (),
 ) -> list[FloatInput]:
-    """The best clip ratio of the activations for each format, the best format first.
+    """The ratios near the last ones for the formats that are left, the best format first; others are dropped.
 
     Args:
-        inputs: sampled tokens ``[t, n]``.
+        tokens: of the inputs.
+        wanted: their outputs.
         absmax: float32 ``[n]``, the largest magnitude of every channel over all tokens.
-        weight: float32 ``[out, n]``.
-        quantized: its quantized values.
-        formats: which are tried.
+        rounded: the quantized weight ``[out, n]``.
+        last: where to begin.
         shift: whether channels have shifts.
-        last: as in `search_weight`; formats whose error was much larger than the best one's are not tried again.
     """
-    limit = _HOPELESS * min((one.error for one in last), default=0.0)
-    before = {one.quantizer.number: one.choice for one in last if one.error <= limit}
-    formats = tuple(before) or tuple(formats)
-    loss = _input_loss(inputs, weight, quantized)
-    rough = loss if last or len(inputs) <= _FEW_TOKENS else _input_loss(inputs[:_FEW_TOKENS], weight, quantized)
-
-    def search(number: FloatFormat) -> FloatInput:
-        @functools.cache
-        def attempt(choice: int) -> float:
-            return loss(fit_static_input(absmax, number, RATIOS[choice], shift=shift))
-
-        def roughly(choice: int) -> float:
-            return rough(fit_static_input(absmax, number, RATIOS[choice], shift=shift))
-
-        top, start, reach = len(RATIOS) - 1, before.get(number), _NEAR
-        if start is None:
-            coarse = (NO_CLIP, *range(0, top, _STRIDE))
-            start, reach = min(coarse, key=attempt if rough is loss else roughly), _STRIDE - 1
-        near = range(max(0, start - reach), min(top, start + reach) + 1)
-        choice = min(near, key=lambda one: (attempt(one), one != start))
-        return FloatInput(fit_static_input(absmax, number, RATIOS[choice], shift=shift), choice, attempt(choice))
-
-    return sorted(map(search, formats), key=lambda one: one.error)
+    measure = _InputErrors(tokens, wanted, absmax, rounded, shift=shift)
+    found = [measure.descend(one) for one in last]
+    least = min(one.error for one in found)
+    return sorted((one for one in found if one.error <= _CLOSE * least), key=lambda one: one.error)
 
 
-def _chunks(inputs: Tensor, width: int) -> list[Tensor]:
-    """``inputs`` ``[t, n]`` in parts of so many tokens that rows of ``width`` numbers stay bounded."""
-    step = max(1, _TOKEN_CHUNK // width)
-    return [inputs[start : start + step] for start in range(0, len(inputs), step)]
+class _InputErrors:
+    """``||X^ W^^T - X W^T||^2`` of activation quantizers.
 
+    Args:
+        tokens: X.
+        wanted: ``X W^T``, weighted.
+        absmax: the largest magnitudes of X's channels.
+        rounded: W^.
+        shift: whether channels have shifts.
+    """
 
-def _total(values: Tensor) -> float:
-    """The sum of a matrix: of rows in float32, of their sums in float64."""
-    return float(values.sum(1).sum(dtype=torch.float64))
+    def __init__(self, tokens: TokenChoice, wanted: Tensor, absmax: Tensor, rounded: Tensor, *, shift: bool) -> None:
+        self._tokens, self._wanted, self._absmax, self._rounded = tokens, wanted, absmax, rounded
+        self._fit: Callable[[FloatFormat, int], StaticInput] = lambda number, choice: fit_static_input(
+            absmax, number, RATIOS[choice], shift=shift
+        )
+        limit = _CHUNK if absmax.device.type == "cpu" else _DEVICE_CHUNK
+        self._batch = max(1, limit // max(1, len(tokens.tokens) * max(rounded.shape)))
 
+    def __call__(self, number: FloatFormat, choices: Sequence[int]) -> list[float]:
+        """The errors at some ratios, several of them in one product where they fit."""
+        found: list[float] = []
+        for start in range(0, len(choices), self._batch):
+            quantizers = [self._fit(number, choice) for choice in choices[start : start + self._batch]]
+            found += self._measure(number, torch.stack([one.channel_scale() for one in quantizers])[:, None])
+        return found
 
-def _input_loss(inputs: Tensor, weight: Tensor, quantized: Tensor) -> Callable[[StaticInput], float]:
-    """``||D W^^T + X E^T||^2`` as a function of the quantizer; what does not depend on it is computed once."""
-    out, width = weight.shape
-    by_gram = width < out
-    gram = product(quantized.T, quantized) if by_gram else quantized.T
-    fixed, constant = [], 0.0
-    chunks = _chunks(inputs, max(out, width))
-    for chunk in chunks:
-        residual = product(chunk.float(), (quantized - weight).T)  # X E^T
-        constant += _total(residual.square())
-        fixed.append(product(residual, quantized) if by_gram else residual)
+    def _measure(self, number: FloatFormat, scale: Tensor) -> list[float]:
+        seen = number.round(self._tokens.tokens / scale).mul_(scale).mul_(self._tokens.weight)
+        output = product(seen.flatten(0, 1), self._rounded.T).view(len(scale), *self._wanted.shape)
+        per_token = output.sub_(self._wanted).square_().sum(2)
+        result: list[float] = per_token.sum(1, dtype=torch.float64).tolist()
+        return result
 
-    def loss(quantizer: StaticInput) -> float:
-        total = constant
-        for chunk, own in zip(chunks, fixed, strict=True):
-            exact = chunk.float()
-            difference = quantizer(exact).sub_(exact)
-            moved = product(difference, gram)
-            if by_gram:  # <D A, D> + 2 <D, R W^>
-                total += _total(moved.add_(own, alpha=2).mul_(difference))
-            else:  # ||D W^^T||^2 + 2 <D W^^T, R>
-                total += _total(torch.add(moved, own, alpha=2).mul_(moved))
-        return total
+    def best(self, number: FloatFormat, choices: Sequence[int]) -> FloatInput:
+        """The best of some ratios, the first of equal ones."""
+        errors = self(number, choices)
+        index = min(range(len(choices)), key=errors.__getitem__)
+        return FloatInput(self._fit(number, choices[index]), choices[index], errors[index])
 
-    return loss
+    def near(self, one: FloatInput, offset: int) -> FloatInput:
+        """The best of a measured ratio and those on both sides of it."""
+        top = len(RATIOS) - 1
+        others = [choice for choice in (one.choice - offset, one.choice + offset) if 0 <= choice <= top]
+        other = self.best(one.quantizer.number, others)
+        return other if other.error < one.error else one
 
-
-def output_error(inputs: Tensor, quantizer: StaticInput | None, weight: Tensor, quantized: Tensor) -> float:
-    """``||X^ W^^T - X W^T||^2 / ||X W^T||^2`` of sampled inputs ``[t, n]``; 0 where the output is."""
-    error, energy = 0.0, 0.0
-    for chunk in _chunks(inputs, max(weight.shape)):
-        exact = chunk.float()
-        wanted = product(exact, weight.T)
-        found = product(exact if quantizer is None else quantizer(exact), quantized.T)
-        error += _total((found - wanted).square_())
-        energy += _total(wanted.square_())
-    return error / energy if energy else 0.0
+    def descend(self, start: FloatInput) -> FloatInput:
+        """From a ratio on to better neighbours, until there is none."""
+        number, top = start.quantizer.number, len(RATIOS) - 1
+        near = [choice for choice in (start.choice, start.choice - 1, start.choice + 1) if 0 <= choice <= top]
+        found = self.best(number, near)
+        step = found.choice - start.choice
+        while step and 0 <= found.choice + step <= top:
+            further = self.best(number, [found.choice + step])
+            if further.error >= found.error:
+                break
+            found = further
+        return found

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from calib.stats import LinearStatistics, Stat
 from ptq.activation_formats.static_float import StaticFloat, static_float
-from ptq.activation_formats.static_input import StaticInput
+from ptq.activation_formats.static_input import StaticInput, fit_static_input
 from ptq.errors import NumericalError, UsageError, unknown_name
 from ptq.grids.floating_point import FloatFormat, float_formats
 from ptq.methods.base import LayerMethod, LayerResult
 from ptq.methods.common import require
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import SCALE_DTYPES, Scheme
+from ptq.solvers.float_errors import GramErrors, TokenChoice, output_errors
 from ptq.solvers.float_search import (
     NO_CLIP,
     RATIOS,
+    TOKENS,
     FloatWeight,
-    InputMoments,
     SearchResult,
-    output_error,
     search_float,
     search_weight,
     weight_at,
@@ -137,35 +137,31 @@ def quantize(
     stats = require(stats)
     record, dtype = scheme.activation_format, SCALE_DTYPES[scheme.scale_dtype]
     weight_formats = _formats(config.weight_formats, _WEIGHT_BITS, "weight_formats")
-    rounds = config.rounds if config.search else 0
+    start = weight_at(weight, weight_formats[0], NO_CLIP, dtype)
     if record is None:
-        moments = InputMoments(stats.hessian)
-        found = search_float(weight, moments, None, None, weight_formats, (), dtype, rounds=rounds)
-        return LayerResult(_stored(weight, found.weight, scheme), _weight_figures(found))
+        found = search_weight(weight, GramErrors(stats.hessian), weight_formats, dtype) if config.search else start
+        figures = _weight_figures(SearchResult(found, None, int(config.search)))
+        return LayerResult(_stored(weight, found, scheme), figures)
     assert isinstance(record, StaticFloat)
-    samples, largest = stats.samples, stats.ranges.abs().amax(0)
+    samples, largest, shift = stats.samples, stats.ranges.abs().amax(0), config.shift != "off"
     input_formats = _formats(config.act_formats, record.bits, "act_formats")
-
-    def search(rounds: int) -> SearchResult:
-        return search_float(
-            *(weight, None, samples, largest, weight_formats, input_formats, dtype),
-            shift=config.shift != "off",
-            rounds=rounds,
-        )
-
-    start, found = search(0), search(rounds)
-    assert start.inputs is not None
-    assert found.inputs is not None
-    quantizer, target = found.inputs.quantizer, weight
-    nearest = output_error(samples, start.inputs.quantizer, weight, start.weight.round(weight))
+    first = fit_static_input(largest, input_formats[0], shift=shift)
+    rounds = config.rounds if config.search else 0
+    result = search_float(weight, samples, largest, weight_formats, input_formats, dtype, shift=shift, rounds=rounds)
+    assert result.inputs is not None
+    quantizer, target = result.inputs.quantizer, weight
     if config.shift == "folded":
-        found, target = _folded(weight, samples, found, weight_formats, dtype, search=config.search)
+        result, target = _folded(weight, samples, result, weight_formats, dtype, search=config.search)
         quantizer = dataclasses.replace(quantizer, folded=True)
-    loss = output_error(samples, quantizer, weight, found.weight.round(target))
+
+    def losses() -> tuple[float, float]:
+        candidates = ((first, start.round(weight)), (quantizer, result.weight.round(target)))
+        nearest, loss = output_errors(samples, weight, candidates)
+        return nearest, loss
+
     own = static_float(quantizer.number, record.suffix)
-    result = _stored(target, found.weight, dataclasses.replace(scheme, act_format=own.name), own.params(quantizer))
-    figures = _weight_figures(found) | _input_figures(quantizer, stats.ranges)
-    return LayerResult(result, figures, losses=(nearest, loss))
+    stored = _stored(target, result.weight, dataclasses.replace(scheme, act_format=own.name), own.params(quantizer))
+    return LayerResult(stored, _weight_figures(result) | _input_figures(quantizer, stats.ranges), losses=losses)
 
 
 def _folded(
@@ -183,8 +179,9 @@ def _folded(
     target = quantizer.folded_weight(weight)
     if not search:
         return dataclasses.replace(found, weight=weight_at(target, formats[0], NO_CLIP, dtype)), target
-    moments = InputMoments.of(samples, quantizer).folded(quantizer)
-    return dataclasses.replace(found, weight=search_weight(target, moments, formats, dtype)[0]), target
+    chosen = TokenChoice.of(samples, TOKENS)
+    errors = chosen.errors(quantizer, chosen.outputs(weight)).folded(quantizer)
+    return dataclasses.replace(found, weight=search_weight(target, errors, formats, dtype)), target
 
 
 def _stored(

@@ -208,12 +208,14 @@ def _solve(
         result = solver.method.quantize(weight, own, scheme, solver.config, shared)
     quantized = dataclasses.replace(result.weight, input_params=input_params(group.block, name, result.weight))
     quantized = dataclasses.replace(quantized, scheme=stored_scheme(group.block, name, quantized.scheme))
-    nearest, loss = result.losses or (None, None)
-    checked = 0
-    if result.losses is None and own is not None:
+    nearest, loss, checked = None, None, 0
+    if result.losses is not None or own is not None:
         with timing.part("losses", device), _named(full):
-            nearest, loss = layer_losses(weight, quantized, own)
-        checked = losses_flops(*quantized.shape, mismatch=own.has_mismatch)
+            if result.losses is not None:
+                nearest, loss = result.losses()
+            elif own is not None:
+                nearest, loss = layer_losses(weight, quantized, own)
+                checked = losses_flops(*quantized.shape, mismatch=own.has_mismatch)
     notes = (*group.notes, *result.notes)
     if loss is not None and loss > _LOST:
         notes += (f"{loss:.0%} of the output's energy is lost: the scheme does not fit this weight",)

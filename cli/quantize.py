@@ -69,7 +69,7 @@ __all__ = ["command"]
     "--calib-seqlen",
     type=int,
     metavar="T",
-    help="Tokens per calibration sequence.  [default: 2048, or the model's context where that is shorter]",
+    help="Tokens per calibration sequence; the default is cut to the context of a model.  [default: 2048]",
 )
 @click.option(
     "--calib-bos",

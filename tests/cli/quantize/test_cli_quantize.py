@@ -270,7 +270,7 @@ def test_help_states_the_defaults_and_choices_of_the_recipe() -> None:
         "scale_dtype": recipe.scheme.scale_dtype,
         "calib": recipe.calibration.source,
         "calib_samples": recipe.calibration.samples,
-        "calib_seqlen": recipe.calibration.seqlen,
+        "calib_seqlen": recipe.calibration.tokens_per_sequence,
         "calib_bos": recipe.calibration.bos,
         "calib_template": recipe.calibration.template,
         "seed": recipe.calibration.seed,

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ptq
 from calib.data.tokens import load_calibration
 from calib.precision import product, strict_float32
-from calib.stats import GroupStatistics, StatisticsAccumulator
+from calib.stats import GroupStatistics, Stat, StatisticsAccumulator
 from ptq.methods import find_method, make_config
 from ptq.methods.base import LayerMethod
 
@@ -137,7 +137,7 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[GroupStatistics, dict[
     for name, module in linears.items():
         module.register_forward_pre_hook(_keep(inputs, name))
     model.model(tokens)
-    needs = find_method("llm-fp4").needs(make_config(find_method("llm-fp4"), {}))  # type: ignore[union-attr,arg-type]
+    needs = frozenset({Stat.HESSIAN, Stat.RANGES, Stat.SAMPLES})  # of LLM-FP4; GPTQ needs the first
     for name, seen in inputs.items():
         alike = [other for other, tensor in inputs.items() if tensor is seen]
         if alike[0] != name:

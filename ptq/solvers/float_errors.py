@@ -29,7 +29,7 @@ from ptq.activation_formats.static_input import StaticInput, power_of_two
 
 __all__ = ["GramErrors", "Sketch", "TokenChoice", "TokenErrors", "WeightErrors", "output_errors", "total"]
 
-_DIRECTIONS = 8
+_DIRECTIONS = 6
 _ITERATIONS = 2  # of the power method that finds them
 _SMALL = 1e-6  # times the largest eigenvalue: directions below it are left to the diagonal
 _LARGE_SHARE = 4  # one of so many chosen tokens is there because of its size

@@ -11,15 +11,16 @@ with the ratio searched: multiples of an exponent bias, as in the paper's code, 
 on the sign of the bias (and do nothing where it is 0).
 
 What costs is rounding and multiplying candidates, so few are: of a row's 48 ratios a table of errors names the best
-(`ptq.solvers.float_screen`), of which the last round measures three; formats are compared on some of the rows; inputs
-are first tried on few tokens and outputs. What is measured is in `ptq.solvers.float_errors`.
+(`ptq.solvers.float_screen`), of which three are measured; formats, and the inputs' quantizer, are searched on some of
+the rows and tokens first. What is measured is in `ptq.solvers.float_errors`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "TOKENS",
     "FloatInput",
     "FloatWeight",
+    "InputErrors",
     "SearchResult",
     "search_float",
     "search_input",
@@ -52,11 +54,13 @@ NO_CLIP = 38
 TOKENS = 512
 """How many tokens stand for the sample."""
 _MEASURED = 3  # ratios of a row, the best by the table, whose errors are measured
-_SAMPLED_ROWS = 128  # on which formats are compared
+_SAMPLED_ROWS = 96  # to twice as many; on them formats are compared, and inputs searched in all rounds but the last
 _CLOSE = 1.05  # times the best format's error, up to which another is searched to the end
-_FEW = 128  # tokens, and outputs, of the coarse search of inputs
+_FEW_TOKENS = 160  # of the first round
 _STRIDE = 4  # every so many ratios are tried first, then those between them around the best
-_HOPELESS = 1.3  # times the best format's error, from which on a format of inputs is left out before that
+_FAR = 1.1  # the same after the first round
+_HOPELESS = 1.3  # the same of inputs' ratios before those between them were tried
+_VALLEYS = 4  # ratios of inputs that later rounds may begin from
 _CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 25  # rounded numbers at once: bounds the temporaries
 
 
@@ -119,8 +123,9 @@ def search_float(
 ) -> SearchResult:
     """Search weights and activations in turn, beginning with the first format of each and no clipping.
 
-    All rounds but the last one choose weights by the table alone; the first one is the only one that looks at all
-    ratios of the inputs.
+    The inputs' quantizer is found for some rows of the weight and measured for all of them at the end: the first round
+    tries its formats and ratios on few tokens, the others follow it to its neighbours. Only the last round searches
+    all rows.
 
     Args:
         weight: float32 ``[out, n]``.
@@ -132,27 +137,32 @@ def search_float(
         shift: whether input channels have shifts.
         rounds: how often both are searched; 0 keeps the beginning (min-max).
     """
-    found = weight_at(weight, weight_formats[0], NO_CLIP, dtype)
     inputs = [FloatInput(fit_static_input(absmax, input_formats[0], RATIOS[NO_CLIP], shift=shift), NO_CLIP, 0.0)]
     if not rounds:
-        return SearchResult(found, inputs[0], 0)
-    chosen = TokenChoice.of(samples, TOKENS)
-    wanted = chosen.outputs(weight)
-    done, last = 0, False
-    while not last:
-        before, last = inputs[0], done == rounds - 1
-        errors = chosen.errors(before.quantizer, wanted)
-        measured = _MEASURED if last else 0
-        found = search_weight(weight, errors, weight_formats, dtype, measured=measured)
-        rounded = found.round(weight)
-        if not done:
-            inputs = _coarse_inputs(samples, absmax, weight, rounded, input_formats, shift=shift)
-        if done or last:
-            inputs = search_input(chosen, wanted, absmax, rounded, inputs, shift=shift)
-        done += 1
+        return SearchResult(weight_at(weight, weight_formats[0], NO_CLIP, dtype), inputs[0], 0)
+
+    def in_turn(own: Tensor, tokens: TokenChoice, *, coarse: bool) -> tuple[list[FloatWeight], list[FloatInput]]:
+        wanted = tokens.outputs(own)
+        found = search_weight(own, tokens.errors(inputs[0].quantizer, wanted), weight_formats, dtype)
+        measure = InputErrors(tokens, wanted, absmax, found[0].round(own), shift=shift)
+        return found, (_coarse_inputs(measure, input_formats) if coarse else search_input(measure, inputs))
+
+    some, tokens = _some_rows(weight), TokenChoice.of(samples, TOKENS)
+    rough, inputs = in_turn(some, TokenChoice.of(samples, _FEW_TOKENS), coarse=True)
+    limit = _FAR * _sum(rough[0].error)
+    weight_formats = [one.number for one in rough if _sum(one.error) <= limit]
+    done, settled = 1, False
+    while done < rounds - 1 and not settled:
+        before = inputs[0]
+        _, inputs = in_turn(some, tokens, coarse=False)
         settled = inputs[0].choice == before.choice and inputs[0].quantizer.number == before.quantizer.number
-        rounds = min(rounds, done + 1) if settled else rounds
-    return SearchResult(found, inputs[0], done)
+        done += 1
+    found, inputs = in_turn(weight, tokens, coarse=False)
+    return SearchResult(found[0], inputs[0], min(done + 1, rounds))
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    return weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
 
 
 def weight_at(weight: Tensor, number: FloatFormat, choice: Tensor | int, dtype: torch.dtype) -> FloatWeight:
@@ -178,31 +188,28 @@ def search_weight(
     errors: WeightErrors,
     formats: Sequence[FloatFormat],
     dtype: torch.dtype,
-    *,
-    measured: int = _MEASURED,
-) -> FloatWeight:
-    """The best format, with the best clip ratio of every row.
+) -> list[FloatWeight]:
+    """The best clip ratio of every row for each format that is not far behind, the best format first.
 
     Args:
         weight: float32 ``[out, n]``.
         errors: what to make small.
         formats: which are tried; more than one are compared on some of the rows first.
         dtype: in which scales are stored.
-        measured: how many ratios of a row, the best by the table, are measured; 0 takes the table's word.
     """
 
     def search(number: FloatFormat, rows: slice) -> FloatWeight:
-        return _search_rows(weight[rows], errors.of_rows(rows), sketch, number, dtype, measured)
+        return _search_rows(weight[rows], errors.of_rows(rows), sketch, number, dtype)
 
     sketch = errors.sketch()
     every = slice(None)
     few = slice(0, None, max(1, len(weight) // _SAMPLED_ROWS))
-    if len(formats) > 1 and few.step > 1:
+    if len(formats) > 1 and len(weight) >= 2 * _SAMPLED_ROWS:
         sampled = {number: _sum(search(number, few).error) for number in formats}
         limit = _CLOSE * min(sampled.values())
         formats = [number for number in formats if sampled[number] <= limit]
     found = [search(number, every) for number in formats]
-    return found[0] if len(found) == 1 else min(found, key=lambda one: _sum(one.error))
+    return found if len(found) == 1 else sorted(found, key=lambda one: _sum(one.error))
 
 
 def _sum(error: Tensor) -> float:
@@ -210,19 +217,17 @@ def _sum(error: Tensor) -> float:
 
 
 def _search_rows(
-    weight: Tensor, errors: WeightErrors, sketch: Sketch, number: FloatFormat, dtype: torch.dtype, measured: int
+    weight: Tensor, errors: WeightErrors, sketch: Sketch, number: FloatFormat, dtype: torch.dtype
 ) -> FloatWeight:
     """The best ratio of every row in one format."""
     estimates = screen(weight, sketch, number, RATIOS)
-    candidates = estimates.topk(max(1, measured), dim=1, largest=False).indices
+    candidates = estimates.topk(_MEASURED, dim=1, largest=False).indices
     least = estimates.gather(1, candidates[:, :1])
     plain = estimates[:, NO_CLIP : NO_CLIP + 1] <= least  # also where all are equal: nothing is clipped without a gain
     candidates[:, :1] = torch.where(plain, NO_CLIP, candidates[:, :1])
     scales = _scales(weight, number, candidates, dtype)
-    if not measured:
-        return FloatWeight(number, scales, candidates[:, 0], least[:, 0])
     limit = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
-    step = max(1, limit // (measured * weight.shape[1]))
+    step = max(1, limit // (_MEASURED * weight.shape[1]))
     parts = []
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
@@ -243,56 +248,35 @@ def _best(number: FloatFormat, scales: Tensor, candidates: Tensor, errors: Tenso
     return FloatWeight(number, scale[:, None], choice, error)
 
 
-def _coarse_inputs(
-    samples: Tensor,
-    absmax: Tensor,
-    weight: Tensor,
-    rounded: Tensor,
-    formats: Sequence[FloatFormat],
-    *,
-    shift: bool,
-) -> list[FloatInput]:
-    """The best ratio for each format on few tokens and outputs, without those formats that are far behind."""
-    rows = slice(0, None, max(1, len(weight) // _FEW))
-    tokens = TokenChoice.of(samples, _FEW)
-    measure = _InputErrors(tokens, tokens.outputs(weight[rows]), absmax, rounded[rows], shift=shift)
-    top = len(RATIOS) - 1
-    coarse = [NO_CLIP, *(choice for choice in range(0, top + 1, _STRIDE) if choice != NO_CLIP)]
-    found = [measure.best(number, coarse) for number in formats]
-    for limit, offset in ((_HOPELESS, _STRIDE // 2), (_HOPELESS, _STRIDE // 4)):
-        least = min(one.error for one in found)
-        kept = [one for one in found if one.error <= limit * least]
-        found = [measure.near(one, offset) for one in kept]
-    least = min(one.error for one in found)
-    return sorted((one for one in found if one.error <= _CLOSE * least), key=lambda one: one.error)
+def _coarse_inputs(measure: InputErrors, formats: Sequence[FloatFormat]) -> list[FloatInput]:
+    """The best ratios of the formats, the best first: those better than their neighbours, and not far behind.
 
-
-def search_input(
-    tokens: TokenChoice,
-    wanted: Tensor,
-    absmax: Tensor,
-    rounded: Tensor,
-    last: Sequence[FloatInput],
-    *,
-    shift: bool = True,
-) -> list[FloatInput]:
-    """The ratios near the last ones for the formats that are left, the best format first; others are dropped.
-
-    Args:
-        tokens: of the inputs.
-        wanted: their outputs.
-        absmax: float32 ``[n]``, the largest magnitude of every channel over all tokens.
-        rounded: the quantized weight ``[out, n]``.
-        last: where to begin.
-        shift: whether channels have shifts.
+    With shifts the error has several such valleys: where the ratio doubles, shifts have grown by one.
     """
-    measure = _InputErrors(tokens, wanted, absmax, rounded, shift=shift)
-    found = [measure.descend(one) for one in last]
-    least = min(one.error for one in found)
-    return sorted((one for one in found if one.error <= _CLOSE * least), key=lambda one: one.error)
+    found: list[FloatInput] = []
+    for number in formats:
+        curve = measure.at(number, range(NO_CLIP % _STRIDE, len(RATIOS), _STRIDE))
+        padded = [math.inf, *(one.error for one in curve), math.inf]
+        around = zip(padded, padded[1:], padded[2:], curve, strict=False)
+        found += [one for before, error, after, one in around if error < before and error <= after]
+    found = _leading(found, _HOPELESS)
+    for offset in (_STRIDE // 2, _STRIDE // 4):
+        found = [measure.near(one, offset) for one in found]
+    return _leading(found, _FAR)[:_VALLEYS]
 
 
-class _InputErrors:
+def search_input(measure: InputErrors, last: Sequence[FloatInput]) -> list[FloatInput]:
+    """The ratios near the last ones for the formats that are left, the best format first; others are dropped."""
+    return _leading((measure.descend(one) for one in last), _CLOSE)
+
+
+def _leading(found: Iterable[FloatInput], limit: float) -> list[FloatInput]:
+    """Those whose error is at most so many times the least one, in its order."""
+    ranked = sorted(found, key=lambda one: one.error)
+    return [one for one in ranked if one.error <= limit * ranked[0].error]
+
+
+class InputErrors:
     """``||X^ W^^T - X W^T||^2`` of activation quantizers.
 
     Args:
@@ -326,11 +310,14 @@ class _InputErrors:
         result: list[float] = per_token.sum(1, dtype=torch.float64).tolist()
         return result
 
+    def at(self, number: FloatFormat, choices: Sequence[int]) -> list[FloatInput]:
+        """What is measured at some ratios."""
+        errors = self(number, choices)
+        return [FloatInput(self._fit(number, i), i, error) for i, error in zip(choices, errors, strict=True)]
+
     def best(self, number: FloatFormat, choices: Sequence[int]) -> FloatInput:
         """The best of some ratios, the first of equal ones."""
-        errors = self(number, choices)
-        index = min(range(len(choices)), key=errors.__getitem__)
-        return FloatInput(self._fit(number, choices[index]), choices[index], errors[index])
+        return min(self.at(number, choices), key=lambda one: one.error)
 
     def near(self, one: FloatInput, offset: int) -> FloatInput:
         """The best of a measured ratio and those on both sides of it."""

@@ -139,7 +139,7 @@ def quantize(
     weight_formats = _formats(config.weight_formats, _WEIGHT_BITS, "weight_formats")
     start = weight_at(weight, weight_formats[0], NO_CLIP, dtype)
     if record is None:
-        found = search_weight(weight, GramErrors(stats.hessian), weight_formats, dtype) if config.search else start
+        found = search_weight(weight, GramErrors(stats.hessian), weight_formats, dtype)[0] if config.search else start
         figures = _weight_figures(SearchResult(found, None, int(config.search)))
         return LayerResult(_stored(weight, found, scheme), figures)
     assert isinstance(record, StaticFloat)
@@ -181,7 +181,7 @@ def _folded(
         return dataclasses.replace(found, weight=weight_at(target, formats[0], NO_CLIP, dtype)), target
     chosen = TokenChoice.of(samples, TOKENS)
     errors = chosen.errors(quantizer, chosen.outputs(weight)).folded(quantizer)
-    return dataclasses.replace(found, weight=search_weight(target, errors, formats, dtype)), target
+    return dataclasses.replace(found, weight=search_weight(target, errors, formats, dtype)[0]), target
 
 
 def _stored(

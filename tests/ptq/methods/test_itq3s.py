@@ -270,6 +270,19 @@ def test_narrow_linears_are_named(tmp_path: Path) -> None:
     assert reason == "it has 16 input channels, and blocks of this format need at least 32"
 
 
+def test_a_weight_below_all_scales_is_named_without_data(tmp_path: Path) -> None:
+    """float16 has no scale for it, all of it becomes zeros; blocks of zeros are stored as such and lose nothing."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-20)
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    report = ptq.quantize(model, out=tmp_path / "out", device="cpu", method="itq3s")
+    assert report.warnings == (
+        "model.layers.0.mlp.up_proj: 100% of the weight's energy is lost: the scheme does not fit this weight",
+    )
+    assert logits(ptq.load(tmp_path / "out")).isfinite().all()
+
+
 def test_weights_that_are_no_numbers_are_refused() -> None:
     weight = torch.randn(4, 64)
     weight[0, 0] = torch.nan

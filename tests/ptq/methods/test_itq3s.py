@@ -292,6 +292,15 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
                 Scheme.of(name).number_format.fit(weight, Scheme.of(name), search)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["higgs", "itq3s-ternary"])
+def test_scales_that_overflow_are_refused(name: str) -> None:
+    """ITQ3_S's multipliers keep its own scales a tenth as large."""
+    weight, scheme = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 1e6, Scheme.of(name)
+    for search in scheme.number_format.searches:
+        with pytest.raises(NumericalError, match=r"overflows float16 \(.*, the largest is 65504\)"):
+            scheme.number_format.fit(weight, scheme, search, torch.ones(300))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -61,8 +61,8 @@ def check_weight(weight: Tensor, name: str) -> None:
     bad = share_not_finite(weight) if weight.is_floating_point() else None
     if bad:  # a sum can overflow where no entry does
         raise NumericalError(
-            f"{name}: {bad:.2%} of the weights are NaN or Inf. The checkpoint is damaged, or was saved in a dtype it "
-            f"overflows."
+            f"{name}: {100 * bad:.3g}% of the weights are NaN or Inf. The checkpoint is damaged, or was saved in a "
+            f"dtype it overflows."
         )
 
 

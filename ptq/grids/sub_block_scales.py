@@ -24,7 +24,7 @@ from torch import Tensor
 from ptq.errors import NumericalError
 from ptq.grids.grid import check_finite
 
-__all__ = ["SubBlockLayout", "fit_sub_block_scales"]
+__all__ = ["SubBlockLayout", "check_half", "fit_sub_block_scales"]
 
 _STEP = math.log(15 / 8) / 31  # of the lattice: 15, 12, 10 and 8 are 31, 20, 11 and 0 steps, to a thousandth
 _BELOW, _ABOVE = 45, 60  # effective scales searched, in steps around the one that is best for Gaussian weights
@@ -137,13 +137,22 @@ def _search(weights: Tensor, h: Tensor | None, layout: SubBlockLayout) -> tuple[
     return best.scale.to(torch.float16), best.index
 
 
-def _stored(scale: Tensor, rms: Tensor) -> Tensor:
-    """The scale as float16 stores it, in float32: never zero for a block that is not."""
+def check_half(scale: Tensor) -> None:
+    """Check scales before they are stored as float16.
+
+    Raises:
+        NumericalError: one overflows.
+    """
     if bool((scale > torch.finfo(torch.float16).max).any()):
         raise NumericalError(
             f"the scale of a block overflows float16 ({float(scale.max()):.3g}, the largest is 65504): the weights are "
             "too large for this number format. The checkpoint may be damaged."
         )
+
+
+def _stored(scale: Tensor, rms: Tensor) -> Tensor:
+    """The scale as float16 stores it, in float32: never zero for a block that is not."""
+    check_half(scale)
     smallest = 2.0**-24  # of the subnormal numbers
     return torch.where(rms > 0, scale.clamp(min=smallest), 0.0).to(torch.float16).float()
 

@@ -12,7 +12,7 @@ from calib.stats import LinearStatistics
 from ptq.errors import NumericalError
 from ptq.quantized import QuantizedWeight
 
-__all__ = ["MAX_ENERGY", "check_energy", "layer_losses", "losses_flops"]
+__all__ = ["MAX_ENERGY", "check_energy", "layer_losses", "losses_flops", "lost_energy"]
 
 MAX_ENERGY = 1e34
 """Largest output energy ``||W||^2 ||X~||^2`` of a linear: float32 ends at 3e38, and solvers need some orders of
@@ -100,3 +100,11 @@ def _quadratic(difference: Tensor, hessian: Tensor) -> float:
         part = product(difference[:, start:stop], hessian[start:stop, start:]).mul_(difference[:, start:])
         total += 2 * float(part.sum()) - float(part[:, : stop - start].sum())
     return total
+
+
+def lost_energy(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """Relative squared error of the weight, where no inputs say what its output loses; 0 for a weight of zeros."""
+    largest = weight.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # the squares of 1e-30 are no numbers
+    energy = (weight / largest).square().sum()
+    lost = (quantized.dequantize().to(weight.device).sub_(weight) / largest).square().sum()
+    return float(lost / energy) if energy > 0 else 0.0

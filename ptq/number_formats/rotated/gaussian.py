@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptq.grids import ScaledGrid, ScaleSearch, Storage, check_finite
 from ptq.grids.codebooks import GAUSSIAN, TERNARY_MAGNITUDES
-from ptq.grids.sub_block_scales import SubBlockLayout, fit_sub_block_scales
+from ptq.grids.sub_block_scales import SubBlockLayout, check_half, fit_sub_block_scales
 from ptq.number_formats.base import NumberFormat, TensorSpec
 from ptq.number_formats.rotated.common import BLOCK, ROTATED, check_fixed, sub_block_grid
 from ptq.packing.bits import pack_rows, packed_width, unpack_rows
@@ -157,7 +157,9 @@ def _published(target: Tensor) -> dict[str, Tensor]:
     check_finite(target)
     scales, zeros = [], []
     for part in torch.split(target, BLOCK, 1):
-        scale = (_PUBLISHED_STEP * part.std(1, correction=0)).to(torch.float16)
+        step = _PUBLISHED_STEP * part.std(1, correction=0)
+        check_half(step)
+        scale = step.to(torch.float16)
         zero = -(part.mean(1) / scale.float().clamp(min=2.0**-24)).round_()
         scales.append(scale)
         zeros.append(zero.to(torch.float16))

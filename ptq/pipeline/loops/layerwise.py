@@ -22,7 +22,7 @@ from ptq.pipeline.inputs.input_transforms import input_figures, input_params, st
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
 from ptq.pipeline.job import Job
 from ptq.pipeline.output.block_writer import BlockWriter
-from ptq.pipeline.output_error import check_energy, layer_losses, losses_flops
+from ptq.pipeline.output_error import check_energy, layer_losses, losses_flops, lost_energy
 from ptq.pipeline.preparation.method_setup import LayerSolver
 from ptq.quantized import QuantizedWeight
 from ptq.report import LayerRecord, PartRecord
@@ -219,6 +219,8 @@ def _solve(
     notes = (*group.notes, *result.notes)
     if loss is not None and loss > _LOST:
         notes += (f"{loss:.0%} of the output's energy is lost: the scheme does not fit this weight",)
+    elif own is None and (lost := lost_energy(weight, quantized)) > _LOST:
+        notes += (f"{lost:.0%} of the weight's energy is lost: the scheme does not fit this weight",)
     record = LayerRecord(
         name=full,
         method=solver.method.name,

@@ -270,6 +270,19 @@ def test_narrow_linears_are_named(tmp_path: Path) -> None:
     assert reason == "it has 16 input channels, and blocks of this format need at least 32"
 
 
+def test_a_weight_below_all_scales_is_named_without_data(tmp_path: Path) -> None:
+    """float16 has no scale for it, all of it becomes zeros; blocks of zeros are stored as such and lose nothing."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-20)
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    report = ptq.quantize(model, out=tmp_path / "out", device="cpu", method="itq3s")
+    assert report.warnings == (
+        "model.layers.0.mlp.up_proj: 100% of the weight's energy is lost: the scheme does not fit this weight",
+    )
+    assert logits(ptq.load(tmp_path / "out")).isfinite().all()
+
+
 def test_weights_that_are_no_numbers_are_refused() -> None:
     weight = torch.randn(4, 64)
     weight[0, 0] = torch.nan
@@ -277,6 +290,15 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         for search in ("pnorm", "minmax"):
             with pytest.raises(NumericalError, match="NaN or Inf"):
                 Scheme.of(name).number_format.fit(weight, Scheme.of(name), search)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["higgs", "itq3s-ternary"])
+def test_scales_that_overflow_are_refused(name: str) -> None:
+    """ITQ3_S's multipliers keep its own scales a tenth as large."""
+    weight, scheme = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 1e6, Scheme.of(name)
+    for search in scheme.number_format.searches:
+        with pytest.raises(NumericalError, match=r"overflows float16 \(.*, the largest is 65504\)"):
+            scheme.number_format.fit(weight, scheme, search, torch.ones(300))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

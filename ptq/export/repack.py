@@ -8,14 +8,11 @@ from torch import Tensor
 
 from ptq.containers.native import NATIVE, with_checksum
 from ptq.containers.select import CONTAINERS, select_container
-from ptq.errors import UsageError
+from ptq.export.one_kernel import refuse_different_schemes
 from ptq.export.result import Part, Result
 from ptq.scheme import Scheme
 
 __all__ = ["ContainerExport"]
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Linears that runtimes compute in one kernel, by the ends of their names."""
 
 
 class ContainerExport:
@@ -35,7 +32,7 @@ class ContainerExport:
         chosen, self.reason = select_container(name, schemes, result.linears, result.skeleton, result.key_values)
         self.name, self._schemes, self._container = chosen, schemes, CONTAINERS[chosen]
         if self._container is not NATIVE:
-            _refuse_clashes(result)
+            refuse_different_schemes(result.skeleton, result.linears, result.schemes)
 
     def notes(self) -> list[str]:
         """What a reader of the folder does not do: nothing."""
@@ -57,21 +54,3 @@ class ContainerExport:
             quantization = with_checksum(quantization | {"residual_rotation": self._result.residual_rotation.to_dict()})
         config = {**self._result.plain_config, **self._container.config_changes(self._result.dtype)}
         return config, quantization, self._container.files(quantization)
-
-
-def _refuse_clashes(result: Result) -> None:
-    """Refuse linears of one kernel in different schemes.
-
-    Raises:
-        UsageError: names two of them.
-    """
-    for name, scheme in result.schemes.items():
-        module, _, leaf = name.rpartition(".")
-        for other in (f"{module}.{end}" for ends in _FUSED if leaf in ends for end in ends):
-            beside = result.schemes.get(other)
-            if other in result.linears and beside != scheme:
-                raise UsageError(
-                    f"{name} ({scheme.describe()}) and {other} "
-                    f"({'full precision' if beside is None else beside.describe()}) are one kernel in runtimes such "
-                    "as vLLM and need one scheme. Quantize again with one for both, or export to native."
-                )

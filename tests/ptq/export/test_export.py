@@ -113,6 +113,19 @@ def test_linears_of_one_kernel_need_one_scheme(tmp_path: Path) -> None:
         export(tmp_path / "out", format="gptq", out=tmp_path / "gptq")
 
 
+def test_which_linears_are_one_kernel_is_no_matter_of_names(tmp_path: Path) -> None:
+    """Phi's MLP has no gate, and q, k and v are joined by what they read; o alone may differ."""
+    model, recipe = tiny_model("phi", torch.bfloat16), {"method": "rtn", "bits": 4, "group_size": 32}
+    other = ptq.Scheme(8, True, 32)
+    ptq.quantize(model, out=tmp_path / "a", container="native", overrides=(("*.fc2", other),), device="cpu", **recipe)
+    export(tmp_path / "a", format="gptq", out=tmp_path / "gptq")
+    ptq.quantize(
+        model, out=tmp_path / "b", container="native", ignore=("*.1.self_attn.v_proj",), device="cpu", **recipe
+    )
+    with pytest.raises(UsageError, match=r"1\.self_attn\.q_proj \(int4 sym g32\) and .*v_proj \(full precision\)"):
+        export(tmp_path / "b", format="gptq", out=tmp_path / "x")
+
+
 def test_targets_in_use_are_refused(tmp_path: Path) -> None:
     source = quantized(tmp_path / "out")
     with pytest.raises(OutputError, match="is the result itself"):

@@ -1,0 +1,125 @@
+"""Exports in the programs that they are for: the logits of each are those of our own runtime.
+
+transformers with compressed-tensors is always there. GPTQModel and llama.cpp are not among our requirements: their
+tests skip unless the package is installed here, or in an environment whose interpreter ``PTQ_READER_GPTQMODEL`` or
+``PTQ_READER_LLAMA_CPP`` names. A reader is started once for all of its formats: starting takes most of the time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import ptq
+from cli.shared.models import load_model
+from ptq.export import export
+from tests.support.tiny_models import tiny_model
+
+READER = Path(__file__).parents[3] / "benchmarks" / "quality" / "exports_reader.py"
+TOKENS = np.arange(5, 37).reshape(2, 16)
+
+
+def interpreter(package: str) -> str:
+    """A Python that has the reader, or the test skips."""
+    named = os.environ.get(f"PTQ_READER_{package.upper()}")
+    if named is None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, and PTQ_READER_{package.upper()} names no interpreter that has it")
+    return named or sys.executable
+
+
+def compare(reader: str, models: Mapping[str, tuple[Path, Path]], folder: Path, share: float) -> None:
+    """Hold the logits of a reader, a process that knows nothing of ptq, to those of our runtime.
+
+    Args:
+        reader: what reads.
+        models: by case, the export and the result that it was made of.
+        folder: for files between the processes.
+        share: of the logits' spread, the largest difference.
+    """
+    np.save(folder / "tokens.npy", TOKENS)
+    outs = {case: folder / f"{number}.npy" for number, case in enumerate(models)}
+    pairs = [str(path) for case, (exported, _) in models.items() for path in (exported, outs[case])]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PTQ_READER_PYTHONPATH", "")}
+    command = [interpreter(reader), str(READER), reader, str(folder / "tokens.npy"), *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads(done.stdout.splitlines()[-1])["kernels"]) == len(models)
+    for case, (_, result) in models.items():
+        found, wanted = torch.from_numpy(np.load(outs[case])), our_logits(result)
+        assert float((found - wanted).abs().max()) < share * float(wanted.std()), case
+        assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) > 0.85, case
+
+
+def our_logits(path: Path) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = load_model(str(path)).model(torch.from_numpy(TOKENS)).logits
+    return found.float()
+
+
+def quantized(folder: Path, tokenizer: Any, **fields: Any) -> Path:
+    arguments: dict[str, Any] = {"method": "rtn", "device": "cpu", **fields}
+    if "preset" not in fields:
+        arguments = {"bits": 4, "group_size": 32, **arguments}
+    ptq.quantize(tiny_model("llama", torch.bfloat16), out=folder, tokenizer=tokenizer, **arguments)
+    return folder
+
+
+STOCK: dict[str, dict[str, Any]] = {
+    "int4": {},
+    "int3": {"bits": 3},
+    "int8 per channel": {"bits": 8, "group_size": None},
+    "nvfp4": {"preset": "NVFP4A16"},
+    "mxfp4": {"preset": "MXFP4A16"},
+    "fp8": {"preset": "FP8_DYNAMIC"},
+    "w8a8": {"preset": "W8A8"},
+}
+
+
+def test_compressed_tensors_and_dequantized_folders_in_transformers(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    models = {}
+    for number, (case, fields) in enumerate(STOCK.items()):
+        out = quantized(tmp_path / str(number), tiny_tokenizer, container="compressed-tensors", **fields)
+        models[case] = (out, out)
+    export(tmp_path / "0", format="bf16", out=tmp_path / "bf16")
+    models["bf16"] = (tmp_path / "bf16", tmp_path / "0")
+    # In bfloat16, and packed weights are multiplied in another order than dequantized ones.
+    compare("transformers", models, tmp_path, 0.1)
+
+
+INTEGERS: dict[str, dict[str, Any]] = {
+    "gptq 4": {"container": "gptq"},
+    "gptq 8": {"container": "gptq", "bits": 8},
+    "gptq 3 asym": {"container": "gptq", "bits": 3, "symmetric": False},
+    "awq": {"container": "awq"},
+    "awq asym": {"container": "awq", "symmetric": False},
+}
+
+
+def test_gptq_and_awq_in_gptqmodel(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    interpreter("gptqmodel")
+    outs = {case: quantized(tmp_path / case, tiny_tokenizer, **fields) for case, fields in INTEGERS.items()}
+    compare("gptqmodel", {case: (out, out) for case, out in outs.items()}, tmp_path, 0.1)
+
+
+TYPES: dict[str, dict[str, Any]] = {"Q4_0": {"bits": 4}, "Q5_0": {"bits": 5}, "Q8_0": {"bits": 8}}
+
+
+def test_gguf_in_llama_cpp(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    interpreter("llama_cpp")
+    models = {}
+    for case, fields in TYPES.items():
+        out = quantized(tmp_path / case, tiny_tokenizer, container="native", scale_dtype="float16", **fields)
+        export(out, format="gguf", out=tmp_path / f"{case}.gguf", embedding="keep")
+        models[case] = (tmp_path / f"{case}.gguf", out)
+    compare("llama_cpp", models, tmp_path, 0.25)  # llama.cpp rounds the inputs of these types to 8 bits

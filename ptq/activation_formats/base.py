@@ -65,6 +65,10 @@ class ActivationFormat(abc.ABC):
         dynamic, and saturates where they are fixed.
         """
 
+    def plain_weight(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """The weight ``[out, in]``, quantized for what `round` gives, as one for inputs as they are."""
+        return weight
+
     def quantize(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """`round`, with the gradient of the identity."""
         if torch.is_grad_enabled() and x.requires_grad:

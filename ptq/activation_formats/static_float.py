@@ -72,6 +72,9 @@ class FoldedFloat(ShiftedFloat):
     def round(self, x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         return StaticInput(self.number, params["input_scale"], params["input_shift"], folded=True)(x)
 
+    def plain_weight(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        return StaticInput(self.number, params["input_scale"], params["input_shift"]).unfolded_weight(weight)
+
 
 _KINDS = {kind.suffix: kind for kind in (StaticFloat, ShiftedFloat, FoldedFloat)}
 

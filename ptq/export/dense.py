@@ -118,7 +118,12 @@ def _read(result: Result, module: str) -> dict[str, Tensor]:
 
 
 def dense_weight(weight: QuantizedWeight) -> Tensor:
-    """The weight ``[out, in]`` for inputs as they are, float32: of a rotated one, the rotation is undone."""
-    values = weight.dequantize()
+    """The weight ``[out, in]`` for inputs as they are, float32.
+
+    The powers of two of LLM-FP4's folded shifts are taken out of it, and a rotation is undone.
+    """
+    values, record = weight.dequantize(), weight.scheme.activation_format
+    if record is not None:
+        values = record.plain_weight(values, weight.input_params)
     rotation = weight.scheme.input_rotation
     return values if rotation is None else InputRotation.of(rotation, values.shape[1]).inverse(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from cli.main import main
 from ptq.checkpoint.writer import CheckpointWriter
 from ptq.errors import OutputError, UsageError
 from ptq.export import EXPORT_FORMATS, export
+from ptq.export.dense import dense_weight
+from ptq.quantized import QuantizedWeight
 from ptq.report import Report
+from ptq.scheme import Scheme
 from tests.support.tiny_models import tiny_model
 
 
@@ -186,3 +190,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", str(source), "--format", "exl3", "-o", str(tmp_path / "x")]) == 2
     assert "gptq" in capsys.readouterr().err
     assert set(EXPORT_FORMATS) >= {"bf16", "gptq", "native", "compressed-tensors"}
+
+
+def test_folded_shifts_are_taken_out_of_dense_weights() -> None:
+    """What is multiplied with inputs as they are is the weight before the powers of two went into it."""
+    scheme = Scheme.of("e2m1", scale_dtype="float16")
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    params = scheme.number_format.fit(weight, scheme)
+    grid = scheme.number_format.grid(params, scheme, 32)
+    shift = (torch.arange(32) % 4).to(torch.uint8)
+    stored = {"input_scale": torch.ones(1), "input_shift": shift}
+    codes = grid.round(weight)
+    for name, factor in (("e2m1-folded", torch.pow(2.0, shift.float())), ("e2m1-shifted", torch.ones(32))):
+        own = dataclasses.replace(scheme, act_format=name)
+        quantized = QuantizedWeight(codes, params, own, stored)
+        assert torch.equal(dense_weight(quantized), quantized.dequantize() * factor)

@@ -74,15 +74,17 @@ class WorkersError(PtqError):
 _SHOWN_NAMES = 40  # a model has hundreds of linears
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """A `UsageError` for a failed look-up: names near ``name`` first, then the list, of a long one the start.
 
-    A name that differs only in case, hyphens and underscores is the only one that is offered.
+    A name that differs only in case, hyphens and underscores is the only one that is offered. What is no text, as in a
+    recipe file that was written by hand, is near nothing.
     """
     names = sorted(known)
-    same = [known_name for known_name in names if folded_name(known_name) == folded_name(name)]
+    text = name if isinstance(name, str) else ""
+    same = [known_name for known_name in names if folded_name(known_name) == folded_name(text)]
     folded = {known_name.casefold(): known_name for known_name in names}
-    near = same or [folded[found] for found in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
+    near = same or [folded[found] for found in difflib.get_close_matches(text.casefold(), folded, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names[:_SHOWN_NAMES])}{more}.")

@@ -13,7 +13,7 @@ from ptq.errors import UsageError
 from ptq.methods import METHODS, LayerMethod, WindowMethod, find_method, make_config, parse_options
 from ptq.number_formats import FORMATS
 from ptq.presets import check_places
-from ptq.recipe import Recipe
+from ptq.recipe import CONTAINER_NAMES, Recipe
 from ptq.scheme import Scheme
 
 __all__ = ["build_recipe", "parse_override"]
@@ -53,7 +53,8 @@ def build_recipe(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
         UsageError: an unknown method, option or format, or a value that a field refuses.
     """
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    check_places(given)
+    # A container's name is taken for one also as --format (`make_recipe`), though gptq is a method's name, too.
+    check_places({name: value for name, value in given.items() if name != "format" or value not in CONTAINER_NAMES})
     method = find_method(given.get("method", base.method))
     fields: dict[str, Any] = {name: given[name] for name in DIRECT if name in given}
     fields |= {"method": method.name, "options": _options(method, given)}

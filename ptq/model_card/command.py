@@ -97,7 +97,7 @@ def _model(recipe: Mapping[str, Any]) -> Iterator[str]:
 def _data(calibration: Mapping[str, Any]) -> Iterator[str]:
     for field, (flag, usual) in _CALIBRATION.items():
         value = public_source(calibration[field]) if field == "source" else calibration[field]
-        if value != usual:
+        if value is not None and value != usual:
             yield from (flag, str(value))
 
 

@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite(
     assert quantize(model, tmp_path / "OUT", "--method", method, text=text) == 5
     line = sentence(capsys)
     assert UP.removesuffix(".weight") in line
-    assert "0.78%" in line, "48 of 96 x 64"
+    assert "0.781%" in line, "48 of 96 x 64"
 
 
 def test_weights_whose_squares_overflow(

@@ -33,7 +33,7 @@ def saved(folder: Path, family: str = "llama", **tensors: torch.Tensor) -> Path:
 
 def test_nan_in_a_tensor_that_passes_through(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", model__norm__weight=torch.full((64,), float("nan")))
-    with pytest.raises(NumericalError, match=r"model\.norm\.weight: 100\.00% of the weights"):
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight: 100% of the weights"):
         ptq.quantize(model, out=tmp_path / "out", method="rtn", **OPTIONS)
     assert not (tmp_path / "out" / "config.json").exists()
 

@@ -32,7 +32,7 @@ from ptq.errors import OutputError
 from ptq.model_card import CARD_NAME, card_is_ours
 from ptq.report import REPORT_NAME, STAGING, Report
 
-__all__ = ["STAGING", "CheckpointWriter", "check_output_folder", "read_shard"]
+__all__ = ["STAGING", "CheckpointWriter", "check_new_folder", "check_output_folder", "read_shard"]
 
 LOCK = ".ptq_lock"
 INDEX = "model.safetensors.index.json"
@@ -54,6 +54,24 @@ def check_output_folder(out: Path) -> None:
         raise OutputError(
             f"{out} is not empty and was not written by ptq (it has no {REPORT_NAME}): name a new or empty folder."
         )
+
+
+def check_new_folder(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Refuse a folder for a changed copy of a result that is that result, or in use.
+
+    Args:
+        source: The result.
+        target: The new folder.
+        overwrite: Another result of ours may be there.
+
+    Raises:
+        OutputError: Says which, and what to do.
+    """
+    if target.resolve() == source.resolve():
+        raise OutputError(f"{target} is the result itself: name another folder with -o.")
+    check_output_folder(target)
+    if (target / REPORT_NAME).exists() and not overwrite:
+        raise OutputError(f"{target} holds a result of ptq: name another folder with -o, or replace it (--overwrite).")
 
 
 class CheckpointWriter:

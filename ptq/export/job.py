@@ -15,7 +15,7 @@ from calib.checkpoint.atomic_files import write_json
 from calib.checkpoint.files import resolve_model
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
-from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
+from ptq.checkpoint.writer import CheckpointWriter, check_new_folder
 from ptq.containers.native import NATIVE
 from ptq.errors import OutputError, UsageError, unknown_name
 from ptq.export.dense import DENSE_DTYPES, DenseExport
@@ -124,14 +124,12 @@ def _check_target(source: Path, target: Path, overwrite: bool, *, is_file: bool)
     Raises:
         OutputError: says which, and what to do.
     """
-    if target.resolve() == source.resolve():
-        raise OutputError(f"{target} is the result itself: name another folder with -o.")
-    if is_file:
-        _check_file(target, overwrite)
+    if not is_file:
+        check_new_folder(source, target, overwrite=overwrite)
         return
-    check_output_folder(target)
-    if (target / REPORT_NAME).exists() and not overwrite:
-        raise OutputError(f"{target} holds a result of ptq: name another folder with -o, or replace it (--overwrite).")
+    if target.resolve() == source.resolve():
+        raise OutputError(f"{target} is the result itself: name another file with -o.")
+    _check_file(target, overwrite)
 
 
 def _check_file(target: Path, overwrite: bool) -> None:

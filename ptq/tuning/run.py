@@ -18,15 +18,15 @@ from calib.checkpoint.files import stored_tensors
 from calib.data.tokens import Calibration
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
-from ptq.checkpoint.writer import CheckpointWriter, check_output_folder
+from ptq.checkpoint.writer import CheckpointWriter, check_new_folder
 from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
 from ptq.containers.native import NATIVE
-from ptq.errors import OutputError, UsageError
+from ptq.errors import UsageError
 from ptq.export.result import Result
 from ptq.integration.loading import load
 from ptq.pipeline.events import Event, Listener, ignore_events
 from ptq.pipeline.preparation.preflight import check_disk, resolve_device
-from ptq.report import REPORT_NAME, Report
+from ptq.report import Report
 from ptq.tuning.config import TuneConfig
 from ptq.tuning.training import Learned, train
 
@@ -86,7 +86,7 @@ def tune(
     """
     source, target, listener = Path(result), Path(out), on_event or ignore_events
     start, config = time.monotonic(), config or TuneConfig()
-    _check_target(source, target, overwrite)
+    check_new_folder(source, target, overwrite=overwrite)
     opened = Result(source, trust_remote_code=trust_remote_code)
     if opened.container not in (NATIVE, COMPRESSED_TENSORS):
         raise UsageError(
@@ -127,19 +127,6 @@ def tune(
         listener(Event("message", "nothing lowered the loss of the sequences held out: the norms stay as they are"))
     report = _write(opened, target, learned, config, calibration, start, listener)
     return TuneResult(report, learned.before, learned.after)
-
-
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse a target that is the source, or in use.
-
-    Raises:
-        OutputError: Says which, and what to do.
-    """
-    if target.resolve() == source.resolve():
-        raise OutputError(f"{target} is the result itself: name another folder with -o.")
-    check_output_folder(target)
-    if (target / REPORT_NAME).exists() and not overwrite:
-        raise OutputError(f"{target} holds a result of ptq: name another folder with -o, or replace it (--overwrite).")
 
 
 def _reference(result: Result, given: str | os.PathLike[str] | None) -> str:

@@ -98,6 +98,12 @@ def tune(
         what = "keys and values are" if rounded is None else f"the input of {rounded} is"
         raise UsageError(f"{what} rounded at run time, and no gradient passes that: tune results of weights alone.")
     place = resolve_device(device)
+    context = getattr(opened.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and calibration.tokens.shape[1] > context:
+        raise UsageError(
+            f"sequences of {calibration.tokens.shape[1]} tokens exceed the model's context of {context}: lower "
+            f"--calib-seqlen."
+        )
     wanted = _reference(opened, reference)
     listener(Event("message", f"tuning the norms of {source} towards {wanted}"))
     model: Any = load(source, dtype=torch.float32, trust_remote_code=trust_remote_code)

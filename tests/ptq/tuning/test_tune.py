@@ -129,6 +129,9 @@ def test_refusals(tmp_path: Path) -> None:
     few = dataclasses.replace(CALIBRATION, tokens=TOKENS[:2])
     with pytest.raises(UsageError, match="at least 3 sequences"):
         tune(source, out=tmp_path / "new", calibration=few, device="cpu")
+    long = dataclasses.replace(CALIBRATION, tokens=TOKENS.repeat(1, 100))
+    with pytest.raises(UsageError, match="exceed the model's context of"):
+        tune(source, out=tmp_path / "new", calibration=long, device="cpu")
     (tmp_path / "model").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="--reference MODEL"):
         tune(source, out=tmp_path / "new", calibration=CALIBRATION)

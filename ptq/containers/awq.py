@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calib.model.structure import linear_weight
 from ptq.containers.base import Container
-from ptq.containers.common import model_problem, plain_integers
+from ptq.containers.common import check_tensors, model_problem, plain_integers
 from ptq.errors import OutputError
 from ptq.packing.bits import pack_rows, unpack_rows
 from ptq.quantized import QuantizedWeight
@@ -87,14 +87,8 @@ class AwqContainer(Container):
             "qzeros": (groups, out_features // _PER_WORD),
             "scales": (groups, out_features),
         }
-        for role, size in wanted.items():
-            found = tensors.get(f"{name}.{role}")
-            if found is None or tuple(found.shape) != size:
-                shown = "missing" if found is None else f"{list(found.shape)}"
-                raise OutputError(
-                    f"{name}.{role} is {shown}, but awq of {out_features} x {in_features} in groups of "
-                    f"{scheme.group_size or in_features} needs {list(size)}: the checkpoint is damaged, quantize again."
-                )
+        group = scheme.group_size or in_features
+        check_tensors(name, tensors, wanted, f"awq of {out_features} x {in_features} in groups of {group}")
         params = {"scale": tensors[f"{name}.scales"].T.contiguous()}
         zeros = _unpack(tensors[f"{name}.qzeros"], out_features)
         if not scheme.symmetric:

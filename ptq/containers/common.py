@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.model.structure import find_blocks, fused_experts
+from ptq.errors import OutputError
 from ptq.scheme import SCALE_DTYPES, KeyValueScheme, Scheme
 
-__all__ = ["model_problem", "plain_integers"]
+__all__ = ["check_tensors", "model_problem", "plain_integers"]
 
 
 def plain_integers(name: str, scheme: Scheme, linear: nn.Module, reader: str) -> str | None:
@@ -45,3 +48,27 @@ def model_problem(model: nn.Module, key_values: KeyValueScheme | None) -> str | 
     blocks = tuple(f"{block}." for block in find_blocks(model))
     fused = next((name for name in fused_experts(model) if name.startswith(blocks)), None)
     return None if fused is None else f"{fused} holds experts in full precision in one tensor"
+
+
+def check_tensors(
+    name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], needed_by: str
+) -> None:
+    """Check that the tensors of a linear are there in the shapes of its layout.
+
+    Args:
+        name: Of the linear.
+        tensors: By full name.
+        wanted: Shapes by the tensors' names in the linear.
+        needed_by: What has that layout, for the message.
+
+    Raises:
+        OutputError: One is missing or has another shape.
+    """
+    for role, size in wanted.items():
+        found = tensors.get(f"{name}.{role}")
+        if found is None or tuple(found.shape) != size:
+            shown = "missing" if found is None else f"{list(found.shape)}"
+            raise OutputError(
+                f"{name}.{role} is {shown}, but {needed_by} needs {list(size)}: the checkpoint is damaged, quantize "
+                f"again."
+            )

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from calib.model.structure import linear_weight
 from ptq.containers.base import Container
-from ptq.containers.common import model_problem, plain_integers
-from ptq.errors import OutputError
+from ptq.containers.common import check_tensors, model_problem, plain_integers
 from ptq.packing.bits import pack_rows, unpack_rows
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import KeyValueScheme, Scheme
@@ -107,14 +106,7 @@ class GptqContainer(Container):
             "qzeros": (groups, math.ceil(out_features * bits / 32)),
             "scales": (groups, out_features),
         }
-        for role, size in wanted.items():
-            found = tensors.get(f"{name}.{role}")
-            if found is None or tuple(found.shape) != size:
-                shown = "missing" if found is None else f"{list(found.shape)}"
-                raise OutputError(
-                    f"{name}.{role} is {shown}, but {scheme.describe()} of {out_features} x {in_features} needs "
-                    f"{list(size)}: the checkpoint is damaged, quantize again."
-                )
+        check_tensors(name, tensors, wanted, f"{scheme.describe()} of {out_features} x {in_features}")
         # clone and not contiguous(): a single word a row counts as contiguous, with strides that are not.
         words = tensors[f"{name}.qweight"].T.clone(memory_format=torch.contiguous_format)
         params = {"scale": tensors[f"{name}.scales"].T.contiguous()}

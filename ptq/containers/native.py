@@ -31,8 +31,8 @@ shape [0]), which a plain linear refuses by its shape even where ``save_pretrain
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,10 @@ __all__ = [
     "read_schemes",
     "verify_config",
     "with_checksum",
+    "with_residual_rotation",
 ]
 
+T = TypeVar("T")
 QUANT_METHOD = "ptq"
 VERSION = 1
 GUARD_KEY = "transformers_weights"
@@ -164,14 +166,7 @@ def read_key_values(config: Mapping[str, Any], where: str = "config.json") -> Ke
     Raises:
         OutputError: another version, or an entry ``key_values`` that is not one.
     """
-    _check_version(config, where)
-    fields = config.get("key_values")
-    if fields is None:
-        return None
-    try:
-        return KeyValueScheme(fields["bits"], fields["symmetric"])
-    except (KeyError, TypeError, UsageError) as error:
-        raise OutputError(f"{where}: key_values is damaged ({error!r}); quantize again.") from error
+    return _entry(config, "key_values", lambda fields: KeyValueScheme(fields["bits"], fields["symmetric"]), where)
 
 
 def read_residual_rotation(config: Mapping[str, Any], where: str = "config.json") -> StreamRotation | None:
@@ -180,14 +175,28 @@ def read_residual_rotation(config: Mapping[str, Any], where: str = "config.json"
     Raises:
         OutputError: Another version, or an entry ``residual_rotation`` that is not one.
     """
+    return _entry(config, "residual_rotation", StreamRotation.from_dict, where)
+
+
+def with_residual_rotation(config: Mapping[str, Any], rotation: StreamRotation | None) -> dict[str, Any]:
+    """The ``quantization_config`` of a model whose residual stream is rotated at run time; ``None``: as it is."""
+    return dict(config) if rotation is None else with_checksum({**config, "residual_rotation": rotation.to_dict()})
+
+
+def _entry(config: Mapping[str, Any], key: str, read: Callable[[Any], T], where: str) -> T | None:
+    """An entry beside the schemes, or ``None`` where there is none.
+
+    Raises:
+        OutputError: Another version, or an entry that ``read`` does not take.
+    """
     _check_version(config, where)
-    fields = config.get("residual_rotation")
+    fields = config.get(key)
     if fields is None:
         return None
     try:
-        return StreamRotation.from_dict(fields)
-    except (KeyError, TypeError) as error:
-        raise OutputError(f"{where}: residual_rotation is damaged ({error!r}); quantize again.") from error
+        return read(fields)
+    except (KeyError, TypeError, UsageError) as error:
+        raise OutputError(f"{where}: {key} is damaged ({error!r}); quantize again.") from error
 
 
 def _check_version(config: Mapping[str, Any], where: str) -> None:

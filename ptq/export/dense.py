@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ class DenseExport:
             found.append("keys and values are not rounded in the exported model")
         return found
 
+    @cached_property
+    def _last_norm(self) -> dict[str, Tensor]:
+        """Of a result that rotates its residual stream at run time: read once, though every weight file asks."""
+        online = self._result.residual_rotation
+        return {} if online is None else _read(self._result, online.norm)
+
     def tensors(self, part: Part) -> dict[str, Tensor]:
         """What one weight file of the result becomes."""
         own = self._result.dtype
@@ -66,7 +73,8 @@ class DenseExport:
         }
         online = self._result.residual_rotation
         if online is not None:
-            tensors |= {key: value.to(self.dtype) for key, value in _merged(online, self._result, part.others).items()}
+            merged = _merged(online, self._last_norm, self._result, part.others)
+            tensors |= {key: value.to(self.dtype) for key, value in merged.items()}
         for name, weight in part.linears():
             values = dense_weight(weight).to(self.dtype)
             transposed = isinstance(self._result.linears.get(name), Conv1D)
@@ -80,18 +88,17 @@ class DenseExport:
         return config | tie | {"dtype": str(self.dtype).removeprefix("torch.")}, None, {}
 
 
-def _merged(online: StreamRotation, result: Result, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _merged(
+    online: StreamRotation, norm: Mapping[str, Tensor], result: Result, others: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What an online rotation of the residual stream makes of the tensors beside it, so that nothing rotates any more.
 
     Args:
         online: The rotation.
+        norm: The last norm's tensors.
         result: The whole result.
         others: Of one weight file; the head's tensor goes where the embedding is.
-
-    Raises:
-        UsageError: The tensors have other names than in the model.
     """
-    norm = _read(result, online.norm)
     embedding, _ = end_modules(result.skeleton)
     names = {module: name for name, module in result.skeleton.named_modules()}
     table, head = f"{names[embedding]}.weight", tied_head(result.skeleton)
@@ -105,7 +112,11 @@ def _merged(online: StreamRotation, result: Result, others: Mapping[str, Tensor]
 
 
 def _read(result: Result, module: str) -> dict[str, Tensor]:
-    """Weight and bias of a module, from the file that holds them."""
+    """Weight and bias of a module, from the file that holds them.
+
+    Raises:
+        UsageError: The tensors have other names than in the model.
+    """
     stored, found = stored_tensors(result.folder), {}
     for leaf in ("weight", "bias"):
         one = stored.get(f"{module}.{leaf}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ptq.containers.native import NATIVE, with_checksum
+from ptq.containers.native import NATIVE, with_residual_rotation
 from ptq.containers.select import CONTAINERS, select_container
 from ptq.export.one_kernel import refuse_different_schemes
 from ptq.export.result import Part, Result
@@ -50,7 +50,7 @@ class ContainerExport:
         quantization = self._container.quantization_config(
             self._schemes, self._result.linears, key_values=self._result.key_values
         )
-        if self._container is NATIVE and self._result.residual_rotation is not None:
-            quantization = with_checksum(quantization | {"residual_rotation": self._result.residual_rotation.to_dict()})
+        if self._container is NATIVE:
+            quantization = with_residual_rotation(quantization, self._result.residual_rotation)
         config = {**self._result.plain_config, **self._container.config_changes(self._result.dtype)}
         return config, quantization, self._container.files(quantization)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from calib.model.structure import find_blocks, is_linear
+from calib.model.structure import find_blocks
 from calib.precision import strict_float32
 from ptq.errors import NumericalError, UsageError
 from ptq.tuning.config import TuneConfig
@@ -38,7 +38,7 @@ class Learned:
     """What tuning found.
 
     Args:
-        values: Of every tuned parameter, by its name in the model, in the model's dtype.
+        values: Of every tuned parameter, by its name in the model, in the dtype that it is stored in.
         before: Mean KL in nats per token of the sequences held out, of the model as it was.
         after: The same of what is kept; not above ``before``.
         steps: Of the optimizer until what is kept; 0 if nothing lowered the loss.
@@ -61,7 +61,7 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own or any(module.children()) or is_linear(module) or isinstance(module, nn.Linear):
+        if not own or any(module.children()) or isinstance(module, nn.Linear):
             continue
         if all(parameter.ndim == 1 and parameter.is_floating_point() for parameter in own.values()):
             found |= {f"{name}.{leaf}": parameter for leaf, parameter in own.items()}
@@ -211,7 +211,7 @@ def _rate(step: int, steps: int) -> float:
 
 @contextmanager
 def _only(model: nn.Module, tuned: Any) -> Iterator[None]:
-    """Inside, these parameters alone have gradients, as float32."""
+    """Inside, these parameters alone have gradients."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in flags:
         parameter.requires_grad_(False)

@@ -11,7 +11,7 @@ from calib.checkpoint.atomic_files import write_json
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
-from ptq.containers.native import with_checksum
+from ptq.containers.native import with_residual_rotation
 from ptq.containers.select import CONTAINERS
 from ptq.errors import UsageError
 from ptq.pipeline.job import Job
@@ -87,8 +87,7 @@ def _quantization_config(job: Job, schemes: Mapping[str, Scheme]) -> dict[str, A
     ]
     container = CONTAINERS[job.container.name]
     config = container.quantization_config(schemes, job.linears, key_values=job.key_values, others=carried)
-    online = online_rotation(job.source)
-    return config if online is None else with_checksum(config | {"residual_rotation": online.to_dict()})
+    return with_residual_rotation(config, online_rotation(job.source))
 
 
 def _model_config(job: Job) -> dict[str, Any]:

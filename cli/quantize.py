@@ -109,10 +109,10 @@ __all__ = ["command"]
 @click.option(
     "--rotate",
     multiple=True,
-    metavar="residual[,input|down]",
+    metavar="auto|none|residual[,input|down]",
     help="Hadamard rotations against outliers. residual: of the residual stream, merged into the weights (QuaRot, "
     "SpinQuant R1); input: online, of the inputs of every linear; down: online, of the inputs of down_proj (SpinQuant "
-    "R4); none: off.",
+    "R4); auto: residual and down as far as model and container carry them at no byte.  [default: none]",
 )
 @click.option(
     "--rotate-block",

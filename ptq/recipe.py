@@ -17,6 +17,7 @@ from ptq.recipe_files.reader import read_recipe
 from ptq.scheme import Rotation, Scheme, check_dynamic
 
 __all__ = [
+    "AUTO_ROTATION",
     "COMPUTE_DTYPES",
     "CONTAINER_NAMES",
     "ROTATE_HEADS",
@@ -30,6 +31,8 @@ T = TypeVar("T")
 CONTAINER_NAMES = ("auto", "compressed-tensors", "native", "gptq", "awq")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROTATIONS = ("residual", "down", "input")
+AUTO_ROTATION = ("auto",)
+"""`Recipe.rotate` that stands for the rotations which cost no bytes (`ptq.pipeline.preparation.rotations`)."""
 ROTATE_HEADS = ("auto", "online", "merged")
 USUAL_SEQLEN = 2048
 """Tokens in a calibration sequence, where nothing else is said and the model takes so many."""
@@ -112,7 +115,9 @@ class Recipe:
             with a range of its own; ``None`` leaves them as they are.
         kv_symmetric: the grid of keys and values has its zero in the middle; otherwise an integer zero point.
         rotate: ``residual`` rotates the hidden state between blocks (merged into the weights), ``down``
-            rotates at run time the input of the linears that end a block's MLP, ``input`` that of every linear.
+            rotates at run time the input of the linears that end a block's MLP, ``input`` that of every linear;
+            ``auto`` alone is ``residual`` and ``down`` as far as the model allows and the container carries them at no
+            byte.
         rotate_block: the largest block of the rotations at run time, 32 to 1024; ``None`` is 256 for ``input`` and for
             number formats with a rotation of their own, and the largest that divides the width for ``down``.
         rotate_head: what ``residual`` does about a head that is tied to the embedding: ``online`` keeps the tie by two
@@ -237,9 +242,13 @@ def _rotations(names: object) -> tuple[str, ...]:
     """Rotations in the table's order, each once, so that equal recipes are equal data."""
     if not isinstance(names, tuple | list):
         raise UsageError(f"rotate must be a list of rotations ({', '.join(ROTATIONS)}), got {names!r}.")
+    if tuple(names) == AUTO_ROTATION:
+        return AUTO_ROTATION
+    if "auto" in names:
+        raise UsageError(f"rotate: auto stands alone, got {', '.join(map(str, names))}.")
     for name in names:
         if name not in ROTATIONS:
-            raise unknown_name("rotation", str(name), ROTATIONS)
+            raise unknown_name("rotation", str(name), (*ROTATIONS, *AUTO_ROTATION))
     return tuple(name for name in ROTATIONS if name in names)
 
 

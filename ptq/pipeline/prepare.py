@@ -30,6 +30,7 @@ from ptq.pipeline.preparation.effects import without_effect
 from ptq.pipeline.preparation.finished import Finished, find_finished
 from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
 from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary, choose_offload_target, resolve_device
+from ptq.pipeline.preparation.rotations import free_rotations
 from ptq.pipeline.preparation.schemes.rotated_assignment import (
     resize_rotations,
     rotate_inputs,
@@ -38,7 +39,7 @@ from ptq.pipeline.preparation.schemes.rotated_assignment import (
 )
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan, make_plan
 from ptq.proof import FormatChoice
-from ptq.recipe import Recipe
+from ptq.recipe import AUTO_ROTATION, Recipe
 from ptq.report import Report
 from ptq.scheme import Rotation
 from ptq.transforms.rotation.residual import rotate_residual
@@ -150,6 +151,8 @@ class _Preparation:
     def _rotate(self) -> None:
         """Rotate the residual stream and the inputs of linears, where the recipe says so."""
         seed = self.recipe.calibration.seed
+        if self.recipe.rotate == AUTO_ROTATION:
+            return self._rotate_freely()
         if "residual" in self.recipe.rotate:
             self._rotate_residual(seed)
         block = self.recipe.rotate_block
@@ -161,6 +164,24 @@ class _Preparation:
         elif block is not None:
             self.assignment = resize_rotations(self.assignment, block)
         self.assignment = seed_rotations(self.assignment, self.source, seed, self.device, self.dtype)
+
+    def _rotate_freely(self) -> None:
+        """Settle ``rotate: auto``, and rotate."""
+        names, left_out = free_rotations(self.source, self.assignment, self.recipe)
+        while True:
+            self.recipe = dataclasses.replace(self.recipe, rotate=names)
+            try:
+                self._rotate()
+                break
+            except ModelError as error:
+                if "residual" not in names:
+                    raise
+                left_out = f"the residual stream cannot be rotated: {error}"
+                names = tuple(name for name in names if name != "residual")
+                self.source = _open(dataclasses.replace(self.request, recipe=self.recipe))
+        self._emit(f"rotate auto: {', '.join(names) or 'none'}{f' ({left_out})' if left_out else ''}")
+        if self.finished is not None:
+            self.finished.refuse_other_recipe(self.recipe)
 
     def _rotate_residual(self, seed: int) -> None:
         self._emit("rotating the residual stream: norm gains go into the linears that read them")

@@ -43,12 +43,12 @@ _NEEDS = (
     ),
     _Need(
         ("rotate_block",),
-        lambda f: bool({"input", "down"} & set(f.recipe.rotate)) or _rotates_by_format(f.recipe),
+        lambda f: bool({"input", "down", "auto"} & set(f.recipe.rotate)) or _rotates_by_format(f.recipe),
         "no input is rotated at run time (--rotate input or down)",
     ),
     _Need(
         ("rotate_head",),
-        lambda f: "residual" in f.recipe.rotate,
+        lambda f: bool({"residual", "auto"} & set(f.recipe.rotate)),
         "the residual stream is not rotated (--rotate residual)",
     ),
     _Need(

@@ -14,7 +14,7 @@ from calib.data.tokens import Calibration
 from ptq.checkpoint.journal import JOURNAL_NAME, Journal, changed_conditions, flatten
 from ptq.errors import OutputError, UsageError
 from ptq.pipeline.events import Event, Listener
-from ptq.recipe import Recipe
+from ptq.recipe import AUTO_ROTATION, Recipe
 from ptq.report import REPORT_NAME, STAGING, Report
 
 __all__ = ["Finished", "find_finished", "output_obstacles"]
@@ -42,7 +42,8 @@ class Finished:
     def refuse_other_recipe(self, recipe: Recipe) -> None:
         """Refuse to replace the result of another recipe. Needs no model: call it before one is opened.
 
-        A length of sequences that is not settled yet is none that differs: call it again with the settled one.
+        A length of sequences or rotations that are not settled yet are none that differ: call it again with the settled
+        ones.
 
         Raises:
             UsageError: the recipes differ.
@@ -50,6 +51,8 @@ class Finished:
         old, new = _as_today(self.report.recipe), recipe.to_dict()
         if recipe.calibration.seqlen is None:
             new["calibration"]["seqlen"] = (old.get("calibration") or {}).get("seqlen")
+        if recipe.rotate == AUTO_ROTATION:
+            new["rotate"] = old.get("rotate")
         if self.report.calibration is None and old.get("method") == new["method"] and not recipe.rotate:
             old, new = (
                 {**one, "calibration": None} for one in (old, new)

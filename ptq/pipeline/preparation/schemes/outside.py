@@ -9,7 +9,7 @@ from torch import nn
 
 from calib.model.structure import end_modules, tied_head
 from ptq.errors import UsageError
-from ptq.recipe import Recipe
+from ptq.recipe import AUTO_ROTATION, Recipe
 from ptq.runtime.embedding import finds_rows
 from ptq.scheme import Scheme
 
@@ -58,7 +58,7 @@ def outside_schemes(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> dic
         if problem is not None:
             raise UsageError(f"{pattern} cannot be stored as {weight_only.describe()}: {problem}.")
         found[pattern] = weight_only
-    if found and recipe.rotate:
+    if found and recipe.rotate not in ((), AUTO_ROTATION):
         raise UsageError(f"{next(iter(found))} cannot be quantized where --rotate is given: leave one of them out.")
     return found
 

@@ -369,11 +369,12 @@ def batches(lines: Lines, copy: float) -> None:
                 weights = copies(name, rows, columns)[: 60 if batch <= 64 else 6]
                 x = torch.randn(batch, columns, device=DEVICE, generator=generator(9)).bfloat16()
                 least = 0 if batch > 64 or rows > 5000 else 60
-                for chunked in (64, 0, 4096) if 16 < batch <= 256 else (64,):
-                    cuda_products._CHUNKED = chunked
-                    key = name if chunked == 64 else f"{name} {'dense' if chunked == 0 else 'in sixteens'}"
-                    found[key] = timed(calls(weights, x, rows, columns), least)
-                cuda_products._CHUNKED = 64
+                usual = cuda_products._IN_SIXTEENS
+                forced = {"": usual, " dense": ((2**62, 0),), " in sixteens": ((2**62, 4096),)}
+                for how, switch in forced.items() if 16 < batch <= 256 else (("", usual),):
+                    cuda_products._IN_SIXTEENS = switch
+                    found[name + how] = timed(calls(weights, x, rows, columns), least)
+                cuda_products._IN_SIXTEENS = usual
                 del weights
                 torch.cuda.empty_cache()
             lines.add(

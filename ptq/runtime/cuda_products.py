@@ -2,7 +2,7 @@
 
 Activations become 16-bit integers with a scale per 256 channels (8 bits from five vectors on), integer sums of a group
 are exact, and groups are added in float32: 3e-5 relative error for 16 bits, 8e-3 for 8. ``PTQ_EXACT=1`` multiplies
-activations as they are with the dequantized weight instead, and so do batches above 64 vectors.
+activations as they are with the dequantized weight instead, and so do batches above 48 or 112 vectors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ptq.runtime.cuda_layout import UNIT_COLUMNS, pack_zeros, repack_blocks, rep
 from ptq.runtime.cuda_library import check, cuda_library, device_capability
 from ptq.runtime.dispatch import Kernel, PackedWeight
 from ptq.scheme import Scheme
-from ptq.transforms.hadamard import InputRotation, hadamard
+from ptq.transforms.hadamard import InputRotation, hadamard_matrix
 
 __all__ = ["CUDA_PRODUCTS", "CudaWeight", "dequantized", "prepare", "product"]
 
@@ -31,8 +31,9 @@ _BITS = (2, 3, 4, 8)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ONE, _ONE_EXACT, _ONE_MANY_ROWS, _FEW, _EIGHT, _SIXTEEN = range(6)
 _VECTORS = {_FEW: 4, _EIGHT: 8, _SIXTEEN: 16}
-_CHUNKED = 64
-"""Vectors up to which products of 16 follow each other; beyond, the weight is dequantized once."""
+_IN_SIXTEENS = ((2**25, 48), (2**62, 112))
+"""``(weights, vectors)``: in a weight of up to so many numbers, products of 16 vectors follow each other up to so many;
+beyond, it is dequantized once. Measured on an H200 with 4096 x 4096 and 8192 x 28672 (docs/results, kernels)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +130,11 @@ def _product(
     """The operator ``ptq_cuda::product``; with ``signs`` it rotates, too."""
     vectors = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.to(x.dtype)
-    if len(vectors) > _CHUNKED or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
+    most = next(most for weights, most in _IN_SIXTEENS if rows * columns <= weights)
+    if len(vectors) > most or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
         if signs is not None:
-            vectors = hadamard(vectors.float() * _plus_minus(signs), UNIT_COLUMNS).to(x.dtype)
+            signed = (vectors * _plus_minus(signs).to(x.dtype)).unflatten(-1, (-1, UNIT_COLUMNS))
+            vectors = (signed @ hadamard_matrix(UNIT_COLUMNS, x.dtype, x.device)).flatten(-2)  # float32 sums
         dense = _dense(codes, scales, zeros, format, group, (rows, columns), x.dtype)
         return functional.linear(vectors, dense, bias).view(*x.shape[:-1], rows)
     made = CudaWeight(format, group, codes, scales, zeros, signs)

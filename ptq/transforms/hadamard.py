@@ -12,6 +12,7 @@ Sources: QuaRot (arXiv 2404.00456), sections 3 and 4; QuIP# (arXiv 2402.04396), 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from calib.errors import UsageError
 from ptq.scheme import Rotation
 
-__all__ = ["InputRotation", "ResidualRotation", "hadamard", "hadamard_blocks", "random_orthogonal"]
+__all__ = ["InputRotation", "ResidualRotation", "hadamard", "hadamard_blocks", "hadamard_matrix", "random_orthogonal"]
 
+_WIDEST_MATRIX = 256  # of Hadamard products on a GPU
 _EQUAL_BLOCKS_FROM = 64  # smaller equal blocks would mix too few channels
 
 
@@ -86,11 +88,43 @@ def _butterflies(x: Tensor) -> Tensor:
     """Transform of the last dimension, a power of two: each step adds and subtracts the halves and interleaves them, so
     that after all steps every bit of the index had its turn and is back in its place."""
     n = x.shape[-1]
+    if x.is_cuda:
+        return _products(x)
     for _ in range(n.bit_length() - 1):
         low, high = x.chunk(2, -1)
         x = torch.stack((low + high, low - high), -1).flatten(-2)
     scaled: Tensor = x * float(n) ** -0.5
     return scaled
+
+
+def _products(x: Tensor) -> Tensor:
+    """The same by matrix products of at most 256 columns: few passes over memory, where each butterfly makes several.
+    ``H_n`` is the Kronecker product of those of its factors."""
+    for before, size, after in _factors(x.shape[-1]):
+        matrix = hadamard_matrix(size, x.dtype, x.device)
+        parted = x.reshape(*x.shape[:-1], before, size, after)
+        x = (parted.mT @ matrix).mT.flatten(-3) if after > 1 else (parted.squeeze(-1) @ matrix).flatten(-2)
+    return x
+
+
+def _factors(n: int) -> list[tuple[int, int, int]]:
+    """A power of two as products ``before * size * after``, sizes up to 256, that cover all its bits."""
+    found, after = [], 1
+    while after < n:
+        size = min(_WIDEST_MATRIX, n // after)
+        found.append((n // after // size, size, after))
+        after *= size
+    return found
+
+
+@functools.lru_cache(maxsize=32)
+def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``H``, normalised and symmetric, ``[size, size]``; half precision holds its entries exactly for powers of four."""
+    with torch.inference_mode(False):  # kept for passes with gradients, too
+        one = torch.ones(1, 1, dtype=torch.float64)
+        for _ in range(size.bit_length() - 1):
+            one = torch.cat((torch.cat((one, one), 1), torch.cat((one, -one), 1)), 0)
+        return (one * float(size) ** -0.5).to(device=device, dtype=dtype)
 
 
 def _signs(width: int, generator: torch.Generator) -> Tensor:
@@ -150,6 +184,9 @@ class InputRotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``R x`` of vectors ``[..., width]``, in their dtype."""
+        if x.is_cuda and self._tensor_cores(x.dtype):
+            signed = (x * self._signs_for(x).to(x.dtype)).unflatten(-1, (-1, _WIDEST_MATRIX))  # exact
+            return (signed @ hadamard_matrix(_WIDEST_MATRIX, x.dtype, x.device)).flatten(-2)
         return hadamard(self._wide(x) * self._signs_for(x), self.block).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
@@ -163,6 +200,11 @@ class InputRotation:
     def on_hessian(self, hessian: Tensor) -> Tensor:
         """The second moments ``[width, width]`` of rotated inputs, ``R H R^T``."""
         return self(self(hessian).mT).mT
+
+    def _tensor_cores(self, dtype: torch.dtype) -> bool:
+        """Whether one product in half precision, summed in float32, rounds nothing but its result."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return half and self.block == _WIDEST_MATRIX and self.width % _WIDEST_MATRIX == 0
 
     @staticmethod
     def _wide(x: Tensor) -> Tensor:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq.errors import UsageError
-from ptq.transforms.hadamard import InputRotation, ResidualRotation, hadamard, hadamard_blocks, random_orthogonal
+from ptq.transforms.hadamard import (
+    InputRotation,
+    ResidualRotation,
+    _butterflies,
+    _products,
+    hadamard,
+    hadamard_blocks,
+    hadamard_matrix,
+    random_orthogonal,
+)
 
 
 def entry(i: int, j: int) -> float:
@@ -174,3 +183,18 @@ def test_a_residual_rotation_can_keep_the_mean(width: int) -> None:
     assert width < 7 or float((ResidualRotation(width, 3)(ones) - ones).norm()) > 0.5
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close(rotation(x), x.double() @ q.T)
+
+
+@pytest.mark.parametrize("width", [1, 2, 32, 256, 512, 2048, 65536])
+def test_products_of_matrices_are_the_butterflies(width: int) -> None:
+    """What a GPU computes, here on a CPU."""
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    torch.testing.assert_close(_products(x), _butterflies(x), rtol=0, atol=1e-11)
+
+
+def test_a_product_in_half_precision_rounds_its_result_alone() -> None:
+    x = torch.randn(7, 512, generator=torch.Generator().manual_seed(5)).bfloat16()
+    signed = (x * InputRotation(512, 3, 256).signs.bfloat16()).unflatten(-1, (-1, 256))
+    found = (signed @ hadamard_matrix(256, torch.bfloat16, x.device)).flatten(-2)
+    wanted = InputRotation(512, 3, 256)(x.double())
+    assert bool(((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all())

@@ -133,7 +133,7 @@ def _product(
     most = next(most for weights, most in _IN_SIXTEENS if rows * columns <= weights)
     if len(vectors) > most or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
         if signs is not None:
-            signed = (vectors * _plus_minus(signs).to(x.dtype)).unflatten(-1, (-1, UNIT_COLUMNS))
+            signed = (vectors * _plus_minus(signs).to(x.dtype)).view(len(vectors), -1, UNIT_COLUMNS)
             vectors = (signed @ hadamard_matrix(UNIT_COLUMNS, x.dtype, x.device)).flatten(-2)  # float32 sums
         dense = _dense(codes, scales, zeros, format, group, (rows, columns), x.dtype)
         return functional.linear(vectors, dense, bias).view(*x.shape[:-1], rows)

@@ -119,7 +119,7 @@ def _factors(n: int) -> list[tuple[int, int, int]]:
 
 @functools.lru_cache(maxsize=32)
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``H``, normalised and symmetric, ``[size, size]``; half precision holds its entries exactly for powers of four."""
+    """``H``, normalised and symmetric, ``[size, size]``; half precision holds those of powers of four exactly."""
     with torch.inference_mode(False):  # kept for passes with gradients, too
         one = torch.ones(1, 1, dtype=torch.float64)
         for _ in range(size.bit_length() - 1):
@@ -185,8 +185,9 @@ class InputRotation:
     def __call__(self, x: Tensor) -> Tensor:
         """``R x`` of vectors ``[..., width]``, in their dtype."""
         if x.is_cuda and self._tensor_cores(x.dtype):
-            signed = (x * self._signs_for(x).to(x.dtype)).unflatten(-1, (-1, _WIDEST_MATRIX))  # exact
-            return (signed @ hadamard_matrix(_WIDEST_MATRIX, x.dtype, x.device)).flatten(-2)
+            signed = (x * self._signs_for(x).to(x.dtype)).reshape(*x.shape[:-1], -1, _WIDEST_MATRIX)  # exact
+            rotated: Tensor = (signed @ hadamard_matrix(_WIDEST_MATRIX, x.dtype, x.device)).flatten(-2)
+            return rotated
         return hadamard(self._wide(x) * self._signs_for(x), self.block).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:

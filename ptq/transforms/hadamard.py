@@ -124,7 +124,8 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
         one = torch.ones(1, 1, dtype=torch.float64)
         for _ in range(size.bit_length() - 1):
             one = torch.cat((torch.cat((one, one), 1), torch.cat((one, -one), 1)), 0)
-        return (one * float(size) ** -0.5).to(device=device, dtype=dtype)
+        scaled: Tensor = one * float(size) ** -0.5
+        return scaled.to(device=device, dtype=dtype)
 
 
 def _signs(width: int, generator: torch.Generator) -> Tensor:

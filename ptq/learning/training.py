@@ -4,9 +4,11 @@ The student is fed with the quantized stream, the teacher with the full-precisio
 window. The order of batches is drawn from the seed, the sweep and the window, so a resumed run learns the same.
 
 Sequences that are held out decide: their loss is taken before the first step and several times on the way, the state
-with the lowest one is what is learned, and steps end early where it no longer falls. If it never fell below that of the
-start, or if a loss was not finite, everything is put back, tried once more at a quarter of the rates, and reported.
-Where nothing is held out, the loss over all that is learned on takes its place at the end of the steps.
+with the lowest one is what is learned, and steps end early where it no longer falls. A state counts only where their
+squared error is not above the start's either: a loss relative to every token's energy falls while the few tokens with
+huge activations get worse, which all later blocks attend to. If no state was better than the start, or if a loss was
+not finite, everything is put back, tried once more at a quarter of the rates, and reported. Where nothing is held out,
+the losses over all that is learned on take their place at the end of the steps.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ _RATES = (1.0, 0.25)  # of learning rates: a window that learned nothing good tr
 _TOLD = {1.0: "the rates that were asked for", 0.25: "a quarter of the rates"}
 _CHECKS = 10  # of the held-out loss, in the steps of a stage
 _PATIENCE = 3  # checks without a new lowest held-out loss that end a stage
+_MORE_ERROR = 1.01  # of the start's squared error that a state may have: most of it may be inherited from the input
 _LOOK_EVERY = 64  # steps between looks at the losses where nothing is held out: on a GPU each waits for it
 
 
@@ -130,33 +133,59 @@ def train_window(
         targets.close()
 
 
+class _Losses(NamedTuple):
+    """What decides, over the sequences that do: the loss that is learned on, and the squared error."""
+
+    loss: float
+    error: float
+
+    def better_than(self, start: _Losses) -> bool:
+        """Whether the loss is lower and the squared error not higher."""
+        return self.loss < start.loss and self.error <= _MORE_ERROR * start.error
+
+
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """What an attempt ended with: the lowest loss, the steps it took, whether they ran as a graph."""
+    """What an attempt ended with: the lowest loss of a state that counts, infinite if none does; the steps it took,
+    whether they ran as a graph, and why none counts (empty where a loss was not finite)."""
 
     loss: float
     steps: int
     captured: bool
+    lost: str
 
 
 class _Lowest:
-    """The parameters with the lowest loss so far."""
+    """The parameters with the lowest loss so far, of those that are better than the start.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Args:
+        parameters: what is learned.
+        start: its losses before the first step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], start: _Losses) -> None:
         self._values = [torch.empty_like(parameter) for parameter in parameters]
+        self._start, self._seen = start, math.inf
         self.loss, self.age = math.inf, 0
 
     @torch.no_grad()
-    def note(self, loss: float, parameters: Sequence[Tensor]) -> None:
-        """``parameters`` have this loss; ``age`` counts those since the lowest."""
+    def note(self, losses: _Losses, parameters: Sequence[Tensor]) -> None:
+        """``parameters`` have these losses; ``age`` counts states since the loss was lowest."""
         self.age += 1
-        if loss < self.loss:
-            self.loss, self.age = loss, 0
+        if losses.loss < self._seen:
+            self._seen, self.age = losses.loss, 0
+        if losses.loss < self.loss and losses.better_than(self._start):
+            self.loss = losses.loss
             torch._foreach_copy_(self._values, list(parameters))
+
+    def why_none(self) -> str:
+        """Why no state counts."""
+        lower = self._seen < self._start.loss
+        return "was lowered only at a larger squared error" if lower else "was not lowered"
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[Tensor]) -> None:
-        """Give ``parameters`` these values; nothing if no loss was a number."""
+        """Give ``parameters`` these values; nothing if no state was better than the start."""
         if math.isfinite(self.loss):
             torch._foreach_copy_(list(parameters), self._values)
 
@@ -190,23 +219,23 @@ class _Stage:
             one.share = share
         with runner.timing.part("learning", runner.device):
             if self.config.loss == "huber":  # fixed, so that losses can be compared
-                self.corner = max(1e-30, 2 * self._mean(_absolute))
-            before, saved = self._loss(), [one.state() for one in self.blocks]
-            if not math.isfinite(before):
+                self.corner = max(1e-30, 2 * self._means(_absolute)[0])
+            before, saved = self._losses(), [one.state() for one in self.blocks]
+            if not math.isfinite(before.loss):
                 raise NumericalError(
-                    f"the loss of {self.window.blocks[0].name} and what follows in its window is {before} before "
+                    f"the loss of {self.window.blocks[0].name} and what follows in its window is {before.loss} before "
                     f"anything is learned. Try --dtype float32; if that does not help the checkpoint is damaged."
                 )
             notes: tuple[str, ...] = ()
             for slower in _RATES:
-                tried = self._steps(number, steps, slower, on_progress)
-                if tried.loss < before:
+                tried = self._steps(number, steps, slower, before, on_progress)
+                if tried.loss < before.loss:
                     break
                 for one, state in zip(self.blocks, saved, strict=True):
                     one.load(state)
-                lost = "was not lowered" if math.isfinite(tried.loss) else f"was not finite after {tried.steps} steps"
+                lost = tried.lost or f"was not finite after {tried.steps} steps"
                 notes += (f"the loss {self._data} {lost} with {_TOLD[slower]}: put back",)
-        span, accepted = self.window.span, tried.loss < before
+        span, accepted = self.window.span, tried.loss < before.loss
         return WindowRecord(
             sweep=self.sweep,
             window=self.window.number,
@@ -214,8 +243,8 @@ class _Stage:
             stop=span.stop,
             share=share,
             init=tuple(one.init for one in self.blocks),
-            loss_before=before,
-            loss_after=tried.loss if accepted else before,  # to the bit: it is a function of the state
+            loss_before=before.loss,
+            loss_after=tried.loss if accepted else before.loss,  # to the bit: it is a function of the state
             accepted=accepted,
             held_out=self._held_out,
             steps=tried.steps,
@@ -225,28 +254,35 @@ class _Stage:
             notes=notes,
         )
 
-    def _loss(self) -> float:
+    def _losses(self) -> _Losses:
         """Over the sequences that decide, of all processes."""
-        return self._mean(lambda output, target: output_loss(output, target, self.config.loss, self.corner))
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return output_loss(output, target, self.config.loss, self.corner)
+
+        return _Losses(*self._means(loss, lambda output, target: output_loss(output, target, "mse")))
 
     @torch.no_grad()
-    def _mean(self, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """The mean of a measure of the student's and the teacher's output, over the sequences that decide."""
+    def _means(self, *measures: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+        """The means of measures of the student's and the teacher's output, over the sequences that decide."""
         runner = self.window.runner
-        total = torch.zeros(2, dtype=torch.float64, device=runner.device)
+        total = torch.zeros(len(measures) + 1, dtype=torch.float64, device=runner.device)
         tensors = window_tensors(self.blocks, hard=True)
         for batch in runner.held_out_batches if self._held_out else runner.fitted_batches:
             hidden = runner.hidden(batch, full=False)
             for one, given in zip(self.blocks, tensors, strict=True):
                 hidden = one.run(runner.call(batch, one.context.index, full=False), hidden, given)
             sequences = runner.activations(full=False).shapes[batch][0]
-            total[0] += measure(hidden, self.targets[batch]).double() * sequences
-            total[1] += sequences
+            target = self.targets[batch]
+            total[:-1] += torch.stack([measure(hidden, target).double() for measure in measures]) * sequences
+            total[-1] += sequences
         total = total.to(runner.workers.device)
         runner.workers.sum_(total)
-        return float(total[0] / total[1])
+        return [float(value) for value in total[:-1] / total[-1]]
 
-    def _steps(self, number: int, steps: int, slower: float, on_progress: Callable[[int], object]) -> _Attempt:
+    def _steps(
+        self, number: int, steps: int, slower: float, start: _Losses, on_progress: Callable[[int], object]
+    ) -> _Attempt:
         """Learn, with ``slower`` times the rates; the blocks end in the state with the loss that is returned."""
         runner, accum = self.window.runner, self.config.grad_accum
         rates = {
@@ -259,7 +295,7 @@ class _Stage:
         stepper = make_stepper(self.window, self.blocks, self.config, optimizer, parameters)
         stepper.corner = self.corner
         order = _order(len(runner.fitted_batches), steps * accum, self._generator(number))
-        lowest, every = _Lowest(parameters), max(1, steps // _CHECKS) if self._held_out else _LOOK_EVERY
+        lowest, every = _Lowest(parameters, start), max(1, steps // _CHECKS) if self._held_out else _LOOK_EVERY
         for step in range(steps):
             optimizer.set_decay(decayed(self.config, step, steps))
             chosen = order[step * accum : (step + 1) * accum]
@@ -268,16 +304,16 @@ class _Stage:
                 continue
             on_progress(step + 1)
             if not stepper.finite():
-                return _Attempt(math.inf, step + 1, stepper.captured)
+                return _Attempt(math.inf, step + 1, stepper.captured, lost="")
             if self._held_out and step + 1 < steps:
-                lowest.note(self._loss(), parameters)
+                lowest.note(self._losses(), parameters)
                 if lowest.age == _PATIENCE:
                     break
         if lowest.age < _PATIENCE:
             stepper.keep()
-            lowest.note(self._loss(), parameters)
+            lowest.note(self._losses(), parameters)
         lowest.restore(parameters)
-        return _Attempt(lowest.loss, step + 1, stepper.captured)
+        return _Attempt(lowest.loss, step + 1, stepper.captured, lowest.why_none())
 
     def _generator(self, number: int) -> torch.Generator:
         mixed = (self.seed * 1009 + self.sweep) * 1009 + self.window.number

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import ptq.learning.stepper
+import ptq.learning.training
 from calib.checkpoint.reader import open_model
 from calib.runner.runner import CalibrationRunner
 from calib.runner.window_schedule import Window
@@ -113,3 +114,25 @@ def test_blocks_in_full_precision_are_passed_over() -> None:
         assert learners[0].fold() == {}
         full, own = (window.run(0, full=kind) for kind in (True, False))
         assert torch.equal(full, own)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.5])
+def test_a_state_with_a_larger_squared_error_does_not_count(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning lowers the loss over every token's energy; the squared error is made to fall or grow with it."""
+    config = options("sliderquant", loss="token")
+    with tiny_window(config) as (window, learners):
+        start, looks = states(learners), iter(range(10**6))
+
+        def loss(output: Tensor, target: Tensor, kind: str, corner: float = 1.0) -> Tensor:
+            if kind != "mse":
+                return output_loss(output, target, kind, corner)
+            return torch.tensor(1.0 if next(looks) < len(window.runner.fitted_batches) else factor)
+
+        monkeypatch.setattr(ptq.learning.training, "output_loss", loss)
+        (record,) = train(window, learners, config)
+        found = states(learners)
+    grew = factor > 1
+    assert record.accepted is not grew
+    assert all(torch.equal(found[name], value) for name, value in start.items()) is grew
+    assert len(record.notes) == 2 * grew
+    assert all("was lowered only at a larger squared error" in note for note in record.notes)

@@ -10,6 +10,11 @@ __device__ __forceinline__ void write8(void* out, const float (&v)[8], int row, 
     *reinterpret_cast<uint4*>(reinterpret_cast<__nv_bfloat16*>(out) + at) = w;
     return;
   }
+  if (dtype == FP16 && column + 8 <= K && (K & 7) == 0) {
+    __half2 h[4] = {__floats2half2_rn(v[0], v[1]), __floats2half2_rn(v[2], v[3]), __floats2half2_rn(v[4], v[5]), __floats2half2_rn(v[6], v[7])};
+    *reinterpret_cast<uint4*>(reinterpret_cast<__half*>(out) + at) = *reinterpret_cast<uint4*>(h);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     if (column + i < K) write_value(out, at + i, v[i], dtype);
@@ -47,20 +52,20 @@ __global__ void __launch_bounds__(128) dequantize_kernel(const __grid_constant__
     for (int row = 0; row < 2; ++row) {
       const float d = h2f(un.m[row] & 0xffffu);
 #pragma unroll
-      for (int sub = 0; sub < 2; ++sub) {
-        uint32_t s[4], lo, hi;
-        selectors<false>(s, w[6 * row + 3 * sub], w[6 * row + 3 * sub + 1], w[6 * row + 3 * sub + 2]);
-        table8(lo, hi, un.m[row] >> (16 + 2 * q + 8 * sub));
+      for (int sub = 0; sub < 2; ++sub)
 #pragma unroll
-        for (int c = 0; c < 32; c += 8) {
+        for (int of = 0; of < 4; ++of) {  // codes of the quad's lane `of`: its four lanes write 32 columns side by side
+          const uint32_t *own = w + 6 * row + 3 * sub, from = (lane & ~3) | of;
+          uint32_t s[4], lo, hi;
+          selectors<false>(s, __shfl_sync(~0u, own[0], from), __shfl_sync(~0u, own[1], from), __shfl_sync(~0u, own[2], from));
+          table8(lo, hi, un.m[row] >> (16 + 2 * of + 8 * sub));
 #pragma unroll
-          for (int k = 0; k < 8; ++k) {  // column c + k = 16 b + 8 h + 2 mm + par is nibble 4 par + 2 h + b of word mm
-            const int b = (c >> 4) & 1, h = (c >> 3) & 1, mm = k >> 1, nibble = 4 * (k & 1) + 2 * h + b;
-            v[k] = d * (float)(int8_t)(prmt(lo, hi, s[mm] >> (4 * nibble) & 7u) & 0xffu);
+          for (int k = 0; k < 8; ++k) {  // column 8 q + k = 16 b + 8 h + 2 mm + par is nibble 4 par + 2 h + b of word mm
+            const int nibble = 4 * (k & 1) + 2 * (q & 1) + (q >> 1);
+            v[k] = d * (float)(int8_t)(prmt(lo, hi, s[k >> 1] >> (4 * nibble) & 7u) & 0xffu);
           }
-          write8(a.y, v, tile * 16 + g + 8 * row, kb * 256 + 128 * sub + 32 * q + c, a.N, a.K, a.ydtype);
+          write8(a.y, v, tile * 16 + g + 8 * row, kb * 256 + 128 * sub + 32 * of + 8 * q, a.N, a.K, a.ydtype);
         }
-      }
     }
   } else {
 #pragma unroll

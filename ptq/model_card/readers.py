@@ -72,6 +72,16 @@ def _compressed_tensors(report: Report) -> Iterator[Reader]:
     yield _PTQ
 
 
+def _rotated_tensors(report: Report) -> Iterator[Reader]:
+    yield _vllm("It rotates inputs as `transform_config` says, on one GPU. Not run by ptq.")
+    yield _PTQ
+    yield _transformers(
+        "`pip install ptq-toolkit`; without the first line transformers refuses the folder, because it does not rotate "
+        "inputs.",
+        "import ptq",
+    )
+
+
 def _gptq(report: Report) -> Iterator[Reader]:
     load = f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{_FOLDER}")'
     yield Reader("GPTQModel", code_block("python", load), "`pip install gptqmodel`.")
@@ -97,6 +107,7 @@ def _dense(report: Report) -> Iterator[Reader]:
 _READERS = {
     "native": _native,
     "compressed-tensors": _compressed_tensors,
+    "compressed-tensors-rotated": _rotated_tensors,
     "gptq": _gptq,
     "gptq_v2": _gptq,
     "awq": _awq,

@@ -28,7 +28,7 @@ from calib.checkpoint.atomic_files import file_sha256, os_errors, sync, sync_tre
 from ptq.checkpoint.journal import JOURNAL_NAME, FinishedPart
 from ptq.checkpoint.resume import open_journal, shard_name
 from ptq.containers.native import GUARD_KEY, NATIVE
-from ptq.containers.rotated import ROTATED_TENSORS
+from ptq.containers.vllm_tensors import VLLM_TENSORS
 from ptq.errors import OutputError
 from ptq.model_card import CARD_NAME, card_is_ours
 from ptq.report import REPORT_NAME, STAGING, Report
@@ -249,7 +249,7 @@ class CheckpointWriter:
         if quantization_config["quant_method"] == NATIVE.quant_method:
             full |= NATIVE.config_entries()
         elif quantization_config.get("transform_config"):
-            full |= ROTATED_TENSORS.config_entries()
+            full |= VLLM_TENSORS.config_entries()
         return full
 
     def _move_into_place(self, names: Sequence[str]) -> None:

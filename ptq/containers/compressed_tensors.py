@@ -112,7 +112,7 @@ def _linear_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, 
             return f"the input of {name} is rotated at run time, which transformers does not do"
         linear = linears[name]
         if not scheme.symmetric:
-            return f"{name} is asymmetric, and transformers cannot load packed zero points"
+            return f"{name} is asymmetric, and transformers (5.23) cannot load packed zero points"
         if not isinstance(linear, nn.Linear):
             return f"{name} is a {type(linear).__name__}, and compressed-tensors quantizes only torch.nn.Linear"
         scale_dtype = scheme.resolved(linear.weight.dtype).scale_dtype

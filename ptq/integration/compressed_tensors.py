@@ -28,7 +28,7 @@ from ptq.checkpoint.verify import verify_checkpoint
 from ptq.containers.compressed_tensors import FORMAT
 from ptq.containers.float_schemes import PAIRS, preset_scheme, stored_names
 from ptq.containers.native import GUARD_KEY
-from ptq.containers.rotated import stored_rotations
+from ptq.containers.vllm_tensors import stored_rotations
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.rotated_config import install_rotations
 from ptq.integration.stored_names import StoredNames

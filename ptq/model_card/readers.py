@@ -72,7 +72,15 @@ def _compressed_tensors(report: Report) -> Iterator[Reader]:
     yield _PTQ
 
 
-def _rotated_tensors(report: Report) -> Iterator[Reader]:
+def _vllm_tensors(report: Report) -> Iterator[Reader]:
+    if not any(row.scheme["input_rotation"] for row in report.layers):
+        yield _vllm("Not run by ptq.")
+        yield _PTQ
+        yield _transformers(
+            "`pip install compressed-tensors`, pass `quantization_config=CompressedTensorsConfig(dequantize=True)`: "
+            "stock transformers 5.23 refuses packed zero points without it."
+        )
+        return
     yield _vllm("It rotates inputs as `transform_config` says, on one GPU. Not run by ptq.")
     yield _PTQ
     yield _transformers(
@@ -107,7 +115,7 @@ def _dense(report: Report) -> Iterator[Reader]:
 _READERS = {
     "native": _native,
     "compressed-tensors": _compressed_tensors,
-    "compressed-tensors-rotated": _rotated_tensors,
+    "compressed-tensors-vllm": _vllm_tensors,
     "gptq": _gptq,
     "gptq_v2": _gptq,
     "awq": _awq,

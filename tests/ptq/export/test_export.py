@@ -101,8 +101,8 @@ def test_an_exported_folder_is_a_result_again(tmp_path: Path) -> None:
 
 
 def test_what_a_container_cannot_carry_is_refused(tmp_path: Path) -> None:
-    source = quantized(tmp_path / "out", symmetric=False)
-    with pytest.raises(UsageError, match="asymmetric"):
+    source = quantized(tmp_path / "out", bits=3, symmetric=False)
+    with pytest.raises(UsageError, match="zero points of 3 bits"):
         export(source, format="compressed-tensors", out=tmp_path / "ct")
     with pytest.raises(UsageError, match="Did you mean"):
         export(source, format="gptq_", out=tmp_path / "x")

@@ -11,7 +11,7 @@ from torch import nn
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
-from ptq.containers.rotated import unsigned
+from ptq.containers.vllm_tensors import unsigned
 from ptq.integration.swap import linear_shape
 from ptq.pipeline.preparation.schemes.block_maps import block_kind, trace_block_kinds
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan

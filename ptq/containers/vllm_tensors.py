@@ -1,11 +1,13 @@
-"""compressed-tensors with inputs that are rotated at run time: the library's ``transform_config``.
+"""What compressed-tensors can say and vLLM reads, while stock transformers does not: chosen only where asked for.
 
-vLLM reads it; stock transformers (up to 5.23) drops it without a word and computes with inputs that are not rotated. So
-``config.json`` has the sentence that stops a transformers without us, as in the native container.
+Zero points of packed integers: transformers (5.23) raises in its usual way of loading, because the library makes no
+room for packed ones; ``CompressedTensorsConfig(dequantize=True)`` loads them. vLLM takes those of 4 and 8 bits.
 
-What the library can say is one Sylvester-Hadamard matrix for all blocks of an input: ``type: hadamard`` with the block
-as ``head_dim``. Random signs have no words in it, so a recipe for this container rotates without them. Only what is
-done at run time is written: weights are stored rotated.
+Inputs rotated at run time, ``transform_config``: transformers (up to 5.23) drops it without a word and computes with
+inputs that are not rotated. So ``config.json`` has the sentence that stops a transformers without us, as in the native
+container. What the library can say is one Sylvester-Hadamard matrix for all blocks of an input: ``type: hadamard``
+with the block as ``head_dim``. Random signs have no words in it, so a recipe for this container rotates without them.
+Only what is done at run time is written: weights are stored rotated.
 """
 
 from __future__ import annotations
@@ -26,20 +28,21 @@ from ptq.errors import OutputError
 from ptq.scheme import ROTATION_BLOCKS, KeyValueScheme, Rotation, Scheme
 from ptq.transforms.hadamard import hadamard_blocks
 
-__all__ = ["ROTATED_SENTENCE", "ROTATED_TENSORS", "RotatedTensorsContainer", "stored_rotations", "unsigned"]
+__all__ = ["ROTATED_SENTENCE", "VLLM_TENSORS", "VllmTensorsContainer", "stored_rotations", "unsigned"]
 
 ROTATED_SENTENCE = (
     "inputs of linears are rotated at run time (transform_config), which transformers does not do: serve this model "
     "with vLLM, or run `pip install ptq-toolkit` and `import ptq` before from_pretrained"
 )
+ASYMMETRIC_BITS = (4, 8)
 _KEY = "transform_config"
 _AGAIN = "quantize again with --container compressed-tensors, which rotates without signs and in equal blocks"
 
 
-class RotatedTensorsContainer(CompressedTensorsContainer):
-    """The storages of the compressed-tensors library, and Hadamard transforms of inputs."""
+class VllmTensorsContainer(CompressedTensorsContainer):
+    """The storages of the compressed-tensors library, zero points and Hadamard transforms of inputs."""
 
-    name = "compressed-tensors-rotated"
+    name = "compressed-tensors-vllm"
 
     def unsupported_reason(
         self,
@@ -55,7 +58,17 @@ class RotatedTensorsContainer(CompressedTensorsContainer):
             problem = None if rotation is None else _rotation_problem(name, rotation, linears[name], experts)
             if problem is not None:
                 return problem
-        return super().unsupported_reason(_without_rotations(schemes), linears, model, key_values)
+        for name, scheme in schemes.items():
+            if scheme is not None and not scheme.symmetric and scheme.bits not in ASYMMETRIC_BITS:
+                return (
+                    f"{name} has zero points of {scheme.bits} bits, and readers take packed ones of "
+                    f"{' and '.join(map(str, ASYMMETRIC_BITS))}: quantize again with --sym"
+                )
+        plain = {
+            name: None if scheme is None else dataclasses.replace(scheme, symmetric=True)
+            for name, scheme in _without_rotations(schemes).items()
+        }
+        return super().unsupported_reason(plain, linears, model, key_values)
 
     def quantization_config(
         self,
@@ -80,10 +93,12 @@ class RotatedTensorsContainer(CompressedTensorsContainer):
             )
             for block, names in sizes.items()
         }
+        if not transforms:
+            return plain
         return {**plain, _KEY: TransformConfig(config_groups=transforms).model_dump(mode="json")}
 
     def config_entries(self) -> dict[str, Any]:
-        """The sentence that stops a transformers without us."""
+        """The sentence that stops a transformers without us, for configs with a ``transform_config``."""
         return {GUARD_KEY: ROTATED_SENTENCE}
 
 
@@ -182,4 +197,4 @@ def _targets(names: list[str], linears: Mapping[str, nn.Module]) -> list[str]:
     return targets
 
 
-ROTATED_TENSORS = RotatedTensorsContainer()
+VLLM_TENSORS = VllmTensorsContainer()

@@ -1,4 +1,4 @@
-"""Inputs rotated at run time in compressed-tensors: the library's own transforms on the stock model give our logits."""
+"""Rotated inputs and zero points in compressed-tensors: the library and stock transformers give our logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import ptq
 from ptq.containers.native import GUARD_KEY
-from ptq.containers.rotated import ROTATED_TENSORS, stored_rotations
+from ptq.containers.vllm_tensors import VLLM_TENSORS, stored_rotations
 from ptq.errors import OutputError, UsageError
 from ptq.export import export
 from ptq.scheme import Rotation, Scheme
@@ -69,7 +69,7 @@ def test_the_librarys_transforms_on_the_stock_model_give_our_logits(
         arguments |= {"bits": 4, "group_size": 32}
     out = tmp_path / "out"
     report = ptq.quantize(tiny_model("llama", torch.bfloat16), out=out, **arguments)
-    assert report.container == ROTATED_TENSORS.name
+    assert report.container == VLLM_TENSORS.name
     wanted = logits(ptq.load(out))
     request.getfixturevalue("stock")
     with pytest.raises(ValueError, match="rotated at run time"):  # and not another model without a word
@@ -123,9 +123,36 @@ def test_what_vllm_would_not_rotate_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "signs", format="compressed-tensors", out=tmp_path / "stock")
     linear = nn.Linear(96 + 8, 8, bias=False)
     scheme = Scheme(4, input_rotation=Rotation(0, 32, "hadamard-unsigned"))
-    reason = ROTATED_TENSORS.unsupported_reason({"x": scheme}, {"x": linear}, nn.Module(), None)
+    reason = VLLM_TENSORS.unsupported_reason({"x": scheme}, {"x": linear}, nn.Module(), None)
     assert reason is not None
     assert "104 inputs of x are rotated in blocks of 32, 8" in reason
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_zero_points_load_dequantized_and_fail_aloud_otherwise(
+    bits: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = quantized(tmp_path / "out", bits=bits, symmetric=False)
+    assert GUARD_KEY not in config_of(out)
+    wanted = logits(ptq.load(out))
+    request.getfixturevalue("stock")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(out)
+    with pytest.warns(UserWarning, match="loading attributes"):
+        dense = AutoModelForCausalLM.from_pretrained(out, quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert float((logits(dense) - wanted).abs().max()) < 0.05 * float(wanted.std())
+
+
+def test_zero_points_are_not_chosen_unasked_and_refused_where_no_reader_takes_them(tmp_path: Path) -> None:
+    report = ptq.quantize(
+        tiny_model("llama", torch.bfloat16), out=tmp_path / "auto", method="rtn", bits=4, group_size=32,
+        symmetric=False, device="cpu",
+    )  # fmt: skip
+    assert report.container == "native"
+    export(tmp_path / "auto", format="compressed-tensors", out=tmp_path / "stock")
+    assert torch.equal(logits(ptq.load(tmp_path / "stock")), logits(ptq.load(tmp_path / "auto")))
+    with pytest.raises(UsageError, match=r"zero points of 3 bits.*of 4 and 8.*--sym.*What can: native, gptq"):
+        quantized(tmp_path / "three", bits=3, symmetric=False)
 
 
 @pytest.mark.parametrize(

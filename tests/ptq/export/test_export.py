@@ -109,6 +109,19 @@ def test_what_a_container_cannot_carry_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ct").exists()
 
 
+def test_what_is_proposed_for_a_family_without_gguf_is_possible(tmp_path: Path) -> None:
+    for family, advice in {"mixtral": "convert the model in full precision", "gpt2": "--format f16"}.items():
+        source = quantized(tmp_path / family, family, container="native")
+        with pytest.raises(UsageError, match=advice):
+            export(source, format="gguf", out=tmp_path / "x.gguf")
+        possible = "full precision" not in advice
+        if possible:
+            export(source, format="f16", out=tmp_path / "f16")
+        else:
+            with pytest.raises(UsageError, match="cannot be written"):
+                export(source, format="f16", out=tmp_path / "f16")
+
+
 def test_linears_of_one_kernel_need_one_scheme(tmp_path: Path) -> None:
     model, recipe = tiny_model("llama", torch.bfloat16), {"method": "rtn", "bits": 4, "group_size": 32}
     overrides = (("*.k_proj", ptq.Scheme(8, True, 32)),)

@@ -28,6 +28,7 @@ from calib.checkpoint.atomic_files import file_sha256, os_errors, sync, sync_tre
 from ptq.checkpoint.journal import JOURNAL_NAME, FinishedPart
 from ptq.checkpoint.resume import open_journal, shard_name
 from ptq.containers.native import GUARD_KEY, NATIVE
+from ptq.containers.vllm_tensors import VLLM_TENSORS
 from ptq.errors import OutputError
 from ptq.model_card import CARD_NAME, card_is_ours
 from ptq.report import REPORT_NAME, STAGING, Report
@@ -247,6 +248,8 @@ class CheckpointWriter:
         full["quantization_config"] = dict(quantization_config)
         if quantization_config["quant_method"] == NATIVE.quant_method:
             full |= NATIVE.config_entries()
+        elif quantization_config.get("transform_config"):
+            full |= VLLM_TENSORS.config_entries()
         return full
 
     def _move_into_place(self, names: Sequence[str]) -> None:

@@ -109,10 +109,10 @@ def _linear_problem(schemes: Mapping[str, Scheme | None], linears: Mapping[str, 
             kind = f"{scheme.act_bits} bits" if scheme.act_format is None else scheme.act_format
             return f"the input of {name} is rounded to {kind} at run time, which only ptq does"
         if scheme.input_rotation is not None:
-            return f"the input of {name} is rotated at run time, which only ptq does"
+            return f"the input of {name} is rotated at run time, which transformers does not do"
         linear = linears[name]
         if not scheme.symmetric:
-            return f"{name} is asymmetric, and transformers cannot load packed zero points"
+            return f"{name} is asymmetric, and transformers (5.23) cannot load packed zero points"
         if not isinstance(linear, nn.Linear):
             return f"{name} is a {type(linear).__name__}, and compressed-tensors quantizes only torch.nn.Linear"
         scale_dtype = scheme.resolved(linear.weight.dtype).scale_dtype

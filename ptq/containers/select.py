@@ -11,14 +11,21 @@ from ptq.containers.base import Container
 from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
 from ptq.containers.gptq import GPTQ, GPTQ_V2
 from ptq.containers.native import NATIVE
+from ptq.containers.vllm_tensors import VLLM_TENSORS
 from ptq.errors import UsageError
 from ptq.scheme import KeyValueScheme, Scheme
 
 __all__ = ["CONTAINERS", "select_container"]
 
-CONTAINERS: dict[str, Container] = {row.name: row for row in (COMPRESSED_TENSORS, NATIVE, GPTQ, GPTQ_V2, AWQ)}
+CONTAINERS: dict[str, Container] = {
+    row.name: row for row in (COMPRESSED_TENSORS, VLLM_TENSORS, NATIVE, GPTQ, GPTQ_V2, AWQ)
+}
 """The table."""
-_CHOICES = {"auto": (COMPRESSED_TENSORS, NATIVE), "gptq": (GPTQ, GPTQ_V2)}
+_CHOICES: dict[str, tuple[Container, ...]] = {
+    "auto": (COMPRESSED_TENSORS, NATIVE),  # what stock transformers cannot run is not chosen unasked
+    "compressed-tensors": (COMPRESSED_TENSORS, VLLM_TENSORS),
+    "gptq": (GPTQ, GPTQ_V2),
+}
 """What a name stands for: the first of these that can carry the result; any other name is a row of the table."""
 
 
@@ -45,7 +52,7 @@ def select_container(
             return container.name, first or "it carries every scheme here"
         first = problem if requested != "auto" else first or problem
     able = dict.fromkeys(
-        container.name.removesuffix("_v2")
+        container.name.removesuffix("_v2").removesuffix("-vllm")
         for container in CONTAINERS.values()
         if container.unsupported_reason(schemes, linears, model, key_values) is None
     )

@@ -8,6 +8,7 @@ nothing else is quantized (no key-value cache); anything else is left to the sto
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import match_named_modules, match_targets
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
@@ -26,9 +27,12 @@ from calib.model.experts import join_experts
 from ptq.checkpoint.verify import verify_checkpoint
 from ptq.containers.compressed_tensors import FORMAT
 from ptq.containers.float_schemes import PAIRS, preset_scheme, stored_names
+from ptq.containers.native import GUARD_KEY
+from ptq.containers.vllm_tensors import stored_rotations
 from ptq.integration.experts import leave_split_experts, split_named_experts
+from ptq.integration.rotated_config import install_rotations
 from ptq.integration.stored_names import StoredNames
-from ptq.integration.swap import swap_linear
+from ptq.integration.swap import share_rotations, swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 __all__ = ["PackedCompressedTensorsQuantizer", "is_scale"]
@@ -45,6 +49,12 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     _stored_packed: Sequence[str] = ()
     _renamed: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        # See `PtqQuantizer.update_attn_implementation`: the sentence is not for us.
+        if hasattr(config, GUARD_KEY):
+            delattr(config, GUARD_KEY)
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         verify_checkpoint(model.config, kwargs.get("checkpoint_files"))
         schemes = None
@@ -52,14 +62,21 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
             self._stored_packed = packed_linears(kwargs.get("checkpoint_files"))
             split_named_experts(model, self._stored_packed)
             schemes = packed_schemes(model, self.compressor.quantization_config)
+        rotations = stored_rotations(getattr(self.quantization_config, "stored_transforms", {}), model)
         if schemes is None:
             join_experts(model)
             super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
+            install_rotations(model, rotations)
             return
         self.packed = True
+        install_rotations(model, {name: one for name, one in rotations.items() if name not in schemes})
+        schemes = {
+            name: dataclasses.replace(scheme, input_rotation=rotations.get(name)) for name, scheme in schemes.items()
+        }
         self._renamed = {name: stored_names(scheme.format) for name, scheme in schemes.items()}
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=False)
+        share_rotations(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         # Experts that stay fused are still decompressed by the stock conversions, which find nothing where what they
@@ -79,8 +96,7 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
 
     def _wants_stock(self) -> bool:
         config = self.quantization_config
-        transforms = getattr(config, "transform_config", None)
-        return bool(config.dequantize or transforms or not config.is_quantization_compressed or self.use_fp8_kernel)
+        return bool(config.dequantize or not config.is_quantization_compressed or self.use_fp8_kernel)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         if self.packed and is_scale(converter):

@@ -1,7 +1,7 @@
 """transformers' side of the native format: ``from_pretrained`` builds packed layers once this module is registered.
 
-`register` puts two entries into transformers' own tables: quantization method ``ptq`` (the native format), and for
-``compressed-tensors`` a subclass of the stock quantizer that keeps weights packed.
+`register` writes into transformers' own tables: quantization method ``ptq`` (the native format), and for
+``compressed-tensors`` subclasses of the stock config and quantizer that keep weights packed and rotate inputs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ptq.containers import native
 from ptq.containers.compressed_tensors import QUANT_METHOD as COMPRESSED_TENSORS
 from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer, is_scale
 from ptq.integration.experts import leave_split_experts, split_named_experts
+from ptq.integration.rotated_config import CompressedTensorsConfig
 from ptq.integration.stored_names import StoredNames
 from ptq.integration.swap import share_rotations, swap_linear
 from ptq.runtime.kv_cache import set_key_values
@@ -35,6 +36,7 @@ def register() -> None:
     """Make ``from_pretrained`` read our checkpoints. Calling it again changes nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[native.QUANT_METHOD] = PtqConfig
     AUTO_QUANTIZER_MAPPING[native.QUANT_METHOD] = PtqQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[COMPRESSED_TENSORS] = CompressedTensorsConfig
     AUTO_QUANTIZER_MAPPING[COMPRESSED_TENSORS] = PackedCompressedTensorsQuantizer
 
 

@@ -72,6 +72,24 @@ def _compressed_tensors(report: Report) -> Iterator[Reader]:
     yield _PTQ
 
 
+def _vllm_tensors(report: Report) -> Iterator[Reader]:
+    if not any(row.scheme["input_rotation"] for row in report.layers):
+        yield _vllm("Not run by ptq.")
+        yield _PTQ
+        yield _transformers(
+            "`pip install compressed-tensors`, pass `quantization_config=CompressedTensorsConfig(dequantize=True)`: "
+            "stock transformers 5.23 refuses packed zero points without it."
+        )
+        return
+    yield _vllm("It rotates inputs as `transform_config` says, on one GPU. Not run by ptq.")
+    yield _PTQ
+    yield _transformers(
+        "`pip install ptq-toolkit`; without the first line transformers refuses the folder, because it does not rotate "
+        "inputs.",
+        "import ptq",
+    )
+
+
 def _gptq(report: Report) -> Iterator[Reader]:
     load = f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{_FOLDER}")'
     yield Reader("GPTQModel", code_block("python", load), "`pip install gptqmodel`.")
@@ -97,6 +115,7 @@ def _dense(report: Report) -> Iterator[Reader]:
 _READERS = {
     "native": _native,
     "compressed-tensors": _compressed_tensors,
+    "compressed-tensors-vllm": _vllm_tensors,
     "gptq": _gptq,
     "gptq_v2": _gptq,
     "awq": _awq,

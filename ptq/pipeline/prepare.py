@@ -15,7 +15,7 @@ from calib.checkpoint.reader import ModelSource, open_model
 from calib.data.tokens import Calibration
 from calib.distributed import Workers, init_distributed
 from calib.model.model_class import is_multimodal
-from calib.model.structure import find_blocks
+from calib.model.structure import all_linears, find_blocks
 from calib.runner.activation_store import OFFLOADS, Offload
 from calib.runner.forward import pass_dtype
 from ptq.checkpoint.writer import check_output_folder
@@ -32,6 +32,7 @@ from ptq.pipeline.preparation.method_setup import MethodSetup, set_up_method
 from ptq.pipeline.preparation.preflight import check_path_names, check_vocabulary, choose_offload_target, resolve_device
 from ptq.pipeline.preparation.rotations import free_rotations
 from ptq.pipeline.preparation.schemes.rotated_assignment import (
+    drop_signs,
     resize_rotations,
     rotate_inputs,
     rotate_last_inputs,
@@ -163,6 +164,8 @@ class _Preparation:
             self.assignment = rotate_last_inputs(self.assignment, self.source, rotation, self.device, self.dtype)
         elif block is not None:
             self.assignment = resize_rotations(self.assignment, block)
+        if self.recipe.container == "compressed-tensors" and {"input", "down"} & set(self.recipe.rotate):
+            self.assignment = drop_signs(self.assignment, all_linears(self.source.skeleton))
         self.assignment = seed_rotations(self.assignment, self.source, seed, self.device, self.dtype)
 
     def _rotate_freely(self) -> None:

@@ -101,7 +101,7 @@ def _compressed(
     _check(prefix, tensors, shape, args, packed=packed)
     parts = {role: f"{prefix}.{role}" for role in roles}
     make = functools.partial(_decompress, BaseCompressor.get_value_from_registry(layout), scheme, shape)
-    return PackedWeight(f"{prefix}.weight", parts, shape, args.num_bits, make)
+    return PackedWeight(f"{prefix}.weight", parts, shape, args.num_bits, make, _type(args))
 
 
 def _fp4(prefix: str, layout: str, stored: Mapping[str, StoredTensor], scheme: QuantizationScheme) -> PackedWeight:
@@ -122,7 +122,15 @@ def _fp4(prefix: str, layout: str, stored: Mapping[str, StoredTensor], scheme: Q
         require_shape(f"{prefix}.weight_global_scale", find(stored, prefix, "weight_global_scale"), (1,), why)
         roles.append("weight_global_scale")
     make = functools.partial(_decompress, BaseCompressor.get_value_from_registry(layout), scheme, shape)
-    return PackedWeight(f"{prefix}.weight", {role: f"{prefix}.{role}" for role in roles}, shape, 4, make)
+    parts = {role: f"{prefix}.{role}" for role in roles}
+    return PackedWeight(f"{prefix}.weight", parts, shape, 4, make, layout.partition("-")[0])
+
+
+def _type(args: Any) -> str:
+    """A plain number with its scales, for people."""
+    kind = f"{'fp' if str(getattr(args.type, 'value', args.type)) == 'float' else 'int'}{args.num_bits}"
+    strategy = str(getattr(args.strategy, "value", args.strategy))
+    return f"{kind} g{args.group_size}" if strategy == "group" else f"{kind} per {strategy}"
 
 
 def _check(

@@ -63,7 +63,14 @@ def _fp8(name: str, stored: Mapping[str, StoredTensor], block: list[int] | None)
             "weights belong together?"
         )
     make = functools.partial(_dequantize, block if scale == blocks else None)
-    return PackedWeight(name, {"weight": name, "scale": found}, shape, 8, make)
+    return PackedWeight(
+        name,
+        {"weight": name, "scale": found},
+        shape,
+        8,
+        make,
+        "fp8" if scale != blocks or block is None else f"fp8 {block[0]} x {block[1]}",
+    )
 
 
 def _broadcasts(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:

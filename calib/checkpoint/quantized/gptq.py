@@ -75,7 +75,7 @@ def _gptq(prefix: str, stored: Mapping[str, StoredTensor], config: Mapping[str, 
     if order is not None:
         parts["g_idx"] = f"{prefix}.g_idx"
     make = functools.partial(_dequantize_gptq, prefix, (out, width), bits, size, offset)
-    return PackedWeight(f"{prefix}.weight", parts, (out, width), bits, make)
+    return PackedWeight(f"{prefix}.weight", parts, (out, width), bits, make, _type(bits, width, groups))
 
 
 def _two(name: str, stored: StoredTensor) -> tuple[int, int]:
@@ -141,7 +141,12 @@ def _awq(prefix: str, stored: Mapping[str, StoredTensor], stated: Any) -> Packed
     require_shape(f"{prefix}.qzeros", find(stored, prefix, "qzeros"), (groups, words), why)
     size = _group_size(prefix, stated, width, groups, free=False)
     parts = {role: f"{prefix}.{role}" for role in ("qweight", "qzeros", "scales")}
-    return PackedWeight(f"{prefix}.weight", parts, (out, width), 4, functools.partial(_dequantize_awq, size))
+    make = functools.partial(_dequantize_awq, size)
+    return PackedWeight(f"{prefix}.weight", parts, (out, width), 4, make, _type(4, width, groups))
+
+
+def _type(bits: int, width: int, groups: int) -> str:
+    return f"int{bits} per channel" if groups == 1 else f"int{bits} g{math.ceil(width / groups)}"
 
 
 def _dequantize_awq(size: int, parts: Mapping[str, Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ class PackedWeight:
         shape: of the dense weight.
         bits: of one stored code.
         dequantize: from the parts by role to the dense weight, float32.
+        type: what is stored, for people: ``int4 g128``.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     bits: int
     dequantize: Callable[[Mapping[str, Tensor]], Tensor]
+    type: str
 
 
 @dataclasses.dataclass(frozen=True)

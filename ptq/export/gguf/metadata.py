@@ -47,18 +47,25 @@ _PERIODS = {MODEL_ARCH.GEMMA2: 2, MODEL_ARCH.GEMMA3: 6}
 """Which blocks llama.cpp runs without a window."""
 
 
-def find_family(model_type: str) -> Family:
+def find_family(model_type: str, *, dense: bool = True) -> Family:
     """The family of a model.
+
+    Args:
+        model_type: of its config.
+        dense: whether a dequantized folder of it can be written.
 
     Raises:
         UsageError: none that is written; says what to do.
     """
     family = FAMILIES.get(model_type)
     if family is None:
-        raise UsageError(
-            f"ptq writes GGUF files of {', '.join(FAMILIES)}, and this is a {model_type} model. Write a dequantized "
-            "folder (--format f16), and convert it with convert_hf_to_gguf.py of llama.cpp."
+        instead = (
+            "Write a dequantized folder (--format f16), and convert it with convert_hf_to_gguf.py of llama.cpp."
+            if dense
+            else "Dequantized folders of it cannot be written either: convert the model in full precision with "
+            "convert_hf_to_gguf.py of llama.cpp and quantize it there, or load this result with ptq.load."
         )
+        raise UsageError(f"ptq writes GGUF files of {', '.join(FAMILIES)}, and this is a {model_type} model. {instead}")
     return family
 
 

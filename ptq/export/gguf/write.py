@@ -15,6 +15,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_
 from torch import Tensor
 
 from calib.checkpoint.atomic_files import file_sha256, write_file
+from calib.checkpoint.reader import unmerged_experts
 from ptq.errors import OutputError, UsageError
 from ptq.export.gguf.metadata import Family, add_architecture, find_family, rope_factors
 from ptq.export.gguf.types import exact_type, pack_q8_0, row_bytes, weight_bytes
@@ -69,7 +70,7 @@ class GgufExport:
     def __init__(self, result: Result, embedding: str) -> None:
         self._result, self._embedding = result, embedding
         self.config: Any = result.skeleton.config
-        self.family: Family = find_family(str(self.config.model_type))
+        self.family: Family = find_family(str(self.config.model_type), dense=unmerged_experts(result.skeleton) is None)
         self._names = get_tensor_name_map(self.family.arch, self.config.num_hidden_layers)
         self.entries = {path.name: list(self._entries_of(path)) for path in result.files}
 

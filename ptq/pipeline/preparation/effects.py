@@ -42,6 +42,11 @@ _NEEDS = (
         "{method} draws no calibration text and nothing is rotated",
     ),
     _Need(
+        ("rotate",),
+        lambda f: bool(f.recipe.rotate) or not _rotates_by_format(f.recipe),
+        "the number format rotates inputs by itself, which `none` does not take away",
+    ),
+    _Need(
         ("rotate_block",),
         lambda f: bool({"input", "down", "auto"} & set(f.recipe.rotate)) or _rotates_by_format(f.recipe),
         "no input is rotated at run time (--rotate input or down)",

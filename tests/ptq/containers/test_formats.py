@@ -112,7 +112,7 @@ def test_weights_that_do_not_fit_their_scheme_are_not_written() -> None:
 
 LINEAR, HEAD = nn.Linear(96, 40), nn.Linear(40, 100)
 REFUSED: dict[str, tuple[Scheme, nn.Module, str]] = {
-    "asymmetric": (ASYM, LINEAR, "a is asymmetric"),
+    "asymmetric": (ASYM, LINEAR, "a has zero points of 3 bits"),
     "ragged": (
         Scheme(3, True, 64, scale_dtype="float16"),
         LINEAR,

@@ -101,12 +101,25 @@ def test_an_exported_folder_is_a_result_again(tmp_path: Path) -> None:
 
 
 def test_what_a_container_cannot_carry_is_refused(tmp_path: Path) -> None:
-    source = quantized(tmp_path / "out", symmetric=False)
-    with pytest.raises(UsageError, match="asymmetric"):
+    source = quantized(tmp_path / "out", bits=3, symmetric=False)
+    with pytest.raises(UsageError, match="zero points of 3 bits"):
         export(source, format="compressed-tensors", out=tmp_path / "ct")
     with pytest.raises(UsageError, match="Did you mean"):
         export(source, format="gptq_", out=tmp_path / "x")
     assert not (tmp_path / "ct").exists()
+
+
+def test_what_is_proposed_for_a_family_without_gguf_is_possible(tmp_path: Path) -> None:
+    for family, advice in {"mixtral": "convert the model in full precision", "gpt2": "--format f16"}.items():
+        source = quantized(tmp_path / family, family, container="native")
+        with pytest.raises(UsageError, match=advice):
+            export(source, format="gguf", out=tmp_path / "x.gguf")
+        possible = "full precision" not in advice
+        if possible:
+            export(source, format="f16", out=tmp_path / "f16")
+        else:
+            with pytest.raises(UsageError, match="cannot be written"):
+                export(source, format="f16", out=tmp_path / "f16")
 
 
 def test_linears_of_one_kernel_need_one_scheme(tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from calib.checkpoint.reader import ModelSource
 from calib.model.input_groups import InputGroup
+from ptq.containers.vllm_tensors import unsigned
+from ptq.integration.swap import linear_shape
 from ptq.pipeline.preparation.schemes.block_maps import block_kind, trace_block_kinds
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.scheme import Rotation, Scheme
 
-__all__ = ["resize_rotations", "rotate_inputs", "rotate_last_inputs", "seed_rotations"]
+__all__ = ["drop_signs", "resize_rotations", "rotate_inputs", "rotate_last_inputs", "seed_rotations"]
 
 _DEFAULT_SEED = 0  # of the rotations of number formats
 _INPUT_BLOCK = 256  # of `rotate_inputs`, where nothing is said
@@ -33,6 +37,22 @@ def rotate_inputs(plan: Plan, seed: int, block: int | None = None) -> Plan:
         name: None if scheme is None else dataclasses.replace(scheme, input_rotation=rotation)
         for name, scheme in plan.schemes.items()
     }
+    return dataclasses.replace(plan, schemes=schemes)
+
+
+def drop_signs(plan: Plan, linears: Mapping[str, nn.Module]) -> Plan:
+    """The plan with its rotations as compressed-tensors can describe them.
+
+    Args:
+        plan: Schemes.
+        linears: The modules by name.
+    """
+    schemes: dict[str, Scheme | None] = {}
+    for name, scheme in plan.schemes.items():
+        shape = linear_shape(linears[name])
+        if scheme is not None and scheme.input_rotation is not None and shape is not None:
+            scheme = dataclasses.replace(scheme, input_rotation=unsigned(scheme.input_rotation, shape[1]))
+        schemes[name] = scheme
     return dataclasses.replace(plan, schemes=schemes)
 
 

@@ -24,6 +24,8 @@ from ptq.pipeline.preparation.effects import without_effect
         ({"method": "gptq", "seed": 1, "calib": "pydoc", "compute_dtype": "float32"}, set()),
         ({"method": "gptq", "kv_symmetric": False, "act_symmetric": False}, {"kv_symmetric", "act_symmetric"}),
         ({"method": "gptq", "kv_symmetric": True, "kv_bits": 8}, set()),
+        ({"method": "gptq", "rotate": (), "format": "itq3s"}, {"rotate"}),
+        ({"method": "gptq", "rotate": ()}, set()),
         ({"method": "omniquant", "iters": 5, "epochs": 1, "lr_lora": 1e-3}, {"iters", "lr_lora"}),
         ({"method": "autoround", "iters": 5, "lr_offset": 1e-3}, set()),
     ],

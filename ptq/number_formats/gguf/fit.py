@@ -75,7 +75,9 @@ def fit_table(weights: Tensor, h: Tensor, table: Tensor) -> Tensor:
     from the best of them a few exact rounds follow.
     """
     extreme = weights.gather(1, weights.abs().argmax(1, keepdim=True))[:, 0]
-    steps = torch.tensor([factor / float(end) for end in (table[0], table[-1]) for factor in _TABLE_FACTORS]).to(weights)
+    steps = torch.tensor([factor / float(end) for end in (table[0], table[-1]) for factor in _TABLE_FACTORS]).to(
+        weights
+    )
     middles = (table[1:] + table[:-1]) / 2
     sizes = torch.arange(-_POSITIONS, _POSITIONS + 1, device=weights.device)[:, None] / _POSITIONS
     errors = (table[torch.bucketize(sizes / steps, middles)] * steps - sizes).square_()  # [positions, candidates]

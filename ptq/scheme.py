@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -141,6 +141,20 @@ class Scheme:
             UsageError: an unknown format, or a value that it does not take.
         """
         return cls(**{**find_number_format(format).defaults, "format": format, **changes})
+
+    def fitting(self, shape: Sequence[int]) -> Scheme:
+        """The scheme, or the one that its number format has for weights of other shapes than it takes.
+
+        Args:
+            shape: of the weight, ``[out, in]``.
+        """
+        record = self.number_format
+        if not record.fallback or record.unsupported_reason(shape[0], shape[1], self) is None:
+            return self
+        fields = dict(record.fallback)
+        for field in ("act_bits", "act_symmetric", "act_format", "input_rotation"):
+            fields[field] = getattr(self, field)
+        return Scheme.of(fields.pop("format"), **fields)
 
     @property
     def number_format(self) -> NumberFormat:

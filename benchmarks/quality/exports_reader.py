@@ -78,6 +78,8 @@ def _versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if "llama_cpp" in sys.modules:  # also where it is no installed package but a folder of its sources
+        found["llama-cpp-python"] = str(sys.modules["llama_cpp"].__version__)
     return found
 
 

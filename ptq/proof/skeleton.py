@@ -253,7 +253,11 @@ def _fits(scheme: Scheme | None, model: nn.Module, name: str) -> bool:
 
 
 def _fit_groups(schemes: Mapping[str, Scheme | None], model: nn.Module) -> dict[str, Scheme | None]:
-    """Group sizes that divide the small model's widths where those of the large one did, if there is a choice."""
+    """Groups and blocks that divide the small model's widths where those of the large one did, if there is a choice."""
+    schemes = {
+        name: scheme and scheme.fitting(linear_weight(model.get_submodule(name)).shape)
+        for name, scheme in schemes.items()
+    }
     fitting: dict[Scheme, int] = {}
     for name, scheme in schemes.items():
         if scheme is not None and scheme.group_size is not None and not scheme.number_format.fixed_groups:

@@ -14,8 +14,10 @@ from ptq.errors import NumericalError
 __all__ = ["fit_minima", "fit_signed", "fit_table"]
 
 _FACTORS = torch.linspace(0.66, 1.08, 15).tolist()
+_TABLE_FACTORS = torch.linspace(0.6, 1.1, 41).tolist()
 _BLOCK_FACTORS = (0.92, 0.96, 1.0, 1.04)
 _ROUNDS = 3
+_POSITIONS = 512  # rows of a table of errors, on either side of zero
 _TINY = 1e-30
 
 
@@ -67,21 +69,28 @@ def fit_minima(weights: Tensor, h: Tensor, bits: int, top: int) -> tuple[Tensor,
 
 
 def fit_table(weights: Tensor, h: Tensor, table: Tensor) -> Tensor:
-    """Scales float16 ``[n]`` of blocks ``[n, size]`` for ascending levels, of either sign."""
+    """Scales float16 ``[n]`` of blocks ``[n, size]`` for ascending levels, of either sign.
+
+    Every candidate is scored from a table of squared errors by a weight's size relative to the block's largest one;
+    from the best of them a few exact rounds follow.
+    """
     extreme = weights.gather(1, weights.abs().argmax(1, keepdim=True))[:, 0]
+    steps = torch.tensor([factor / float(end) for end in (table[0], table[-1]) for factor in _TABLE_FACTORS]).to(
+        weights
+    )
     middles = (table[1:] + table[:-1]) / 2
-    least = torch.full_like(extreme, torch.inf)
-    best = torch.zeros_like(extreme)
-    for end in (table[0], table[-1]):
-        for factor in _FACTORS:
-            scale = _half(extreme / end * factor)
-            for _ in range(2):
-                codes = torch.bucketize(_ratio(weights, scale[:, None]), middles)
-                values = table[codes]
-                error = _error(weights, h, values * scale[:, None], 1)
-                better = error < least
-                least, best = torch.where(better, error, least), torch.where(better, scale, best)
-                scale = _half(_quotient((h * values * weights).sum(1), (h * values.square()).sum(1), scale))
+    sizes = torch.arange(-_POSITIONS, _POSITIONS + 1, device=weights.device)[:, None] / _POSITIONS
+    errors = (table[torch.bucketize(sizes / steps, middles)] * steps - sizes).square_()  # [positions, candidates]
+    position = (_ratio(weights, extreme[:, None]) * _POSITIONS).round_().to(torch.int32) + _POSITIONS
+    score = torch.nn.functional.embedding_bag(position, errors, mode="sum", per_sample_weights=h.contiguous())
+    scale = _half(extreme * steps[score.argmin(1)])
+    best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
+    for _ in range(_ROUNDS):
+        values = table[torch.bucketize(_ratio(weights, scale[:, None]), middles)]
+        error = _error(weights, h, values * scale[:, None], 1)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+        scale = _half(_quotient((h * values * weights).sum(1), (h * values.square()).sum(1), scale))
     return best.half()
 
 

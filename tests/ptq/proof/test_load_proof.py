@@ -194,6 +194,16 @@ def test_formats_with_groups_of_one_size_have_a_skeleton(name: str, large: Model
     assert groups == {Scheme.of(name).group_size}
 
 
+@pytest.mark.parametrize(("name", "kept"), [("q3_k", "iq4_nl"), ("q4_k", "int")])
+def test_blocks_wider_than_the_skeleton_are_no_obstacle(
+    name: str, kept: str, large: ModelSource, tmp_path: Path
+) -> None:
+    made = skeleton_of(large, tmp_path / "small", Recipe(scheme=Scheme.of(name)))
+    assert made.shrunk
+    assert {scheme.format for scheme in made.schemes.values() if scheme is not None} == {kept}
+    assert made.write("native", tmp_path / "native", None) is not None
+
+
 def test_a_shrunk_skeleton_stands_for_the_model(large: ModelSource) -> None:
     choice = choose(large)
     assert choice.name == "compressed-tensors"

@@ -87,7 +87,7 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
         if scheme is not None and isinstance(method, LayerMethod):
             scheme = method.adapt(scheme, config)
         if scheme is not None:
-            scheme = _that_fits(scheme, linear_weight(model.get_submodule(name)).shape)
+            scheme = scheme.fitting(linear_weight(model.get_submodule(name)).shape)
         schemes[name] = None if scheme is None else scheme.resolved(dtype)
         if scheme is not None and scheme not in checked:
             check_scheme(method, scheme, METHODS.values(), config)
@@ -98,17 +98,6 @@ def make_plan(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Plan:
     if not any(schemes.values()):
         raise UsageError(f"nothing is left to quantize: {len(linears)} linears in {len(blocks)} blocks, all kept.")
     return Plan(tuple(blocks), schemes, reasons, ends)
-
-
-def _that_fits(scheme: Scheme, shape: torch.Size) -> Scheme:
-    """The scheme, or the one that its format has for weights of other shapes."""
-    record = scheme.number_format
-    if record.unsupported_reason(shape[0], shape[1], scheme) is None or not record.fallback:
-        return scheme
-    fields = dict(record.fallback)
-    for field in ("act_bits", "act_symmetric", "act_format", "input_rotation"):
-        fields[field] = getattr(scheme, field)
-    return Scheme.of(fields.pop("format"), **fields)
 
 
 def is_router(name: str) -> bool:

@@ -170,7 +170,7 @@ class _Preparation:
 
     def _rotate_freely(self) -> None:
         """Settle ``rotate: auto``, and rotate."""
-        names, left_out = free_rotations(self.source, self.assignment, self.recipe)
+        names, left_out = free_rotations(self.source, self.assignment, self.recipe, self.method)
         while True:
             self.recipe = dataclasses.replace(self.recipe, rotate=names)
             try:

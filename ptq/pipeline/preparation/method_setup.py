@@ -60,6 +60,11 @@ class MethodSetup:
         return self.learned is not None or of_solver or self.calibrates_inputs
 
     @property
+    def compensates(self) -> bool:
+        """Whether linears are solved one by one on statistics of their inputs."""
+        return self.learned is None and self.solver is not None and bool(self.solver.needs)
+
+    @property
     def full_inputs(self) -> bool:
         """Whether the calibration passes go through the full-precision model alone."""
         return self.learned is None and self.solver is not None and self.solver.full_inputs

@@ -1,4 +1,8 @@
-"""What ``rotate: auto`` stands for: rotations of integer grids that cost no byte in the container at hand."""
+"""What ``rotate: auto`` stands for: rotations of integer grids that cost no byte in the container at hand.
+
+For methods that compensate their errors: docs/results/2026-11-28-rotations.md has what it brings them and what it costs
+``rtn``.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,16 @@ from calib.model.structure import all_linears, tied_head
 from ptq.containers.native import NATIVE
 from ptq.containers.select import select_container
 from ptq.pipeline.preparation.container import key_values_of
+from ptq.pipeline.preparation.method_setup import MethodSetup
 from ptq.pipeline.preparation.schemes.scheme_assignment import Plan
 from ptq.recipe import Recipe
 
 __all__ = ["free_rotations"]
 
 
-def free_rotations(source: ModelSource, assignment: Plan, recipe: Recipe) -> tuple[tuple[str, ...], str]:
+def free_rotations(
+    source: ModelSource, assignment: Plan, recipe: Recipe, method: MethodSetup
+) -> tuple[tuple[str, ...], str]:
     """The rotations that cost no byte, and why others are left out (empty if none is).
 
     The native container carries both: a tied head stays tied (`ptq.transforms.rotation.online`), and linears rotate
@@ -26,7 +33,10 @@ def free_rotations(source: ModelSource, assignment: Plan, recipe: Recipe) -> tup
         source: the model, before anything is rotated.
         assignment: what will be done to its linears.
         recipe: its container and ``rotate_head``.
+        method: what rounds. Where nothing makes up for its errors rotations can do harm (``rtn`` on SmolLM2-135M).
     """
+    if not method.compensates:
+        return (), f"{method.name} does not solve linears on statistics of their inputs"
     if assignment.outside:
         return (), "the embedding or the head is quantized"
     used = [scheme for scheme in assignment.schemes.values() if scheme is not None]

@@ -25,10 +25,8 @@ SYMMETRIC = {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": "flo
 def quantize(model: Any, out: Path, **fields: Any) -> tuple[ptq.Report, str]:
     said: list[Event] = []
     scheme = {} if "format" in fields else SYMMETRIC
-    defaults: dict[str, Any] = {**scheme, "container": "native", "rotate": ("auto",)}
-    report = ptq.quantize(
-        model, out=out, method="gptq", calibration=CALIBRATION, on_event=said.append, **defaults | fields
-    )
+    defaults: dict[str, Any] = {"method": "gptq", **scheme, "container": "native", "rotate": ("auto",)}
+    report = ptq.quantize(model, out=out, calibration=CALIBRATION, on_event=said.append, **defaults | fields)
     return report, "\n".join(event.text for event in said)
 
 
@@ -42,6 +40,8 @@ def quantize(model: Any, out: Path, **fields: Any) -> tuple[ptq.Report, str]:
         ("llama", True, {"container": "auto"}, [], "the head is tied to the embedding"),
         ("llama", True, {"container": "auto", "rotate_head": "merged"}, ["residual"], ""),
         ("gemma2", True, {}, ["down"], "the residual stream cannot be rotated"),
+        ("llama", True, {"method": "rtn"}, [], "rtn does not solve linears on statistics"),
+        ("llama", True, {"method": "sliderquant", "iters": 1}, [], "sliderquant does not solve linears on statistics"),
         ("llama", True, {"format": "nvfp4"}, [], "nvfp4 is no integer grid"),
     ],
 )
@@ -80,10 +80,9 @@ def test_auto_stands_alone() -> None:
         Recipe(rotate=("auto", "down"))
 
 
-def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
-    folders = [str(tmp_path / "model"), "-o", str(tmp_path / "out")]
-    code = main(["quantize", "--method", "rtn", "--bits", "4", "--asym", "--rotate", "auto", *folders])
-    assert code in (0, None)
+def test_the_command_says_it(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["--method", "gptq", "--bits", "4", "--asym", "--rotate", "auto", "--calib", "pydoc"]
+    size = ["--calib-samples", "4", "--calib-seqlen", "16"]
+    assert main(["quantize", *said, *size, str(tiny_folder), "-o", str(tmp_path / "out")]) in (0, None)
     assert "rotate auto: residual, down" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "ptq_report.json").read_text())["recipe"]["rotate"] == ["residual", "down"]

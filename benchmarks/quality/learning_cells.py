@@ -106,6 +106,12 @@ def _autoround(setting: str) -> Cell:
     return Cell(setting, "autoround", (("iters", AUTOROUND_ITERS), ("batch", 8)))
 
 
+def _autoround_as_published(setting: str) -> Cell:
+    """What Intel's package does: from the ranges of the weights, on all sequences, all iterations, the best loss kept."""
+    options = (("iters", AUTOROUND_ITERS), ("batch", 8), ("init", "none"), ("holdout", 0), ("max_passes", 0))
+    return Cell(setting, "autoround", options)
+
+
 def _activations(setting: str) -> Table:
     return Table(
         setting,
@@ -188,7 +194,11 @@ TABLES = (
     *(_best(setting) for setting in ("W3 g64 sym", "W3 g64 sym rotated")),
     Table(
         "autoround",  # beside peers/autoround_reference.py
-        {setting: _autoround(setting) for setting in ("W3 g64", "W3 g64 sym", "W4 g128", "W4 g128 sym")},
+        {
+            f"{setting}{' as published' * published}": (_autoround_as_published if published else _autoround)(setting)
+            for setting in ("W3 g64", "W3 g64 sym", "W4 g128", "W4 g128 sym")
+            for published in (False, True)
+        },
     ),
 )
 

@@ -107,7 +107,7 @@ def _autoround(setting: str) -> Cell:
 
 
 def _autoround_as_published(setting: str) -> Cell:
-    """What Intel's package does: from the ranges of the weights, on all sequences, all iterations, the best loss kept."""
+    """What Intel's package does: from the ranges of the weights, on all sequences, all steps, the best loss kept."""
     options = (("iters", AUTOROUND_ITERS), ("batch", 8), ("init", "none"), ("holdout", 0), ("max_passes", 0))
     return Cell(setting, "autoround", options)
 

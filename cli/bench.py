@@ -100,6 +100,8 @@ def generate(
 ) -> None:
     """Time how fast MODEL writes: tokens per second, time to the first token, memory.
 
+    Steps run as in ptq generate: on a GPU with a static cache and a captured graph, for both models.
+
     \b
     Examples:
       ptq bench generate OUT
@@ -119,6 +121,8 @@ def generate(
         if line is not None:
             echo(f"{source}: {line}", err=True)
         speed = measure_generation(loaded.model, prompt_tokens, new_tokens)
+        if speed.eager_reason is not None:
+            echo(f"{source}: steps are not replayed from a CUDA graph: {speed.eager_reason}", err=True)
         rows.append({"model": source, "dtype": str(loaded.model.dtype)[6:], **dataclasses.asdict(speed)})
         del loaded
         gc.collect()

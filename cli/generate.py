@@ -91,7 +91,7 @@ def _continue(
     """Ids of the prompt and of what the model adds, up to and without an end-of-text token."""
     import torch
 
-    from calib.data.sampling import sample_steps
+    from calib.data.static_sampling import decode_steps
     from calib.data.tokens import tokenize
     from cli.shared.terminal.bar import counter_bars
 
@@ -102,12 +102,18 @@ def _continue(
     ends = _end_tokens(loaded.model)
     new: list[int] = []
     with counter_bars() as progress:
-        for token in sample_steps(loaded.model, ids[None], uniform, temperature=temperature):
+        for token in decode_steps(loaded.model, ids[None], uniform, temperature=temperature, on_fallback=_say_eager):
             if int(token) in ends:
                 break
             new.append(int(token))
             progress("tokens", len(new), steps)
     return ids.tolist(), new
+
+
+def _say_eager(reason: str) -> None:
+    from cli.shared.terminal.screen import echo
+
+    echo(f"steps are launched one kernel at a time, which is slower than a captured graph: {reason}", err=True)
 
 
 def _check_length(model: Any, ids: Tensor, steps: int) -> None:

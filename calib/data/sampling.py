@@ -15,7 +15,7 @@ from torch import Tensor
 from calib.errors import ModelError, NumericalError
 from calib.model.cache import cache_argument, returned_cache
 
-__all__ = ["sample_from_model", "sample_steps"]
+__all__ = ["check_token", "draw", "sample_from_model", "sample_steps"]
 
 
 @torch.no_grad()
@@ -74,22 +74,36 @@ def sample_steps(model: Any, prompt: Tensor, uniform: Tensor, *, temperature: fl
         cache = returned_cache(out)
         if cache is None:
             raise ModelError(f"{type(model).__name__} returns no key-value cache, so it cannot be sampled from here.")
-        token = _pick(out.logits[:, -1].float(), uniform[:, step], temperature)  # [batch]
+        token = check_token(draw(out.logits[:, -1].float(), uniform[:, step], temperature).cpu())  # [batch]
         yield token
         ids = token[:, None]
 
 
-def _pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Where the distribution function of each row of ``logits [batch, vocab]`` passes ``uniform [batch]``."""
-    if not torch.isfinite(logits.amax(dim=-1)).all():
-        raise NumericalError("the model's logits are NaN or infinite while sampling; check the checkpoint.")
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Where the distribution function of each row of ``logits [batch, vocab]`` passes ``uniform [batch]``.
+
+    Returns:
+        int64 ``[batch]`` on the device of the logits, which is not waited for; -1 for a row with NaN or Inf.
+    """
+    finite = torch.isfinite(logits.amax(dim=-1))
     if temperature == 0:
-        return logits.argmax(dim=-1).cpu()
+        return torch.where(finite, logits.argmax(dim=-1), -1)
     weights = torch.softmax(logits / temperature, dim=-1).double()
     cumulative = weights.cumsum(dim=-1)
     target = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1).cpu()
+    token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.where(finite, token, -1)
+
+
+def check_token(token: Tensor) -> Tensor:
+    """What `draw` returned, int64 ``[batch]`` on the CPU.
+
+    Raises:
+        NumericalError: it came from logits that are NaN or infinite.
+    """
+    if (token < 0).any():
+        raise NumericalError("the model's logits are NaN or infinite while sampling; check the checkpoint.")
+    return token
 
 
 def _first_tokens(model: Any, uniform: Tensor, bos: int | str | None) -> Tensor:

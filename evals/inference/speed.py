@@ -1,16 +1,20 @@
-"""How fast a model writes: seconds to the first token, tokens per second after it, memory."""
+"""How fast a model writes: seconds to the first token, tokens per second after it, memory.
+
+What is timed is what ``ptq generate`` runs: on a GPU a static cache and a captured step, for every model alike.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import torch
 
-from calib.data.sampling import sample_steps
+from calib.data.static_sampling import decode_steps
 
 __all__ = ["GenerationSpeed", "measure_generation"]
 
@@ -26,6 +30,8 @@ class GenerationSpeed:
         tokens_per_second: one over the median time of a token after the first.
         weight_bytes: parameters and buffers.
         peak_bytes: on a GPU the most memory that torch held while writing; on a CPU the process's memory afterwards.
+        captured: its steps are replayed from a CUDA graph.
+        eager_reason: why they are not, on a GPU.
     """
 
     prompt_tokens: int
@@ -34,6 +40,8 @@ class GenerationSpeed:
     tokens_per_second: float
     weight_bytes: int
     peak_bytes: int
+    captured: bool = False
+    eager_reason: str | None = None
 
 
 def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats: int = 3) -> GenerationSpeed:
@@ -51,13 +59,13 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-    firsts, steps = [], []
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}  # before any is repacked
+    firsts, steps, reasons = [], [], list[str]()
     for run in range(repeats + 1):
-        times = _token_times(model, prompt, new_tokens)
+        times = _token_times(model, prompt, new_tokens, reasons.append)
         if run:
             firsts.append(times[0])
             steps.extend(times[1:])
-    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     return GenerationSpeed(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -65,13 +73,16 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
         tokens_per_second=1 / statistics.median(steps),
         weight_bytes=sum(tensors.values()),
         peak_bytes=torch.cuda.max_memory_allocated(model.device) if on_gpu else psutil.Process().memory_info().rss,
+        captured=on_gpu and not reasons,
+        eager_reason=reasons[0] if reasons else None,
     )
 
 
-def _token_times(model: Any, prompt: torch.Tensor, new_tokens: int) -> list[float]:
+def _token_times(model: Any, prompt: torch.Tensor, new_tokens: int, on_fallback: Callable[[str], None]) -> list[float]:
     times, before = [], time.perf_counter()
     uniform = torch.zeros(1, new_tokens, dtype=torch.float64)
-    for _ in sample_steps(model, prompt, uniform, temperature=0):  # every token comes to the CPU
+    # every token comes to the CPU
+    for _ in decode_steps(model, prompt, uniform, temperature=0, on_fallback=on_fallback):
         now = time.perf_counter()
         times.append(now - before)
         before = now

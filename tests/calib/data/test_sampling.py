@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calib.data.sampling import _pick, sample_from_model, sample_steps
+from calib.data.sampling import check_token, draw, sample_from_model, sample_steps
 from calib.errors import ModelError, NumericalError
 
 
@@ -38,9 +38,9 @@ def slow_samples(model: LlamaForCausalLM, samples: int, seqlen: int, seed: int) 
     rows = []
     for draws in uniform:
         row = [3]
-        for draw in draws[1:]:
+        for one in draws[1:]:
             p = torch.softmax(model(torch.tensor([row])).logits[0, -1].detach(), -1).double()
-            row.append(int((p.cumsum(0) <= draw * p.sum()).sum()))
+            row.append(int((p.cumsum(0) <= one * p.sum()).sum()))
         rows.append(row)
     return torch.tensor(rows)
 
@@ -76,16 +76,16 @@ def test_temperature_zero_is_the_most_probable_token() -> None:
 def test_draws_follow_the_distribution_and_never_pick_the_impossible() -> None:
     logits = torch.tensor([0.5, 0.0, 0.25, 0.25, 0.0]).log().expand(4000, -1)
     uniform = torch.arange(4000, dtype=torch.float64) / 4000
-    counts = torch.bincount(_pick(logits, uniform, 1.0), minlength=5)
+    counts = torch.bincount(draw(logits, uniform, 1.0), minlength=5)
     assert counts[1] == counts[4] == 0
     assert (counts - torch.tensor([2000, 0, 1000, 1000, 0])).abs().max() <= 1
-    sharper = torch.bincount(_pick(logits, uniform, 0.5), minlength=5)
+    sharper = torch.bincount(draw(logits, uniform, 0.5), minlength=5)
     assert abs(int(sharper[0]) - 4000 * 4 // 6) <= 1
 
 
 def test_errors() -> None:
     with pytest.raises(NumericalError, match="NaN or infinite while sampling"):
-        _pick(torch.tensor([[0.0, float("nan")]]), torch.zeros(1, dtype=torch.float64), 1.0)
+        check_token(draw(torch.tensor([[0.0, float("nan")]]), torch.zeros(1, dtype=torch.float64), 1.0))
 
     class Cacheless:
         device = torch.device("cpu")

@@ -114,8 +114,8 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """False for packed layers: the reference forward has not been measured under ``torch.compile``."""
-        return not self.packed and bool(super().is_compileable)
+        """True for packed layers, as in the native format."""
+        return self.packed or bool(super().is_compileable)
 
 
 def packed_linears(files: Iterable[str] | None) -> list[str]:

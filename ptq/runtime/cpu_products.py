@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -121,7 +122,34 @@ def _missing() -> str | None:
     failure = load_operators("ptq_cpu", _SOURCES, ("-fopenmp",))
     if failure is not None:
         return f"they could not be built: {failure}"
+    _register_shapes()
     return None if torch.ops.ptq_cpu.vectors() else "this CPU has no AVX2"
+
+
+def _register_shapes() -> None:
+    """What the operators return, without values, for ``torch.compile``."""
+
+    def like_input(x: Tensor, *rest: object) -> Tensor:
+        return torch.empty_like(x)
+
+    def product_of(rows: int) -> Callable[..., Tensor]:
+        return lambda x, *rest: x.new_empty(*x.shape[:-1], rest[rows])
+
+    def values_of(columns: int) -> Callable[..., Tensor]:
+        def values(codes: Tensor, *rest: Any) -> Tensor:
+            return codes.new_empty(rest[columns + 2] - rest[columns + 1], rest[columns], dtype=torch.float32)
+
+        return values
+
+    shapes = {
+        "rotated": like_input,
+        "packed_product": product_of(9),
+        "blocks_product": product_of(5),
+        "packed_values": values_of(9),
+        "blocks_values": values_of(5),
+    }
+    for name, shape in shapes.items():
+        torch.library.register_fake(f"ptq_cpu::{name}", shape)
 
 
 def _call(weight: PackedWeight) -> tuple[str, tuple[object, ...]]:

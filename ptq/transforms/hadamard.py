@@ -166,7 +166,7 @@ class InputRotation:
 
         The result is remembered as long as ``x`` lives and is not written to.
         """
-        if x.is_inference():  # such tensors do not say when they were written to
+        if torch.compiler.is_compiling() or x.is_inference():  # these do not say when they were written to
             return self(x)
         last, grad = self._last, torch.is_grad_enabled() and x.requires_grad
         if last is not None and last[0]() is x and last[1:3] == (x._version, grad):

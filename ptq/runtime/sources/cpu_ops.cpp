@@ -216,16 +216,25 @@ at::Tensor blocks_values(const at::Tensor& words, const at::Tensor& multipliers,
 
 }  // namespace
 
+// Shapes without values (torch.compile) are in cpu_products.py.
 TORCH_LIBRARY(ptq_cpu, m) {
   m.def("vectors() -> str", vectors);
   m.def("use_avx2(bool only) -> ()", [](bool only) { narrow = only; });
-  m.def("rotated(Tensor x, Tensor signs, int[] sizes) -> Tensor", rotated);
+  m.def("rotated(Tensor x, Tensor signs, int[] sizes) -> Tensor");
   m.def("packed_product(Tensor x, Tensor codes, Tensor scale, Tensor? zeros, Tensor? scale_table, Tensor levels, int bits, "
-        "float zero, float least, int group, int rows, int columns, Tensor? bias, Tensor? signs, int[] sizes) -> Tensor", packed_product);
+        "float zero, float least, int group, int rows, int columns, Tensor? bias, Tensor? signs, int[] sizes) -> Tensor");
   m.def("packed_values(Tensor codes, Tensor scale, Tensor? zeros, Tensor? scale_table, Tensor levels, int bits, float zero, "
-        "float least, int group, int rows, int columns, int first, int last) -> Tensor", packed_values);
+        "float least, int group, int rows, int columns, int first, int last) -> Tensor");
   m.def("blocks_product(Tensor x, Tensor words, Tensor multipliers, Tensor magnitudes, int sub, float least, int rows, "
-        "int columns, Tensor? bias, Tensor? signs, int[] sizes) -> Tensor", blocks_product);
+        "int columns, Tensor? bias, Tensor? signs, int[] sizes) -> Tensor");
   m.def("blocks_values(Tensor words, Tensor multipliers, Tensor magnitudes, int sub, float least, int rows, int columns, "
-        "int first, int last) -> Tensor", blocks_values);
+        "int first, int last) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ptq_cpu, CPU, m) {
+  m.impl("rotated", rotated);
+  m.impl("packed_product", packed_product);
+  m.impl("packed_values", packed_values);
+  m.impl("blocks_product", blocks_product);
+  m.impl("blocks_values", blocks_values);
 }

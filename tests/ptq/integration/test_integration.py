@@ -219,7 +219,7 @@ def test_packed_models_say_what_can_be_done_with_them(tmp_path: Path) -> None:
         quantizer: Any = ptq.integration.loading.load(tmp_path / folder).hf_quantizer
         assert quantizer.is_trainable  # with adapters: test_adapters.py
         assert not quantizer.is_qat_trainable
-        assert not quantizer.is_compileable
+        assert quantizer.is_compileable  # tests/ptq/runtime/test_compile.py
         assert quantizer.is_serializable()
 
 

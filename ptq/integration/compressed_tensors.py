@@ -32,7 +32,7 @@ from ptq.containers.vllm_tensors import stored_rotations
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.rotated_config import install_rotations
 from ptq.integration.stored_names import StoredNames
-from ptq.integration.swap import share_rotations, swap_linear
+from ptq.integration.swap import share_inputs, swap_linear
 from ptq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 __all__ = ["PackedCompressedTensorsQuantizer", "is_scale"]
@@ -76,7 +76,7 @@ class PackedCompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
         self._renamed = {name: stored_names(scheme.format) for name, scheme in schemes.items()}
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=False)
-        share_rotations(model)
+        share_inputs(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         # Experts that stay fused are still decompressed by the stock conversions, which find nothing where what they

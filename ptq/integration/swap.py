@@ -8,11 +8,12 @@ from transformers.pytorch_utils import Conv1D
 from calib.model.structure import tied_head
 from ptq.errors import OutputError
 from ptq.runtime.embedding import QuantEmbedding, TiedHead
+from ptq.runtime.input_groups import InputGroups
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Rotation, Scheme
 from ptq.transforms.hadamard import InputRotation
 
-__all__ = ["linear_shape", "share_rotations", "swap_linear"]
+__all__ = ["linear_shape", "share_inputs", "swap_linear"]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -73,9 +74,11 @@ def _swap_embedding(
                 setattr(part, key, kept)
 
 
-def share_rotations(model: nn.Module) -> None:
-    """Let the packed linears of a model that read the same input (q, k and v; gate and up) rotate it once."""
+def share_inputs(model: nn.Module) -> None:
+    """Let the packed linears of a model that read the same input (q, k and v; gate and up) rotate it once, and multiply
+    it once where their kernel can."""
     rotations: dict[tuple[Rotation, int], InputRotation] = {}
+    groups = InputGroups()
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.share_rotations(rotations)
+            module.share_inputs(rotations, groups)

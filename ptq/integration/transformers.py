@@ -23,7 +23,7 @@ from ptq.integration.compressed_tensors import PackedCompressedTensorsQuantizer,
 from ptq.integration.experts import leave_split_experts, split_named_experts
 from ptq.integration.rotated_config import CompressedTensorsConfig
 from ptq.integration.stored_names import StoredNames
-from ptq.integration.swap import share_rotations, swap_linear
+from ptq.integration.swap import share_inputs, swap_linear
 from ptq.runtime.kv_cache import set_key_values
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import KeyValueScheme, Scheme
@@ -111,7 +111,7 @@ class PtqQuantizer(HfQuantizer):
         split_named_experts(model, schemes)
         for name, scheme in schemes.items():
             swap_linear(model, name, scheme, guard=True)
-        share_rotations(model)
+        share_inputs(model)
         if rotation is not None:
             rotation.install(model)
         key_values = self.quantization_config.key_value_scheme()

@@ -10,22 +10,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptq.number_formats.integer import unpack_zeros
+from ptq.number_formats.integer import INTEGER, unpack_zeros
 from ptq.number_formats.rotated.itq3s import ITQ3S
 from ptq.packing.bits import unpack_rows
-from ptq.runtime.cuda_layout import UNIT_COLUMNS, pack_zeros, repack_blocks, repack_scales, repack_uniform
+from ptq.runtime.cuda_layout import UNIT_COLUMNS, UNIT_ROWS, pack_zeros, repack_blocks, repack_scales, repack_uniform
 from ptq.runtime.cuda_library import check, cuda_library, device_capability
-from ptq.runtime.dispatch import Kernel, PackedWeight
+from ptq.runtime.cuda_restore import restore_blocks, restore_scales, restore_uniform, unpack_zero_pairs
+from ptq.runtime.dispatch import Kernel, Merged, MergeRules, PackedWeight
 from ptq.scheme import Scheme
 from ptq.transforms.hadamard import InputRotation, hadamard_matrix
 
-__all__ = ["CUDA_PRODUCTS", "CudaWeight", "dequantized", "prepare", "product"]
+__all__ = ["CUDA_PRODUCTS", "CudaWeight", "dequantized", "merge", "merge_key", "prepare", "product", "restore"]
 
 _BITS = (2, 3, 4, 8)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -92,6 +94,59 @@ def prepare(weight: PackedWeight) -> CudaWeight:
     if made.codes.is_cuda:
         torch.cuda.synchronize(made.codes.device)  # a product may read weights before the kernels in front of it end
     return made
+
+
+def restore(weight: PackedWeight) -> dict[str, Tensor]:
+    """The checkpoint's tensors that a prepared weight holds, bit for bit."""
+    made, scheme = cast(CudaWeight, weight.prepared), weight.scheme
+    rows, columns = weight.out_features, weight.in_features
+    if scheme.format == "itq3s":
+        codes, scale, index = restore_blocks(made.codes, made.scales, rows, columns)
+        return {"weight_packed": ITQ3S.pack(codes, {"scale": scale, "multiplier": index}, scheme)["weight_packed"]}
+    group = scheme.group_size or columns
+    params = {"scale": restore_scales(made.scales, group, made.group, rows, columns)}
+    if made.zeros is not None:
+        points = unpack_zero_pairs(made.zeros, scheme.bits)
+        params["zero"] = restore_scales(points, group, made.group, rows, columns)
+    tensors = INTEGER.pack(restore_uniform(made.codes, scheme.bits, rows, columns), params, scheme)
+    del tensors["weight_shape"]
+    if "weight_zero_point" in tensors:  # transposed, and with one column nothing makes its strides regular but a copy
+        zeros = tensors["weight_zero_point"]
+        tensors["weight_zero_point"] = zeros.clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def merge_key(weight: PackedWeight) -> Hashable:
+    """Weights with equal keys that read the same input can be one weight."""
+    made, scheme = cast(CudaWeight, weight.prepared), weight.scheme
+    layout = (made.format, made.group, made.codes.shape[1:], made.scales.dtype, made.zeros is None, made.codes.device)
+    return (*layout, weight.in_features, weight.rotated, scheme.input_rotation)
+
+
+def merge(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, list[Merged]]:
+    """One weight of all rows, those of every member filled up to whole tiles."""
+    parts = [cast(CudaWeight, weight.prepared) for weight in weights]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    whole = dataclasses.replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
+    members, tile = [], 0
+    for weight, part in zip(weights, parts, strict=True):
+        tiles = slice(tile, tile + len(part.codes))
+        own = dataclasses.replace(
+            part,
+            codes=whole.codes[tiles],
+            scales=whole.scales[tiles],
+            zeros=None if whole.zeros is None else whole.zeros[tiles],
+        )
+        members.append(Merged(dataclasses.replace(weight, prepared=own), tile * UNIT_ROWS))
+        tile = tiles.stop
+    if whole.codes.is_cuda:
+        torch.cuda.synchronize(whole.codes.device)  # as in `prepare`
+    return dataclasses.replace(weights[0], prepared=whole, out_features=tile * UNIT_ROWS), members
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -307,4 +362,6 @@ CUDA_PRODUCTS = Kernel(
     prepare=prepare,
     rotates_input=True,
     multiplies="codes decoded in the product",
+    restore=restore,
+    merging=MergeRules(merge_key, merge, min(most for _, most in _IN_SIXTEENS)),
 )

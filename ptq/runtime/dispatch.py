@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,17 @@ from torch.nn import functional
 from ptq.errors import UsageError, unknown_name
 from ptq.scheme import Scheme
 
-__all__ = ["KERNELS", "REFERENCE", "TILE_WEIGHTS", "Kernel", "PackedWeight", "choose", "dequantized_tiles"]
+__all__ = [
+    "KERNELS",
+    "REFERENCE",
+    "TILE_WEIGHTS",
+    "Kernel",
+    "MergeRules",
+    "Merged",
+    "PackedWeight",
+    "choose",
+    "dequantized_tiles",
+]
 
 TILE_WEIGHTS = 2**22
 """Weights dequantized at a time by the reference: at most 28 MB of temporaries (1 byte per code, 4 per float32 value, 2
@@ -49,6 +59,34 @@ class PackedWeight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Merged:
+    """A member of a merged weight.
+
+    Args:
+        weight: its own, whose prepared tensors are views of the merged ones.
+        start: its first row among those of the merged weight.
+    """
+
+    weight: PackedWeight
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeRules:
+    """How prepared weights that multiply the same input become one.
+
+    Args:
+        key: only weights with equal keys can be merged.
+        merge: to one weight, and its members in order.
+        most_vectors: inputs up to which one product is faster than several.
+    """
+
+    key: Callable[[PackedWeight], Hashable]
+    merge: Callable[[Sequence[PackedWeight]], tuple[PackedWeight, list[Merged]]]
+    most_vectors: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """One way to compute ``y = x W^T + bias``.
 
@@ -67,6 +105,9 @@ class Kernel:
             `PackedWeight.prepared`.
         rotates_input: ``product`` takes the input before it is rotated where `PackedWeight.rotated` is false.
         multiplies: how, in a few words for people.
+        restore: the stored tensors that `PackedWeight.prepared` holds in another order, bit for bit: a layer then
+            keeps these alone.
+        merging: how prepared weights are merged; ``None`` if they are not.
     """
 
     name: str
@@ -79,6 +120,8 @@ class Kernel:
     prepare: Callable[[PackedWeight], Any] | None = None
     rotates_input: bool = False
     multiplies: str = ""
+    restore: Callable[[PackedWeight], Mapping[str, Tensor]] | None = None
+    merging: MergeRules | None = None
 
     def refusal(
         self, device: str, dtype: torch.dtype, scheme: Scheme, out_features: int, in_features: int

@@ -10,6 +10,7 @@ from ptq.scheme import Scheme
 
 __all__ = ["QuantEmbedding", "TiedHead", "finds_rows"]
 
+_FEW_IDS = 64  # looked up one by one, without finding equal ones: a GPU need not wait, and a graph can capture it
 _WHOLE = 2  # numbers of a tensor that belongs to the whole weight: a shape, a global scale
 
 
@@ -40,6 +41,8 @@ class QuantEmbedding(QuantLinear):
         dtype: of what a look-up gives.
     """
 
+    keeps_stored_tensors = True  # look-ups read them
+
     def __init__(
         self,
         num_embeddings: int,
@@ -55,7 +58,13 @@ class QuantEmbedding(QuantLinear):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` row numbers to ``[..., embedding_dim]``."""
+        if ids.numel() <= _FEW_IDS:
+            return self._rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
         wanted, places = torch.unique(ids.reshape(-1), return_inverse=True)
+        return self._rows(wanted)[places].view(*ids.shape, self.embedding_dim)
+
+    def _rows(self, wanted: Tensor) -> Tensor:
+        """``[n]`` row numbers to ``[n, embedding_dim]``."""
         count = len(wanted)
         rows = {
             key: tensor[wanted] if tensor.shape[0] == self.num_embeddings else tensor
@@ -63,7 +72,7 @@ class QuantEmbedding(QuantLinear):
         }
         record = self._scheme.number_format
         values = record.dequantize_rows(rows, self._scheme, slice(0, count), count, self.embedding_dim)
-        return values.to(self._activations)[places].view(*ids.shape, self.embedding_dim)
+        return values.to(self._activations)
 
     def product(self, x: Tensor) -> Tensor:
         """``x W^T``, as the tied head computes it."""

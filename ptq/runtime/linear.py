@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ptq.errors import OutputError, UsageError
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.activations import quantize_tokens
 from ptq.runtime.dispatch import KERNELS, REFERENCE, Kernel, PackedWeight, choose, dequantized_tiles
+from ptq.runtime.input_groups import InputGroups, MergedProduct, is_capturing
+from ptq.runtime.replaced_tensors import ReplaceableTensors
 from ptq.scheme import SCALE_DTYPES, Rotation, Scheme
 from ptq.transforms.hadamard import InputRotation
 
@@ -43,7 +45,7 @@ class _NoDenseWeight(Tensor):
         return result.as_subclass(cls) if empty else result
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(ReplaceableTensors, nn.Linear):
     """``y = x W^T + bias`` with ``W [out_features, in_features]`` kept as the checkpoint's own tensors.
 
     The buffers are those of the scheme's number format. The product is computed by the kernel that
@@ -66,6 +68,8 @@ class QuantLinear(nn.Linear):
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
+    keeps_stored_tensors = False
+    """Whether the checkpoint's tensors stay in memory beside those that a kernel made of them."""
 
     def __init__(
         self,
@@ -84,6 +88,10 @@ class QuantLinear(nn.Linear):
         self._scheme = scheme
         self._prepared: tuple[object, PackedWeight] | None = None
         self._chosen: tuple[object, Kernel] | None = None
+        self._prepared_by: Kernel | None = None
+        self._keeps_both, self._captured = self.keeps_stored_tensors, False
+        self._groups: InputGroups | None = None
+        self.merged: tuple[MergedProduct, int] | None = None
         # Made at the first forward: here may be a skeleton on meta.
         self._rotations: dict[tuple[Rotation, int], InputRotation] = {}
         specs = scheme.number_format.tensor_specs(out_features, in_features, scheme) | scheme.input_specs(in_features)
@@ -120,6 +128,8 @@ class QuantLinear(nn.Linear):
         Raises:
             OutputError: the scales have a dtype that no scheme of ours has (a foreign checkpoint with float32 scales).
         """
+        if self._gone:
+            return self._scheme_in_use
         scale = self._buffers.get("weight_scale")
         if scale is None:
             return self._scheme
@@ -148,6 +158,10 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         kernel = self._kernel(x)
+        if self._groups is not None and kernel.merging is not None and not torch.compiler.is_compiling():
+            merged = self._groups.product(self, kernel, x)
+            if merged is not None:
+                return merged
         rotated = not kernel.rotates_input or self._scheme.rounds_input or self._scheme.input_rotation is None
         if rotated:
             x = self._rotated(x)
@@ -168,10 +182,25 @@ class QuantLinear(nn.Linear):
             self._chosen = (asked, kernel)
         return self._chosen[1]
 
-    def share_rotations(self, rotations: dict[tuple[Rotation, int], InputRotation]) -> None:
-        """Rotate inputs with these (made where they are missing), which other linears use, too: linears that read the
-        same tensor one after the other then rotate it once."""
-        self._rotations = rotations
+    def share_inputs(self, rotations: dict[tuple[Rotation, int], InputRotation], groups: InputGroups) -> None:
+        """Work together with the other linears of a model that read the same tensor one after the other.
+
+        Args:
+            rotations: of all of them, made where they are missing: an input is rotated once.
+            groups: of all of them: where the kernel can, an input is multiplied once.
+        """
+        self._rotations, self._groups = rotations, groups
+
+    def weight_to_merge(self, kernel: Kernel) -> PackedWeight | None:
+        """What ``kernel`` prepared, if it is all that the layer keeps, and no graph that somebody captured reads it."""
+        if not self._gone or self._captured or self._scheme.rounds_input or self._prepared is None:
+            return None
+        return self._prepared[1] if self._prepared[0] == (kernel.name,) else None
+
+    def join(self, group: MergedProduct, index: int, weight: PackedWeight) -> None:
+        """Be a member of a merged product, and multiply by ``weight``, its rows, where that does not."""
+        assert self._prepared is not None
+        self._prepared, self.merged = (self._prepared[0], weight), (group, index)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """The input ``[..., in_features]`` as the product sees it: rotated, then rounded, as the scheme says."""
@@ -194,30 +223,73 @@ class QuantLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make what kernels need anew."""
-        return self.__dict__ | {"_prepared": None, "_chosen": None}
+        self.restore_tensors()
+        return self.__dict__ | {
+            "_prepared": None,
+            "_chosen": None,
+            "merged": None,
+            "_captured": False,
+            "_prepared_by": None,
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         """The stored tensors by bare name."""
-        return {key: self._buffers[key] for key in self._stored}  # type: ignore[misc]  # none of them is None
+        buffers = self._buffers
+        return {key: buffers[key] for key in self._stored}  # type: ignore[misc]  # none of them is None
 
     def _packed(self, rotated: bool = True) -> PackedWeight:
         return PackedWeight(self._tensors(), self._scheme, self.out_features, self.in_features, rotated=rotated)
 
     def _prepared_weight(self, kernel: Kernel, rotated: bool) -> PackedWeight:
         """The weight in the kernel's own order, made at the first use and again where the stored tensors changed."""
-        assert kernel.prepare is not None
         made = self._prepared
         if made is not None and torch.compiler.is_compiling():  # compiled code takes what was made before
             return made[1]
-        key = (kernel.name, *((t.data_ptr(), t._version) for t in (self._buffers[name] for name in self._stored)))  # type: ignore[union-attr]
-        if made is None or made[0] != key:
-            weight = self._packed()
-            made = self._prepared = (key, dataclasses.replace(weight, prepared=kernel.prepare(weight), rotated=rotated))
+        if made is None or made[0] != self._state(kernel):
+            made = self._prepare(kernel, rotated)
+        self._captured |= is_capturing()
         return made[1]
+
+    def _state(self, kernel: Kernel) -> tuple[object, ...]:
+        """What the prepared weight was made of; where the stored tensors are gone, there is nothing else."""
+        if self._gone:
+            return (kernel.name,)
+        return (kernel.name, *((t.data_ptr(), t._version) for t in self._tensors().values()))
+
+    def _prepare(self, kernel: Kernel, rotated: bool) -> tuple[object, PackedWeight]:
+        assert kernel.prepare is not None
+        scheme = self.scheme
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self._packed()
+            weight = dataclasses.replace(weight, prepared=kernel.prepare(weight), rotated=rotated)
+            self._prepared = made = (self._state(kernel), weight)
+            if kernel.restore is not None and not self._keeps_both:
+                self._prepared_by, self._place = kernel, self._device
+                if self.drop_tensors():
+                    self._scheme_in_use = scheme
+                    self._prepared = made = ((kernel.name,), dataclasses.replace(weight, tensors={}))
+        return made
+
+    def remade_tensors(self) -> Mapping[str, Tensor]:
+        """The stored tensors from the kernel's order."""
+        assert self._prepared is not None
+        assert self._prepared_by is not None
+        assert self._prepared_by.restore is not None
+        return self._prepared_by.restore(self._prepared[1])
+
+    def after_restoring(self) -> None:
+        """Somebody reads the stored tensors: from now on they stay beside the kernel's, which graphs may read."""
+        assert self._prepared is not None
+        assert self._prepared_by is not None
+        self._keeps_both = True
+        self._prepared = (self._state(self._prepared_by), self._prepared[1])
+        if self.merged is not None:
+            self.merged[0].dissolve()
+            self.merged = None
 
     @property
     def _device(self) -> torch.device:
-        return self.get_buffer(self._stored[0]).device
+        return self._place if self._gone else self.get_buffer(self._stored[0]).device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # `.to(dtype)` and `.half()` are about activations: stored tensors keep their bits, they only change device.
@@ -229,6 +301,7 @@ class QuantLinear(nn.Linear):
             return fn(tensor.view(INTEGER_OF_SIZE[tensor.itemsize])).view(tensor.dtype)
 
         super()._apply(keep_stored, recurse)  # type: ignore[no-untyped-call]
+        self._prepared, self._keeps_both = None, self.keeps_stored_tensors
         self._activations = fn(torch.empty(0, dtype=self._activations)).dtype
         return self
 

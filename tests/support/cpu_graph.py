@@ -31,6 +31,8 @@ class CpuGraph:
         recording = _Recording()
         with pytest.MonkeyPatch.context() as patch, recording:
             patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # transformers asks
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             step()
         recording.restore()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.integration.swap import share_rotations
+from ptq.integration.swap import share_inputs
 from ptq.quantized import QuantizedWeight
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
@@ -31,5 +31,5 @@ def packed_model(scheme: Scheme, family: str = "llama", dtype: torch.dtype = tor
         weight = linear.weight.detach().float()
         new = QuantLinear.from_quantized(quantized(weight, scheme), linear.bias)
         setattr(model.get_submodule(owner), leaf, new.to(dtype).eval())
-    share_rotations(model)
+    share_inputs(model)
     return model

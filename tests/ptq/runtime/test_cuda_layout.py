@@ -79,3 +79,16 @@ def test_products_on_a_card(scheme: Scheme) -> None:
         slow = x.double() @ whole(weight).double().T + bias.bfloat16().double()
         got = cuda_products.product(x.cuda(), ready, bias.cuda()).cpu().double()
         assert (got - slow).norm() < near * slow.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+@pytest.mark.parametrize("shape", [(37, 640), (5, 300), (16, 256), (3, 96)])
+def test_the_order_gives_the_checkpoint_back(scheme: Scheme, shape: tuple[int, int]) -> None:
+    weight = made(scheme, *shape)
+    restored = cuda_products.restore(weight)
+    assert restored.keys() | {"weight_shape"} == weight.tensors.keys()
+    for key, tensor in restored.items():
+        stored = weight.tensors[key]
+        assert tensor.dtype == stored.dtype
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
+        assert torch.equal(tensor.view(bits), stored.view(bits)), key

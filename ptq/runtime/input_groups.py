@@ -12,15 +12,12 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptq.runtime.dispatch import Kernel, Merged, PackedWeight
-
-if TYPE_CHECKING:
-    from ptq.runtime.linear import QuantLinear
 
 __all__ = ["InputGroups", "MergedProduct", "is_capturing"]
 
@@ -28,14 +25,28 @@ _MOST_IDLE_PRODUCTS = 16
 """Merged products that not all members used, after which a group is given up: it costs more than it saves."""
 
 
+class Member(Protocol):
+    """What a group needs of a packed linear (`ptq.runtime.linear.QuantLinear`)."""
+
+    in_features: int
+    bias: nn.Parameter | None
+    merged: tuple[MergedProduct, int] | None
+
+    def weight_to_merge(self, kernel: Kernel) -> PackedWeight | None:
+        """What the kernel prepared; ``None`` if it must stay as it is."""
+
+    def join(self, group: MergedProduct, index: int, weight: PackedWeight) -> None:
+        """Be a member, and multiply by ``weight`` where the group does not."""
+
+
 class InputGroups:
     """What the linears of a model share: it finds the groups, and computes their products."""
 
     def __init__(self) -> None:
         self._input: tuple[weakref.ref[Tensor], int] | None = None
-        self._members: list[weakref.ref[QuantLinear]] = []
+        self._members: list[weakref.ref[Member]] = []
 
-    def product(self, linear: QuantLinear, kernel: Kernel, x: Tensor) -> Tensor | None:
+    def product(self, linear: Member, kernel: Kernel, x: Tensor) -> Tensor | None:
         """What ``linear`` gives for ``x``, where its group computes it; ``None`` where it has to do so itself."""
         if x.is_inference():  # such tensors do not say when they were written to
             return None
@@ -52,7 +63,7 @@ class InputGroups:
         """Copies find their groups anew."""
         return {"_input": None, "_members": []}
 
-    def _note(self, linear: QuantLinear, kernel: Kernel, x: Tensor) -> None:
+    def _note(self, linear: Member, kernel: Kernel, x: Tensor) -> None:
         if self._input is not None and self._input[0]() is x and self._input[1] == x._version:
             self._members.append(weakref.ref(linear))
             return
@@ -62,10 +73,10 @@ class InputGroups:
         self._input, self._members = (weakref.ref(x), x._version), [weakref.ref(linear)]
 
 
-def _merge(linears: Sequence[QuantLinear], kernel: Kernel) -> None:
+def _merge(linears: Sequence[Member], kernel: Kernel) -> None:
     """Merge those of the linears that can be, and have not been captured in a graph as they are."""
     assert kernel.merging is not None
-    alike: dict[Hashable, dict[int, tuple[QuantLinear, PackedWeight]]] = {}
+    alike: dict[Hashable, dict[int, tuple[Member, PackedWeight]]] = {}
     for linear in linears:
         weight = linear.weight_to_merge(kernel)
         if weight is not None:

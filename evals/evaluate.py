@@ -21,6 +21,7 @@ from calib.errors import ModelError, UsageError
 from evals.harness import run_harness
 from evals.inference.fingerprint import model_fingerprint
 from evals.inference.logits import model_device
+from evals.inference.weight_bytes import weight_bytes
 from evals.items import item_hash
 from evals.job import DEFAULT_TASKS, TextJob, WindowOptions, Workload, load_workload
 from evals.record import ModelInfo, Record, TaskResult, TextResult, read_task_result, read_text_result
@@ -240,9 +241,8 @@ def module_store(base: Any, tokenizer: Any, cache: str | Path | None = None) -> 
 def model_info(model: Any, source: str | None = None) -> ModelInfo:
     """What can be seen of a model in memory; tensors that are shared count once."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     name = type(model).__name__
-    return ModelInfo(source or name, model_fingerprint(model), name, parameters, sum(tensors.values()))
+    return ModelInfo(source or name, model_fingerprint(model), name, parameters, weight_bytes(model))
 
 
 def environment(model: Any) -> dict[str, Any]:

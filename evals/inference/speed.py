@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from calib.data.static_sampling import decode_steps
+from evals.inference.weight_bytes import weight_bytes
 
 __all__ = ["GenerationSpeed", "measure_generation"]
 
@@ -59,7 +60,6 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}  # before any is repacked
     firsts, steps, reasons = [], [], list[str]()
     for run in range(repeats + 1):
         times = _token_times(model, prompt, new_tokens, reasons.append)
@@ -71,7 +71,7 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
         new_tokens=new_tokens,
         first_token_seconds=statistics.median(firsts),
         tokens_per_second=1 / statistics.median(steps),
-        weight_bytes=sum(tensors.values()),
+        weight_bytes=weight_bytes(model),
         peak_bytes=torch.cuda.max_memory_allocated(model.device) if on_gpu else psutil.Process().memory_info().rss,
         captured=on_gpu and not reasons,
         eager_reason=reasons[0] if reasons else None,

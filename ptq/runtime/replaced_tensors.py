@@ -22,6 +22,8 @@ class ReplaceableTensors(nn.Module):
     """A module some of whose buffers can be gone, because it can make them again."""
 
     _gone: frozenset[str] = frozenset()
+    bytes_gone = 0
+    """Of the buffers that are gone; what replaces them takes about as many."""
 
     def remade_tensors(self) -> Mapping[str, Tensor]:
         """Buffers that the module can do without, made from what it keeps."""
@@ -42,7 +44,7 @@ class ReplaceableTensors(nn.Module):
             return False
         for name in made:
             buffers[name] = None
-        self._gone = frozenset(made)
+        self._gone, self.bytes_gone = frozenset(made), sum(tensor.nbytes for tensor in made.values())
         return True
 
     def restore_tensors(self) -> None:
@@ -50,7 +52,7 @@ class ReplaceableTensors(nn.Module):
         if self._gone:
             with torch.inference_mode(False), torch.no_grad():
                 self.__dict__["_buffers"].update(self.remade_tensors())
-            self._gone = frozenset()
+            self._gone, self.bytes_gone = frozenset(), 0
             self.after_restoring()
 
     @property

@@ -6,15 +6,19 @@ import copy
 import gc
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ptq
 from calib.data.sampling import sample_steps
 from calib.data.static_sampling import static_steps
+from ptq.integration.loading import load
 from ptq.runtime.input_groups import _MOST_IDLE_PRODUCTS, InputGroups
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
@@ -245,3 +249,24 @@ def test_a_captured_step_of_a_merged_model_gives_the_same_tokens(computed: list[
         found = static_steps(model, IDS, uniform, temperature=0, capture=capture, on_fallback=said.append)
         assert torch.equal(torch.stack(list(found)), expected)
     assert (capture.captures, capture.replays, said) == (2, 12, [])
+
+
+@pytest.mark.parametrize("options", [{"bits": 4, "group_size": 32}, {"format": "itq3s"}], ids=str)
+def test_a_model_that_ran_is_saved_as_it_was_loaded(
+    options: dict[str, Any], tiny_folder: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    ptq.quantize(tiny_folder, method="rtn", out=tmp_path / "out", **options)
+    model: Any = load(tmp_path / "out")
+    for _ in range(2):
+        model(IDS)
+    linears_of_model = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert all(module._gone for module in linears_of_model)
+    assert sum(module.merged is not None for module in linears_of_model) == 5 * model.config.num_hidden_layers
+    model.save_pretrained(tmp_path / "again")
+    old, new = (stored_tensors(tmp_path / name) for name in ("out", "again"))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}

@@ -129,21 +129,21 @@ class _State:
         self.arguments = cache_argument(model, StaticCache(config=model.config, max_cache_len=length))
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self.arguments["logits_to_keep"] = 1
-        self.uniform = uniform.to(device)  # [batch, steps]
-        self.found = torch.zeros(uniform.shape, dtype=torch.int64, device=device)  # -1: its logits were not finite
+        self.uniform = uniform.T.to(device, copy=True, memory_format=torch.contiguous_format)  # [steps, batch]
+        self.found = torch.zeros(self.uniform.shape, dtype=torch.int64, device=device)  # -1: logits were not finite
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.prompt: Tensor | None = prompt.to(device)
         self.last = torch.zeros(len(prompt), 1, dtype=torch.int64, device=device)
-        self.copied = torch.zeros(uniform.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.copied = torch.zeros(self.uniform.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.launched = 0
 
     def step(self) -> None:
         """One token of every sequence; the first call reads the prompt."""
         ids, self.prompt = (self.last if self.prompt is None else self.prompt), None
         out = self.model(input_ids=ids, use_cache=True, **self.arguments)
-        number = self.uniform.index_select(1, self.count)[:, 0]
+        number = self.uniform.index_select(0, self.count)[0]  # [batch]
         token = draw(out.logits[:, -1].float(), number, self.temperature)  # [batch]
-        self.found.index_copy_(1, self.count, token[:, None])
+        self.found.index_copy_(0, self.count, token[None])
         self.last.copy_(token.clamp(min=0)[:, None])
         self.count.add_(1)
 
@@ -151,7 +151,7 @@ class _State:
         """Run a step and have its tokens copied; what `token` waits for."""
         repeat()
         self.launched += 1
-        self.copied[:, self.launched].copy_(self.found[:, self.launched], non_blocking=True)
+        self.copied[self.launched].copy_(self.found[self.launched], non_blocking=True)
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -165,10 +165,10 @@ class _State:
             NumericalError: NaN or Inf among the logits.
         """
         if step == 0:
-            self.copied[:, 0].copy_(self.found[:, 0])
+            self.copied[0].copy_(self.found[0])
         elif event is not None:
             event.synchronize()
-        return check_token(self.copied[:, step].clone())
+        return check_token(self.copied[step].clone())
 
 
 def _captured(state: _State, capture: Callable[[_Step, torch.device], _Step], tell: Callable[[str], None]) -> _Step:

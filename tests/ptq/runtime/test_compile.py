@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -10,6 +12,7 @@ from calib.model.cache import cache_argument
 from ptq.runtime import cpu_products
 from ptq.scheme import Scheme
 from tests.ptq.runtime.test_cpu_products import packed
+from tests.support.cuda_on_cpu import cuda_on_cpu
 from tests.support.packed_models import packed_model
 
 INT4, ITQ3S = Scheme(4, group_size=32, scale_dtype="float16"), Scheme.of("itq3s")
@@ -21,7 +24,7 @@ def no_kernels_here() -> None:
 
 
 FORMATS = [INT4, ITQ3S, *(Scheme.of(name) for name in ("nvfp4", "higgs"))]
-CASES = [*(("reference", scheme) for scheme in FORMATS), ("cpu", INT4), ("cpu", ITQ3S)]
+CASES = [*(("reference", scheme) for scheme in FORMATS), ("cpu", INT4), ("cpu", ITQ3S), ("cuda", INT4), ("cuda", ITQ3S)]
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # tables: traced through
@@ -32,6 +35,11 @@ def test_a_step_is_one_graph_and_no_later_step_compiles(
     if kernel == "cpu":
         no_kernels_here()
     monkeypatch.setenv("PTQ_KERNEL", kernel)
+    with cuda_on_cpu() if kernel == "cuda" else contextlib.nullcontext():
+        compare(scheme)
+
+
+def compare(scheme: Scheme) -> None:
     model = packed_model(scheme, num_hidden_layers=1)
     graphs = []
 

@@ -22,7 +22,16 @@ from ptq.quantized import QuantizedWeight
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
 
-__all__ = ["KernelTiming", "copy_bandwidth", "parse_format", "random_layer", "time_formats"]
+__all__ = [
+    "KernelTiming",
+    "captured",
+    "copy_bandwidth",
+    "median_replay",
+    "median_seconds",
+    "parse_format",
+    "random_layer",
+    "time_formats",
+]
 
 _BYTES = {"cuda": 1_000_000_000, "cpu": 200_000_000}  # of distinct weights: far above any cache
 _COPY = {"cuda": 2**30, "cpu": 2**27}
@@ -102,14 +111,14 @@ def time_formats(
     """
     inputs = {batch: torch.randn(batch, shape[1]).to(device, torch.bfloat16) for batch in batches}
     dense = _dense_layers(shape, device)
-    plain = {batch: _seconds([_call(layer, x) for layer in dense], device) for batch, x in inputs.items()}
+    plain = {batch: median_seconds([_call(layer, x) for layer in dense], device) for batch, x in inputs.items()}
     del dense
     timings = []
     for scheme in schemes:
         layers = _packed_layers(scheme, shape, device)
         size = sum(tensor.nbytes for tensor in layers[0].buffers())
         for batch, x in inputs.items():
-            seconds = _seconds([_call(layer, x) for layer in layers], device)
+            seconds = median_seconds([_call(layer, x) for layer in layers], device)
             kernel = layers[0].kernel_name(x)
             timings.append(KernelTiming(scheme.describe(), kernel, shape, batch, seconds, plain[batch], size, copied))
         del layers
@@ -143,7 +152,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written per second by copies of a large tensor."""
     source = torch.ones(_COPY[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds([lambda: target.copy_(source)] * 2, device)
+    return 2 * source.nbytes / median_seconds([lambda: target.copy_(source)] * 2, device)
 
 
 def _dense_layers(shape: tuple[int, int], device: torch.device) -> list[Callable[[Tensor], Tensor]]:
@@ -166,10 +175,54 @@ def _call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
     return lambda: layer(x)
 
 
-def _seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 0.5) -> float:
-    """Median seconds per call."""
+def median_seconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, budget: float = 0.5, launches: int = 320
+) -> float:
+    """Median seconds per call.
+
+    Args:
+        calls: run one after the other; of weights that no cache holds, if caches are not what is timed.
+        device: where they run. On a GPU all of them are one CUDA graph.
+        budget: seconds after which no further time is taken, if there are five.
+        launches: calls in a graph at least, by repetition.
+    """
     calls[0]()
-    return _on_gpu(calls, budget) if device.type == "cuda" else _on_cpu(calls, budget)
+    if device.type != "cuda":
+        return _on_cpu(calls, budget)
+    rounds = max(1, launches // len(calls))
+    graph = captured([*calls] * rounds)
+    return median_replay(graph, budget) / (rounds * len(calls))
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of calls, each of which has run once on its stream (weights are repacked there)."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in dict.fromkeys(calls):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph
+
+
+def median_replay(graph: torch.cuda.CUDAGraph, budget: float = 0.5) -> float:
+    """Median seconds of 5 to 15 replays, about ``budget`` seconds in all."""
+    graph.replay()
+    torch.cuda.synchronize()
+    taken: list[float] = []
+    start = time.perf_counter()
+    while len(taken) < 5 or (time.perf_counter() - start < budget and len(taken) < 15):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        graph.replay()
+        events[1].record()
+        events[1].synchronize()
+        taken.append(events[0].elapsed_time(events[1]) * 1e-3)
+    return statistics.median(taken)
 
 
 def _on_cpu(calls: Sequence[Callable[[], object]], budget: float) -> float:
@@ -180,28 +233,4 @@ def _on_cpu(calls: Sequence[Callable[[], object]], budget: float) -> float:
         before = time.perf_counter()
         call()
         taken.append(time.perf_counter() - before)
-    return statistics.median(taken)
-
-
-def _on_gpu(calls: Sequence[Callable[[], object]], budget: float) -> float:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:  # weights are repacked here
-            call()
-    torch.cuda.synchronize()
-    rounds, graph = max(1, 320 // len(calls)), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    taken: list[float] = []
-    start = time.perf_counter()
-    while len(taken) < 5 or (time.perf_counter() - start < budget and len(taken) < 15):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-        events[0].record()
-        graph.replay()
-        events[1].record()
-        events[1].synchronize()
-        taken.append(events[0].elapsed_time(events[1]) * 1e-3 / (rounds * len(calls)))
     return statistics.median(taken)

@@ -12,6 +12,7 @@ from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from torch import Tensor
 
 from ptq.errors import UsageError
+from ptq.export.gguf.experts import add_experts
 
 __all__ = ["FAMILIES", "Family", "add_architecture", "find_family", "rope_factors"]
 
@@ -25,19 +26,27 @@ class Family:
         permutes: rows of q and k are in the order of another way to rotate positions.
         adds_one: the weights of norms are stored with the 1 that the model adds to them.
         layer_norm: the model has LayerNorm with bias and not RMSNorm.
+        tensor_scales: llama.cpp multiplies the output of every linear by a number of its own, where the file has one.
+        normalizes_experts: llama.cpp makes the weights of the chosen experts sum to 1; ``None`` for families without
+            experts.
     """
 
     arch: MODEL_ARCH
     permutes: bool = False
     adds_one: bool = False
     layer_norm: bool = False
+    tensor_scales: bool = False
+    normalizes_experts: bool | None = None
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(MODEL_ARCH.LLAMA, permutes=True),
-    "mistral": Family(MODEL_ARCH.LLAMA, permutes=True),
+    "llama": Family(MODEL_ARCH.LLAMA, permutes=True, tensor_scales=True),
+    "mistral": Family(MODEL_ARCH.LLAMA, permutes=True, tensor_scales=True),
+    "mixtral": Family(MODEL_ARCH.LLAMA, permutes=True, tensor_scales=True, normalizes_experts=True),
     "qwen2": Family(MODEL_ARCH.QWEN2),
-    "qwen3": Family(MODEL_ARCH.QWEN3),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, normalizes_experts=False),
+    "qwen3": Family(MODEL_ARCH.QWEN3, tensor_scales=True),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, tensor_scales=True, normalizes_experts=True),
     "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, adds_one=True),
     "phi": Family(MODEL_ARCH.PHI2, layer_norm=True),
@@ -101,6 +110,8 @@ def add_architecture(writer: GGUFWriter, config: Any, family: Family) -> None:
     ):
         if getattr(config, name, None) is not None:
             add(getattr(config, name))
+    if family.normalizes_experts is not None:
+        add_experts(writer, config, normalized=family.normalizes_experts)
     _add_window(writer, config, family)
     _add_positions(writer, config, head_dim)
 

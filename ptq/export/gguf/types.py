@@ -15,10 +15,11 @@ from ptq.packing.nibbles import unpack_nibbles
 from ptq.quantized import QuantizedWeight
 from ptq.scheme import Scheme
 
-__all__ = ["exact_type", "pack_q8_0", "row_bytes", "weight_bytes"]
+__all__ = ["exact_type", "pack_q8_0", "row_bytes", "tensor_scale", "weight_bytes"]
 
 _BLOCK = 32
 _TERNARY_BLOCK = 256
+_NVFP4_BLOCK = 64
 
 
 def exact_type(name: str, scheme: Scheme, shape: tuple[int, int]) -> GGMLQuantizationType:
@@ -31,13 +32,13 @@ def exact_type(name: str, scheme: Scheme, shape: tuple[int, int]) -> GGMLQuantiz
     if problem is not None:
         raise UsageError(
             f"{name} ({scheme.describe()}, {shape[0]} x {shape[1]}) cannot be stored in a GGUF file without rounding "
-            f"it again: {problem}. What can: --format q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, mxfp4; symmetric integers "
-            "of 2 to 8 bits with --group-size 32 or a multiple of it. Quantize again with one of these."
+            f"it again: {problem}. What can: --format q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, mxfp4, nvfp4; symmetric "
+            "integers of 2 to 8 bits with --group-size 32 or a multiple of it. Quantize again with one of these."
         )
     if isinstance(scheme.number_format, GgufFormat):
         return GGMLQuantizationType[scheme.format.upper()]
-    if scheme.format == "mxfp4":
-        return GGMLQuantizationType.MXFP4
+    if scheme.format in ("mxfp4", "nvfp4"):
+        return GGMLQuantizationType[scheme.format.upper()]
     size = shape[1] if scheme.group_size is None else scheme.group_size
     if scheme.bits == 2 and size % _TERNARY_BLOCK == 0:
         return GGMLQuantizationType.TQ2_0
@@ -51,6 +52,8 @@ def _problem(scheme: Scheme, width: int) -> str | None:
         return "its input is rotated at run time, which only ptq does"
     if isinstance(scheme.number_format, GgufFormat) or scheme.format == "mxfp4":
         return None
+    if scheme.format == "nvfp4":
+        return f"its blocks there are {_NVFP4_BLOCK} weights" if width % _NVFP4_BLOCK else None
     if scheme.format != "int":
         return f"there is no type with the values of {scheme.format}"
     if not scheme.symmetric:
@@ -77,6 +80,8 @@ def weight_bytes(name: str, weight: QuantizedWeight, kind: GGMLQuantizationType)
         return scheme.number_format.pack(weight.codes, weight.params, scheme)["weight_packed"]
     if kind == GGMLQuantizationType.MXFP4:
         return _mxfp4(weight)
+    if kind == GGMLQuantizationType.NVFP4:
+        return _nvfp4(weight)
     scale = _half_scales(name, weight.params["scale"])
     rows, width = weight.shape
     block = _TERNARY_BLOCK if kind == GGMLQuantizationType.TQ2_0 else _BLOCK
@@ -131,6 +136,24 @@ def _mxfp4(weight: QuantizedWeight) -> Tensor:
     patterns = unpack_nibbles(stored["weight_packed"], width).reshape(-1, _BLOCK)
     exponents = stored["weight_scale"].reshape(-1, 1)
     return torch.cat((exponents, to_planes(patterns, 4, _BLOCK)), 1).reshape(rows, -1)
+
+
+def _nvfp4(weight: QuantizedWeight) -> Tensor:
+    """Four E4M3 scales, then eight bytes for each of their 16 numbers: j in the low nibble of byte j, 8 + j in the
+    high one. The scale of the tensor is no part of it (`tensor_scale`)."""
+    rows, width = weight.shape
+    stored = weight.tensors()
+    patterns = unpack_nibbles(stored["weight_packed"], width).reshape(-1, 16)
+    scales = stored["weight_scale"].view(torch.uint8).reshape(-1, 4)
+    numbers = to_planes(patterns, 4, 16).reshape(-1, _NVFP4_BLOCK // 2)
+    return torch.cat((scales, numbers), 1).reshape(rows, -1)
+
+
+def tensor_scale(weight: QuantizedWeight) -> Tensor | None:
+    """What llama.cpp multiplies the product with the weight by, float32 ``[1]``; ``None`` where nothing is."""
+    if weight.scheme.format != "nvfp4":
+        return None
+    return weight.params["global_scale"].float().reciprocal().reshape(1)
 
 
 def pack_q8_0(values: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from calib.checkpoint.atomic_files import file_sha256, write_file
 from calib.checkpoint.reader import unmerged_experts
 from ptq.errors import OutputError, UsageError
-from ptq.export.gguf.metadata import Family, add_architecture, find_family, rope_factors
-from ptq.export.gguf.types import exact_type, pack_q8_0, row_bytes, weight_bytes
+from ptq.export.gguf.experts import Stacks, expert_count, one_kind, stack_of
+from ptq.export.gguf.metadata import FAMILIES, Family, add_architecture, find_family, rope_factors
+from ptq.export.gguf.types import exact_type, pack_q8_0, row_bytes, tensor_scale, weight_bytes
 from ptq.export.gguf.vocabulary import add_vocabulary
 from ptq.export.result import Part, Result
 from ptq.number_formats.gguf.k_quants import Q6_K
@@ -42,6 +43,7 @@ class Entry:
         kind: its type.
         rows: how many, ``None`` for a vector.
         width: numbers per row.
+        experts: how many matrices of this size lie in it, ``None`` for a single one.
     """
 
     name: str
@@ -49,11 +51,15 @@ class Entry:
     kind: GGMLQuantizationType
     rows: int | None
     width: int
+    experts: int | None = None
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        size = row_bytes(self.kind, self.width)
-        return (size,) if self.rows is None else (self.rows, size)
+        return (*self.shape[:-1], row_bytes(self.kind, self.width))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(size for size in (self.experts, self.rows, self.width) if size is not None)
 
 
 class GgufExport:
@@ -72,7 +78,11 @@ class GgufExport:
         self.config: Any = result.skeleton.config
         self.family: Family = find_family(str(self.config.model_type), dense=unmerged_experts(result.skeleton) is None)
         self._names = get_tensor_name_map(self.family.arch, self.config.num_hidden_layers)
-        self.entries = {path.name: list(self._entries_of(path)) for path in result.files}
+        self._expert_count = expert_count(self.config)
+        stacks = Stacks(self._expert_count)
+        self.entries = {path.name: list(self._entries_of(path, stacks)) for path in result.files}
+        stacks.check_complete()
+        self._stacks = Stacks(self._expert_count)
 
     def notes(self) -> list[str]:
         """What llama.cpp does not do, one sentence each."""
@@ -85,17 +95,41 @@ class GgufExport:
             found.append("keys and values are not rounded as the result has it: llama.cpp has --cache-type-k and -v")
         return found
 
-    def _entries_of(self, path: Path) -> Iterator[Entry]:
-        """Tensors that one weight file becomes, in the order of `arrays`."""
+    def _entries_of(self, path: Path, stacks: Stacks) -> Iterator[Entry]:
+        """Tensors that one weight file becomes, in the order of `arrays`: experts where the last of a stack comes."""
         rows = self._result.rows
         names, others = self._result.contents(path)
         for name in names:
-            shape = rows[name].shape
-            kind = exact_type(name, self._result.schemes[name], shape)
-            yield Entry(self._name(f"{name}.weight"), name, kind, shape[0], shape[1])
+            shape, scheme = rows[name].shape, self._result.schemes[name]
+            kind = self._exact_type(name, scheme, shape)
+            key, kinds = name, [kind]
+            stacked = stack_of(name)
+            if stacked is not None:
+                key, found = stacked[0], stacks.add(*stacked, kind)
+                if found is None:
+                    continue
+                kinds = found
+            experts = None if stacked is None else len(kinds)
+            tensor = self._name(f"{key}.weight")
+            yield Entry(tensor, key, one_kind(key, kinds), shape[0], shape[1], experts)
+            if kind == GGMLQuantizationType.NVFP4:
+                yield Entry(_scale_name(tensor), key, GGMLQuantizationType.F32, None, experts or 1)
         for key, one in others.items():
+            if stack_of(key) is not None:
+                raise UsageError(f"{key} is in full precision: a GGUF file has all experts of a layer in one type.")
             kind = self._plain_kind(key, one.shape, one.dtype)
-            yield Entry(self._name(key), key, kind, one.shape[0] if len(one.shape) == 2 else None, one.shape[-1])
+            matrix = len(one.shape) == 2 and one.shape[0] > 1  # the gate of a shared expert is a vector there
+            yield Entry(self._name(key), key, kind, one.shape[0] if matrix else None, one.shape[-1])
+
+    def _exact_type(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> GGMLQuantizationType:
+        kind = exact_type(name, scheme, shape)
+        if kind == GGMLQuantizationType.NVFP4 and not self.family.tensor_scales:
+            able = ", ".join(name for name, family in FAMILIES.items() if family.tensor_scales)
+            raise UsageError(
+                f"{name} is nvfp4, whose scale of the tensor llama.cpp applies to all linears only in {able}: quantize "
+                "again with --format mxfp4 or q4_k, or write a dequantized folder (--format f16)."
+            )
+        return kind
 
     def _name(self, key: str) -> str:
         found = self._names.get_name(key, try_suffixes=(".weight", ".bias"))
@@ -104,7 +138,7 @@ class GgufExport:
         return str(found)
 
     def _plain_kind(self, key: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
-        if len(shape) == 1:
+        if len(shape) == 1 or "ffn_gate_inp" in self._name(key):  # routers
             return GGMLQuantizationType.F32
         if len(shape) != 2:
             raise UsageError(f"{key} has {len(shape)} dimensions, and ptq writes matrices and vectors to GGUF.")
@@ -131,8 +165,7 @@ class GgufExport:
             for one in entries:
                 size = int(np.prod(one.byte_shape))
                 if one.kind == GGMLQuantizationType.F32:
-                    shape = (one.width,) if one.rows is None else (one.rows, one.width)
-                    writer.add_tensor_info(one.name, shape, np.dtype(np.float32), size)
+                    writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), size)
                 else:
                     writer.add_tensor_info(one.name, one.byte_shape, np.dtype(np.uint8), size, one.kind)
 
@@ -140,9 +173,18 @@ class GgufExport:
         """Entries of one weight file with their content."""
         entries = iter(self.entries[f"{part.name}.safetensors"])
         for name, weight in part.linears():
-            entry = next(entries)
-            assert entry.key == name
-            yield entry, self._rows(name, weight_bytes(name, weight, entry.kind)).numpy()
+            kind = exact_type(name, weight.scheme, weight.shape)
+            content, scale = self._rows(name, weight_bytes(name, weight, kind)), tensor_scale(weight)
+            stacked = stack_of(name)
+            if stacked is not None:
+                found = self._stacks.add(*stacked, (content, scale))
+                if found is None:
+                    continue
+                content = torch.stack([bytes_ for bytes_, _ in found])
+                scale = None if scale is None else torch.cat([one for _, one in found])
+            yield next(entries), content.numpy()
+            if scale is not None:
+                yield next(entries), scale.numpy()
         for entry in entries:
             yield entry, _array(self._rows(entry.key, self._shifted(entry, part.others[entry.key])), entry.kind)
 
@@ -158,6 +200,10 @@ class GgufExport:
     def _shifted(self, entry: Entry, tensor: Tensor) -> Tensor:
         adds = self.family.adds_one and entry.key.endswith("norm.weight")
         return tensor.float() + 1.0 if adds else tensor
+
+
+def _scale_name(tensor: str) -> str:
+    return f"{tensor.removesuffix('.weight')}.scale"
 
 
 def _array(tensor: Tensor, kind: GGMLQuantizationType) -> Any:

@@ -20,6 +20,7 @@ from ptq.errors import OutputError, UsageError
 from ptq.export import export
 from ptq.export.gguf.metadata import rope_factors
 from ptq.export.gguf.vocabulary import split_rule
+from ptq.scheme import Scheme
 from tests.support.tiny_models import tiny_model
 
 
@@ -165,12 +166,65 @@ def test_frequencies_of_llama_3() -> None:
     torch.testing.assert_close(plain / found, model.model.rotary_emb.inv_freq, rtol=1e-4, atol=0)
 
 
+NVFP4: dict[str, Any] = {"format": "nvfp4", "group_size": 16, "scale_dtype": "auto"}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 64},
+    "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 64},
+    "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_one_tensor_of_each_kind(family: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    source = quantized(tmp_path / "out", tiny_model(family, **EXPERTS[family]), tiny_tokenizer)
+    export(source, format="gguf", out=tmp_path / "m.gguf", embedding="keep")
+    found, kinds = read(tmp_path / "m.gguf"), types(tmp_path / "m.gguf")
+    block: Any = ptq.load(source).model.layers[0].mlp
+    for leaf in ("gate", "up", "down"):
+        wanted = torch.stack([getattr(block.experts[i], f"{leaf}_proj").dequantize() for i in range(4)])
+        assert kinds[f"blk.0.ffn_{leaf}_exps.weight"] == "Q4_0"
+        assert torch.equal(found[f"blk.0.ffn_{leaf}_exps.weight"], wanted)
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    arch = fields["general.architecture"].contents()
+    assert (fields[f"{arch}.expert_count"].contents(), fields[f"{arch}.expert_used_count"].contents()) == (4, 2)
+    if family == "qwen2_moe":
+        assert found["blk.0.ffn_gate_inp_shexp.weight"].shape == (64,)
+        assert fields[f"{arch}.expert_shared_feed_forward_length"].contents() == 64
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_nvfp4_has_its_tensor_scale_beside_it(family: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    model = tiny_model(family, intermediate_size=64)
+    source = quantized(tmp_path / "out", model, tiny_tokenizer, **NVFP4)
+    export(source, format="gguf", out=tmp_path / "m.gguf", embedding="keep")
+    found, kinds = read(tmp_path / "m.gguf"), types(tmp_path / "m.gguf")
+    mlp: Any = ptq.load(source).model.layers[0].mlp
+    name, owners = (
+        ("ffn_up", [mlp]) if family == "llama" else ("ffn_up_exps", [mlp.experts[number] for number in range(4)])
+    )
+    assert kinds[f"blk.0.{name}.weight"] == "NVFP4"
+    scale = found[f"blk.0.{name}.scale"]
+    assert scale.shape == (len(owners),)
+    values = found[f"blk.0.{name}.weight"].view(len(owners), 64, 64) * scale[:, None, None]
+    torch.testing.assert_close(values, torch.stack([one.up_proj.dequantize() for one in owners]), atol=0, rtol=3e-7)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "zero points": ("llama", {"symmetric": False}, r"_proj \(int4 asym g32.*zero points.*q4_k"),
     "groups": ("llama", {"group_size": 16}, "scales belong to 32 weights"),
     "rotated": ("llama", {"rotate": ("down",)}, "rotated at run time"),
     "format": ("llama", {"format": "fp4"}, "no type with the values of fp4"),
     "windows": ("gemma3_text", {}, r"every 6th block .* the blocks \[1\]"),
+    "scales of tensors": ("qwen2", {**NVFP4, "ignore": ("*.down_proj",)}, "only in llama, mistral, mixtral, qwen3"),
+    "blocks of nvfp4": ("llama", NVFP4, "64 x 96.*blocks there are 64 weights"),
+    "weights of experts": ("qwen3_moe", {}, "norm_topk_prob=False"),
+    "an expert": ("mixtral", {"ignore": ("*.experts.1.up_proj",)}, "all experts of a layer in one type"),
+    "experts that differ": (
+        "mixtral",
+        {"overrides": (("*.experts.1.up_proj", Scheme(8, group_size=32, scale_dtype="float16")),)},
+        "its experts would be Q4_0 and Q8_0",
+    ),
     "family": ("olmo2", {}, "this is a olmo2 model.*convert_hf_to_gguf"),
 }
 

@@ -67,11 +67,12 @@ def our_logits(path: Path) -> Tensor:
     return found.float()
 
 
-def quantized(folder: Path, tokenizer: Any, **fields: Any) -> Path:
+def quantized(folder: Path, tokenizer: Any, model: Any = None, **fields: Any) -> Path:
     arguments: dict[str, Any] = {"method": "rtn", "device": "cpu", **fields}
     if "preset" not in fields:
         arguments = {"bits": 4, "group_size": 32, **arguments}
-    ptq.quantize(tiny_model("llama", torch.bfloat16), out=folder, tokenizer=tokenizer, **arguments)
+    model = tiny_model("llama", torch.bfloat16) if model is None else model
+    ptq.quantize(model, out=folder, tokenizer=tokenizer, **arguments)
     return folder
 
 
@@ -121,3 +122,30 @@ def test_gguf_in_llama_cpp(tmp_path: Path, tiny_tokenizer: Any) -> None:
         export(out, format="gguf", out=tmp_path / f"{case}.gguf", embedding="keep")
         models[case] = (tmp_path / f"{case}.gguf", out)
     compare("llama_cpp", models, tmp_path, 0.25)  # llama.cpp rounds the inputs of these types to 8 bits
+
+
+# All experts for every token: llama.cpp rounds inputs to 8 bits, and where two are near a tie, chooses the other.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 64},
+    "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 64},
+    "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+}
+
+
+def test_experts_and_nvfp4_in_llama_cpp(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    interpreter("llama_cpp")
+    cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+        family: (family, changes, {"scale_dtype": "float16"}) for family, changes in EXPERTS.items()
+    }
+    cases |= {
+        f"{family} nvfp4": (family, {"intermediate_size": 64, **EXPERTS.get(family, {})}, {"preset": "NVFP4A16"})
+        for family in ("llama", "qwen3", "mixtral", "qwen3_moe")
+    }
+    models = {}
+    for number, (case, (family, changes, fields)) in enumerate(cases.items()):
+        every = {"num_experts_per_tok": 4} if family in EXPERTS else {}
+        model = tiny_model(family, torch.bfloat16, **changes, **every)
+        out = quantized(tmp_path / str(number), tiny_tokenizer, model, container="native", **fields)
+        export(out, format="gguf", out=tmp_path / f"{number}.gguf", embedding="keep")
+        models[case] = (tmp_path / f"{number}.gguf", out)
+    compare("llama_cpp", models, tmp_path, 0.25)

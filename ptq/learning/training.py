@@ -17,7 +17,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from calib.runner.runner import BlockWindow
 from ptq.errors import NumericalError, UsageError
 from ptq.learning.block import BlockLearner, window_tensors
 from ptq.learning.config import LearnedConfig
-from ptq.learning.losses import output_loss
+from ptq.learning.losses import Losses, output_loss
 from ptq.learning.optimizer import Optimizer, decayed
 from ptq.learning.stepper import make_stepper
 
@@ -37,7 +37,6 @@ _RATES = (1.0, 0.25)  # of learning rates: a window that learned nothing good tr
 _TOLD = {1.0: "the rates that were asked for", 0.25: "a quarter of the rates"}
 _CHECKS = 10  # of the held-out loss, in the steps of a stage
 _PATIENCE = 3  # checks without a new lowest held-out loss that end a stage
-_MORE_ERROR = 1.01  # of the start's squared error that a state may have: most of it may be inherited from the input
 _LOOK_EVERY = 64  # steps between looks at the losses where nothing is held out: on a GPU each waits for it
 
 
@@ -133,17 +132,6 @@ def train_window(
         targets.close()
 
 
-class _Losses(NamedTuple):
-    """What decides, over the sequences that do: the loss that is learned on, and the squared error."""
-
-    loss: float
-    error: float
-
-    def better_than(self, start: _Losses) -> bool:
-        """Whether the loss is lower and the squared error not higher."""
-        return self.loss < start.loss and self.error <= _MORE_ERROR * start.error
-
-
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
     """What an attempt ended with: the lowest loss of a state that counts, infinite if none does; the steps it took,
@@ -163,13 +151,13 @@ class _Lowest:
         start: its losses before the first step.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], start: _Losses) -> None:
+    def __init__(self, parameters: Sequence[Tensor], start: Losses) -> None:
         self._values = [torch.empty_like(parameter) for parameter in parameters]
         self._start, self._seen = start, math.inf
         self.loss, self.age = math.inf, 0
 
     @torch.no_grad()
-    def note(self, losses: _Losses, parameters: Sequence[Tensor]) -> None:
+    def note(self, losses: Losses, parameters: Sequence[Tensor]) -> None:
         """``parameters`` have these losses; ``age`` counts states since the loss was lowest."""
         self.age += 1
         if losses.loss < self._seen:
@@ -254,13 +242,13 @@ class _Stage:
             notes=notes,
         )
 
-    def _losses(self) -> _Losses:
+    def _losses(self) -> Losses:
         """Over the sequences that decide, of all processes."""
 
         def loss(output: Tensor, target: Tensor) -> Tensor:
             return output_loss(output, target, self.config.loss, self.corner)
 
-        return _Losses(*self._means(loss, lambda output, target: output_loss(output, target, "mse")))
+        return Losses(*self._means(loss, lambda output, target: output_loss(output, target, "mse")))
 
     @torch.no_grad()
     def _means(self, *measures: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
@@ -281,7 +269,7 @@ class _Stage:
         return [float(value) for value in total[:-1] / total[-1]]
 
     def _steps(
-        self, number: int, steps: int, slower: float, start: _Losses, on_progress: Callable[[int], object]
+        self, number: int, steps: int, slower: float, start: Losses, on_progress: Callable[[int], object]
     ) -> _Attempt:
         """Learn, with ``slower`` times the rates; the blocks end in the state with the loss that is returned."""
         runner, accum = self.window.runner, self.config.grad_accum

@@ -2,8 +2,8 @@
 
 The method sees what the learned blocks before it make of the data, and not what its own results would have made of it:
 corrections of errors that learning has removed would be errors themselves. Where the choice is ours (``init=auto``),
-nearest rounding takes its place in blocks where it has the smaller loss on the sequences that are held out, as it has
-where the statistics are of too few tokens.
+nearest rounding takes its place in blocks where it has the smaller loss on the sequences that are held out, and no
+larger squared error, as it has where the statistics are of too few tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from calib.runner.runner import BlockWindow
 from ptq.checkpoint.workspace import Workspace
 from ptq.containers.native import NATIVE
 from ptq.learning.config import LearnedConfig
-from ptq.learning.losses import output_loss
+from ptq.learning.losses import Losses, output_loss
 from ptq.pipeline.costs import Costs
 from ptq.pipeline.events import ignore_events
 from ptq.pipeline.inputs.quantized_inputs import QuantizedInputs
@@ -34,11 +34,11 @@ __all__ = ["InitialWeights"]
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A method's result for a block, and the loss that the block has with it on the sequences held out."""
+    """A method's result for a block, and the losses that the block has with it on the sequences held out."""
 
     method: str
     weights: dict[str, QuantizedWeight]
-    loss: float
+    losses: Losses
 
 
 class InitialWeights:
@@ -102,16 +102,16 @@ class InitialWeights:
         with window.runner.ahead(before):
             made = self._candidate(self._job, context, solver)
             other = self._job.method.fallback
-            if other is None or made.loss == 0:
+            if other is None or made.losses.loss == 0:
                 return made
             # Reads no statistics: what the first candidate has left in the block does not matter to it.
             quiet = dataclasses.replace(self._job, listener=ignore_events)
             nearest = self._candidate(quiet, context, other)
-        if nearest.loss >= made.loss:
+        if not nearest.losses.better_than(made.losses):
             return made
         self._job.emit(
-            f"{context.name} starts from {nearest.method}: its loss over the sequences held out is {nearest.loss:.3g}, "
-            f"that of {made.method} {made.loss:.3g}"
+            f"{context.name} starts from {nearest.method}: its loss over the sequences held out is "
+            f"{nearest.losses.loss:.3g}, that of {made.method} {made.losses.loss:.3g}"
         )
         return nearest
 
@@ -120,22 +120,23 @@ class InitialWeights:
         context.drop_passes()
         for linear, weight in weights.items():
             context.replace(linear, weight.dequantize(job.dtype))
-        loss = self._loss(context) if job.method.fallback is not None else 0.0
+        losses = self._losses(context) if job.method.fallback is not None else Losses(0.0, 0.0)
         context.remove_input_transforms()
-        return _Candidate(solver.method.name, weights, loss)
+        return _Candidate(solver.method.name, weights, losses)
 
-    def _loss(self, context: BlockContext) -> float:
+    def _losses(self, context: BlockContext) -> Losses:
         """The block's over the sequences held out, of all processes; 0 if there are none."""
         runner = context.runner
-        total = torch.zeros(2, dtype=torch.float64, device=runner.device)
+        total = torch.zeros(3, dtype=torch.float64, device=runner.device)
         for batch in runner.held_out_batches:
             target = context.run(batch, runner.hidden(batch, full=True), full=True)
             output = context.run(batch, runner.hidden(batch, full=False), full=False)
             sequences = runner.activations(full=False).shapes[batch][0]
             # Never the Huber loss, whose corner belongs to a window.
             kind = "mse" if self._config.loss == "huber" else self._config.loss
-            total[0] += output_loss(output, target, kind).double() * sequences
-            total[1] += sequences
+            for number, measure in enumerate((kind, "mse")):
+                total[number] += output_loss(output, target, measure).double() * sequences
+            total[-1] += sequences
         total = total.to(runner.workers.device)
         runner.workers.sum_(total)
-        return float(total[0] / total[1].clamp(min=1))
+        return Losses(*(float(value) for value in total[:-1] / total[-1].clamp(min=1)))

@@ -50,6 +50,8 @@ def decode_steps(
         What yields int64 ``[batch]`` on the CPU, ``steps`` times.
     """
     if model.device.type != "cuda":
+        if compiled and on_fallback is not None:
+            on_fallback("steps are compiled on a GPU only")
         return sample_steps(model, prompt, uniform, temperature=temperature)
     return static_steps(
         model,

@@ -158,7 +158,7 @@ class QuantLinear(ReplaceableTensors, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         kernel = self._kernel(x)
-        if self._groups is not None and kernel.merging is not None and not torch.compiler.is_compiling():
+        if self._groups is not None and kernel.merging is not None:
             merged = self._groups.product(self, kernel, x)
             if merged is not None:
                 return merged

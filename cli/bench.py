@@ -86,6 +86,7 @@ def kernels(shape: str, batch: str, formats: str, device: str, as_json: bool) ->
     metavar="DTYPE",
     help="Type of activations and of what is not quantized: auto, float32, ...",
 )
+@click.option("--compile", "compiled", is_flag=True, help="On a GPU compile the step first (torch.compile, a minute).")
 @click.option("--trust-remote-code", is_flag=True, help="Allow running Python code from the model repository.")
 @_JSON
 def generate(
@@ -95,6 +96,7 @@ def generate(
     new_tokens: int,
     device: str,
     dtype: str,
+    compiled: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -120,7 +122,7 @@ def generate(
         line = kernel_line(loaded.model)
         if line is not None:
             echo(f"{source}: {line}", err=True)
-        speed = measure_generation(loaded.model, prompt_tokens, new_tokens)
+        speed = measure_generation(loaded.model, prompt_tokens, new_tokens, compiled=compiled)
         if speed.eager_reason is not None:
             echo(f"{source}: steps are not replayed from a CUDA graph: {speed.eager_reason}", err=True)
         rows.append({"model": source, "dtype": str(loaded.model.dtype)[6:], **dataclasses.asdict(speed)})

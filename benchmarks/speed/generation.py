@@ -5,7 +5,7 @@
 
 A model of the shapes is made on the device, measured, and its blocks' linears are replaced by packed ones, format after
 format. Every figure has the same static cache and a captured step. ``--also`` adds the same without merged products
-(``separate``) or without the graph (``eager``). Each result is a line of JSON at once.
+(``separate``), without the graph (``eager``), or compiled (``compiled``). Each result is a line of JSON at once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def measure(model: Any, prompt: int, new: int, variant: str) -> dict[str, Any]:
     if variant == "eager":
         static_sampling._cuda_graph = _refuse
     try:
-        speed = measure_generation(model, prompt, new)
+        speed = measure_generation(model, prompt, new, compiled=variant == "compiled")
     finally:
         static_sampling._cuda_graph = captures
     merged = sum(linear.merged is not None for linear in linears)
@@ -116,13 +116,13 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,itq3s,int4g128")
     parser.add_argument("--prompts", default="128,2048")
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--also", default="", help="eager,separate: variants measured at the first prompt length")
+    parser.add_argument("--also", default="", help="eager, separate, compiled: at the first prompt length")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("generation.jsonl"))
     options = parser.parse_args()
     model = make_model(options.shapes, options.layers, torch.device(options.device))
     prompts = [int(text) for text in options.prompts.split(",")]
-    dense: dict[int, dict[str, Any]] = {}
+    dense: dict[tuple[int, str], dict[str, Any]] = {}
     with options.out.open("a") as file:
         for name in options.formats.split(","):
             if name != "bf16":
@@ -134,11 +134,12 @@ def main() -> None:
                     if variant == "separate":
                         separate(model)
                     row = measure(model, prompt, options.new, variant)
-                    if name == "bf16" and variant == "graph":
-                        dense[prompt] = row
-                    if prompt in dense:
-                        row["times_bf16"] = round(row["tokens_per_second"] / dense[prompt]["tokens_per_second"], 2)
-                        row["first_token_of_bf16"] = round(row["first_token_ms"] / dense[prompt]["first_token_ms"], 2)
+                    if name == "bf16":
+                        dense[prompt, variant] = row
+                    base = dense.get((prompt, variant)) or dense.get((prompt, "graph"))
+                    if base is not None:
+                        row["times_bf16"] = round(row["tokens_per_second"] / base["tokens_per_second"], 2)
+                        row["first_token_of_bf16"] = round(row["first_token_ms"] / base["first_token_ms"], 2)
                 except Exception as error:
                     traceback.print_exc()
                     row = {"prompt": prompt, "error": repr(error)[:400]}

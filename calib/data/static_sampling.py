@@ -32,6 +32,7 @@ def decode_steps(
     uniform: Tensor,
     *,
     temperature: float = 1.0,
+    compiled: bool = False,
     on_fallback: Callable[[str], None] | None = None,
 ) -> Iterator[Tensor]:
     """Continue ``prompt`` as `sample_steps` does; on a GPU with a static cache and a captured step where that works.
@@ -41,14 +42,26 @@ def decode_steps(
         prompt: int64 ``[batch, tokens]``, at least one token, no padding.
         uniform: float64 ``[batch, steps]`` in [0, 1); one number per token to be drawn.
         temperature: 0 takes the most probable token.
-        on_fallback: called once, with the reason, where a GPU goes without cache or graph.
+        compiled: on a GPU compile the step (``torch.compile``) before it is captured. That takes about a minute, once
+            for a model and a length, and joins the small operators between the products.
+        on_fallback: called with the reason, where a GPU goes without compiling, cache or graph.
 
     Returns:
         What yields int64 ``[batch]`` on the CPU, ``steps`` times.
     """
     if model.device.type != "cuda":
+        if compiled and on_fallback is not None:
+            on_fallback("steps are compiled on a GPU only")
         return sample_steps(model, prompt, uniform, temperature=temperature)
-    return static_steps(model, prompt, uniform, temperature=temperature, capture=_cuda_graph, on_fallback=on_fallback)
+    return static_steps(
+        model,
+        prompt,
+        uniform,
+        temperature=temperature,
+        capture=_cuda_graph,
+        compile_step=_compiled if compiled else None,
+        on_fallback=on_fallback,
+    )
 
 
 @torch.no_grad()
@@ -59,6 +72,7 @@ def static_steps(
     *,
     temperature: float = 1.0,
     capture: Callable[[_Step, torch.device], _Step],
+    compile_step: Callable[[Any], Any] | None = None,
     on_fallback: Callable[[str], None] | None = None,
 ) -> Iterator[Tensor]:
     """`decode_steps` with the way to capture a step as an argument.
@@ -69,6 +83,7 @@ def static_steps(
         uniform: as `decode_steps`.
         temperature: as `decode_steps`.
         capture: takes a step that has run once and its device and returns what repeats it, without running it.
+        compile_step: from the model to what computes the same for one token; it may raise at its first call.
         on_fallback: as `decode_steps`.
 
     Yields:
@@ -86,6 +101,8 @@ def static_steps(
     yield state.token(0)
     if steps == 1:
         return
+    if compile_step is not None:
+        _compile(state, compile_step, tell)
     launched = [state.launch(state.step)]  # eagerly once more: for one token other kernels run than for a prompt
     repeat = _captured(state, capture, tell) if steps > 2 else state.step
     for step in range(1, steps):
@@ -125,8 +142,9 @@ class _State:
 
     def __init__(self, model: Any, prompt: Tensor, uniform: Tensor, temperature: float, length: int) -> None:
         device = model.device
-        self.model, self.temperature, self.device = model, temperature, device
-        self.arguments = cache_argument(model, StaticCache(config=model.config, max_cache_len=length))
+        self.forward, self.temperature, self.device = model, temperature, device
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.arguments = cache_argument(model, self.cache)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self.arguments["logits_to_keep"] = 1
         self.uniform = uniform.T.to(device, copy=True, memory_format=torch.contiguous_format)  # [steps, batch]
@@ -140,12 +158,18 @@ class _State:
     def step(self) -> None:
         """One token of every sequence; the first call reads the prompt."""
         ids, self.prompt = (self.last if self.prompt is None else self.prompt), None
-        out = self.model(input_ids=ids, use_cache=True, **self.arguments)
+        out = self.forward(input_ids=ids, use_cache=True, **self.arguments)
         number = self.uniform.index_select(0, self.count)[0]  # [batch]
         token = draw(out.logits[:, -1].float(), number, self.temperature)  # [batch]
         self.found.index_copy_(0, self.count, token[None])
         self.last.copy_(token.clamp(min=0)[:, None])
         self.count.add_(1)
+
+    def written(self) -> list[Tensor]:
+        """What a step changes, but for the keys and values of its token, which the next one writes again."""
+        layers: list[Any] = self.cache.layers  # `StaticLayer`, see `unsupported_reason`
+        counts = [layer.cumulative_length for layer in layers]
+        return [*counts, self.found, self.last, self.count]
 
     def launch(self, repeat: _Step) -> Any:
         """Run a step and have its tokens copied; what `token` waits for."""
@@ -169,6 +193,24 @@ class _State:
         elif event is not None:
             event.synchronize()
         return check_token(self.copied[step].clone())
+
+
+def _compile(state: _State, compile_step: Callable[[Any], Any], tell: Callable[[str], None]) -> None:
+    """Have the state's steps compiled, from a step whose token is thrown away; without it where that fails."""
+    eager = state.forward
+    before = [tensor.clone() for tensor in state.written()]
+    try:
+        state.forward = compile_step(eager)
+        state.step()
+    except Exception as error:  # whatever a model's code or the machine's compilers do not take
+        state.forward = eager
+        tell(f"a step of it cannot be compiled ({type(error).__name__}: {_first_line(error)})")
+    for tensor, value in zip(state.written(), before, strict=True):
+        tensor.copy_(value)
+
+
+def _compiled(model: Any) -> Any:
+    return torch.compile(model.__call__, fullgraph=True, dynamic=False)
 
 
 def _captured(state: _State, capture: Callable[[_Step, torch.device], _Step], tell: Callable[[str], None]) -> _Step:

@@ -32,7 +32,7 @@ class GenerationSpeed:
         weight_bytes: parameters and buffers.
         peak_bytes: on a GPU the most memory that torch held while writing; on a CPU the process's memory afterwards.
         captured: its steps are replayed from a CUDA graph.
-        eager_reason: why they are not, on a GPU.
+        eager_reason: why they are not, or not compiled, on a GPU.
     """
 
     prompt_tokens: int
@@ -45,7 +45,9 @@ class GenerationSpeed:
     eager_reason: str | None = None
 
 
-def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats: int = 3) -> GenerationSpeed:
+def measure_generation(
+    model: Any, prompt_tokens: int, new_tokens: int, repeats: int = 3, *, compiled: bool = False
+) -> GenerationSpeed:
     """Write ``new_tokens`` after a random prompt, greedily, several times; the first time is not counted.
 
     Args:
@@ -53,6 +55,7 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
         prompt_tokens: length of the prompt.
         new_tokens: at least 2.
         repeats: runs that count.
+        compiled: on a GPU compile the step before it is captured.
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +65,7 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
         torch.cuda.reset_peak_memory_stats(model.device)
     firsts, steps, reasons = [], [], list[str]()
     for run in range(repeats + 1):
-        times = _token_times(model, prompt, new_tokens, reasons.append)
+        times = _token_times(model, prompt, new_tokens, compiled, reasons.append)
         if run:
             firsts.append(times[0])
             steps.extend(times[1:])
@@ -73,16 +76,18 @@ def measure_generation(model: Any, prompt_tokens: int, new_tokens: int, repeats:
         tokens_per_second=1 / statistics.median(steps),
         weight_bytes=weight_bytes(model),
         peak_bytes=torch.cuda.max_memory_allocated(model.device) if on_gpu else psutil.Process().memory_info().rss,
-        captured=on_gpu and not reasons,
+        captured=on_gpu and all("cannot be compiled" in reason for reason in reasons),
         eager_reason=reasons[0] if reasons else None,
     )
 
 
-def _token_times(model: Any, prompt: torch.Tensor, new_tokens: int, on_fallback: Callable[[str], None]) -> list[float]:
+def _token_times(
+    model: Any, prompt: torch.Tensor, new_tokens: int, compiled: bool, on_fallback: Callable[[str], None]
+) -> list[float]:
     times, before = [], time.perf_counter()
     uniform = torch.zeros(1, new_tokens, dtype=torch.float64)
     # every token comes to the CPU
-    for _ in decode_steps(model, prompt, uniform, temperature=0, on_fallback=on_fallback):
+    for _ in decode_steps(model, prompt, uniform, temperature=0, compiled=compiled, on_fallback=on_fallback):
         now = time.perf_counter()
         times.append(now - before)
         before = now

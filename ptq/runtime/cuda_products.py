@@ -363,5 +363,6 @@ CUDA_PRODUCTS = Kernel(
     rotates_input=True,
     multiplies="codes decoded in the product",
     restore=restore,
+    scale_dtypes=frozenset({torch.float16, torch.bfloat16}),
     merging=MergeRules(merge_key, merge, min(most for _, most in _IN_SIXTEENS)),
 )

@@ -108,6 +108,7 @@ class Kernel:
         restore: the stored tensors that `PackedWeight.prepared` holds in another order, bit for bit: a layer then
             keeps these alone.
         merging: how prepared weights are merged; ``None`` if they are not.
+        scale_dtypes: of stored scales; empty serves all.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Kernel:
     multiplies: str = ""
     restore: Callable[[PackedWeight], Mapping[str, Tensor]] | None = None
     merging: MergeRules | None = None
+    scale_dtypes: frozenset[torch.dtype] = frozenset()
 
     def refusal(
         self, device: str, dtype: torch.dtype, scheme: Scheme, out_features: int, in_features: int

@@ -52,8 +52,9 @@ def load_operators(name: str, sources: Sequence[str], flags: tuple[str, ...] = (
 def say_missing(name: str, reason: str) -> str:
     """Warn that kernels could not be built, and return why, in one line."""
     warnings.warn(
-        f"the {name} kernels could not be built ({reason}): packed weights are unpacked at every product, which is "
-        "slow. PTQ_KERNEL=reference says that this is meant.",
+        f"the {name} kernels could not be built ({reason}): the next kernel of the table in docs/kernels.md is taken, "
+        "in the end the reference, which unpacks weights at every product and is slow. PTQ_KERNEL=reference says that "
+        "this is meant.",
         stacklevel=3,
     )
     return reason

@@ -48,6 +48,8 @@ class InputGroups:
 
     def product(self, linear: Member, kernel: Kernel, x: Tensor) -> Tensor | None:
         """What ``linear`` gives for ``x``, where its group computes it; ``None`` where it has to do so itself."""
+        if torch.compiler.is_compiling():  # what eager passes found is traced
+            return None if linear.merged is None else linear.merged[0].traced(linear.merged[1], x)
         if x.is_inference():  # such tensors do not say when they were written to
             return None
         if linear.merged is None:
@@ -127,6 +129,7 @@ class MergedProduct:
         self._kernel, self._weight, self._members, self._biases = kernel, weight, members, biases
         self._bias: tuple[tuple[int, ...], Tensor] | None = None
         self._result: _Result | None = None
+        self._traced: tuple[Tensor, Tensor] | None = None
         self._idle = 0
 
     def product(self, index: int, bias: nn.Parameter | None, x: Tensor) -> Tensor | None:
@@ -149,6 +152,23 @@ class MergedProduct:
             self._result, self._idle = None, 0
         own = self._members[index]
         return result.rows[..., own.start : own.start + own.weight.out_features]
+
+    def traced(self, index: int, x: Tensor) -> Tensor | None:
+        """`product` for ``torch.compile``, which has neither versions nor weak references: the members' order in a pass
+        decides, and the last one leaves nothing behind."""
+        assert self._kernel.merging is not None
+        few = x.numel() <= self._kernel.merging.most_vectors * self._weight.in_features
+        if not self.valid or not few or (self._bias is None and self._biases[0] is not None):
+            return None
+        if index == 0:
+            self._traced = (x, self._kernel.product(x, self._weight, None if self._bias is None else self._bias[1]))
+        elif self._traced is None or self._traced[0] is not x:
+            return None
+        rows = self._traced[1]
+        if index == len(self._members) - 1:
+            self._traced = None
+        own = self._members[index]
+        return rows[..., own.start : own.start + own.weight.out_features]
 
     def dissolve(self) -> None:
         """Every member multiplies by itself from now on."""

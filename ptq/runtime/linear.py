@@ -158,7 +158,7 @@ class QuantLinear(ReplaceableTensors, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         kernel = self._kernel(x)
-        if self._groups is not None and kernel.merging is not None and not torch.compiler.is_compiling():
+        if self._groups is not None and kernel.merging is not None:
             merged = self._groups.product(self, kernel, x)
             if merged is not None:
                 return merged
@@ -179,6 +179,9 @@ class QuantLinear(ReplaceableTensors, nn.Linear):
         asked = (os.environ.get("PTQ_KERNEL", ""), tuple(KERNELS), x.device.type, x.dtype)
         if self._chosen is None or self._chosen[0] != asked:
             kernel = choose(x.device.type, x.dtype, self._scheme, self.out_features, self.in_features)
+            if kernel.scale_dtypes and not self._gone:  # a foreign checkpoint can have scales of float32
+                scale = self._buffers.get("weight_scale")
+                kernel = kernel if scale is None or scale.dtype in kernel.scale_dtypes else REFERENCE
             self._chosen = (asked, kernel)
         return self._chosen[1]
 
@@ -258,15 +261,13 @@ class QuantLinear(ReplaceableTensors, nn.Linear):
 
     def _prepare(self, kernel: Kernel, rotated: bool) -> tuple[object, PackedWeight]:
         assert kernel.prepare is not None
-        scheme = self.scheme
         with torch.inference_mode(False), torch.no_grad():
             weight = self._packed()
             weight = dataclasses.replace(weight, prepared=kernel.prepare(weight), rotated=rotated)
             self._prepared = made = (self._state(kernel), weight)
             if kernel.restore is not None and not self._keeps_both:
-                self._prepared_by, self._place = kernel, self._device
+                self._prepared_by, self._place, self._scheme_in_use = kernel, self._device, self.scheme
                 if self.drop_tensors():
-                    self._scheme_in_use = scheme
                     self._prepared = made = ((kernel.name,), dataclasses.replace(weight, tensors={}))
         return made
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 __all__ = ["ReplaceableTensors"]
 
@@ -57,8 +58,12 @@ class ReplaceableTensors(nn.Module):
 
     @property
     def _buffers(self) -> dict[str, Tensor | None]:
-        """Those of ``nn.Module``, all of them there: `state_dict`, `named_buffers` and `_apply` read them here."""
-        self.restore_tensors()
+        """Those of ``nn.Module``, all of them there: `state_dict`, `named_buffers` and `_apply` read them here.
+
+        While ``torch.compile`` traces a module it lists its buffers without reading them: those that are gone stay so.
+        """
+        if self._gone and TracingContext.try_get() is None:
+            self.restore_tensors()
         buffers: dict[str, Tensor | None] = self.__dict__["_buffers"]
         return buffers
 

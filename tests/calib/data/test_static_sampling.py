@@ -60,6 +60,33 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so() -> None:
 SLIDING = "StaticSlidingWindowLayer"
 
 
+def test_compiled_steps_give_the_same_tokens_and_what_does_not_compile_runs_eagerly() -> None:
+    model, calls, said = llama(), [], list[str]()
+    slow = torch.stack(list(sample_steps(model, PROMPT, numbers(6))))
+
+    def compiled(model: Any) -> Any:
+        calls.append("compiled")
+        return torch.compile(model.__call__, fullgraph=True, backend="eager")
+
+    def broken(model: Any) -> Any:
+        def forward(**inputs: Any) -> Any:
+            model(**inputs)  # the cache has the token
+            raise RuntimeError("no compiler")
+
+        return forward
+
+    torch._dynamo.reset()
+    for compile_step in (compiled, broken):
+        capture = CpuGraph() if compile_step is broken else lambda step, device: step
+        fast = static_steps(
+            model, PROMPT, numbers(6), capture=capture, compile_step=compile_step, on_fallback=said.append
+        )
+        assert torch.equal(torch.stack(list(fast)), slow)
+    torch._dynamo.reset()
+    assert calls == ["compiled"]
+    assert said == ["a step of it cannot be compiled (RuntimeError: no compiler)"]
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

@@ -36,10 +36,12 @@ def test_a_step_is_one_graph_and_no_later_step_compiles(
         no_kernels_here()
     monkeypatch.setenv("PTQ_KERNEL", kernel)
     with cuda_on_cpu() if kernel == "cuda" else contextlib.nullcontext():
-        compare(scheme)
+        graph = compare(scheme)
+    products = [node for node in graph.graph.nodes if "ptq_cuda" in str(node.target)]
+    assert len(products) == (4 if kernel == "cuda" else 0)  # q, k, v and gate, up are merged
 
 
-def compare(scheme: Scheme) -> None:
+def compare(scheme: Scheme) -> torch.fx.GraphModule:
     model = packed_model(scheme, num_hidden_layers=1)
     graphs = []
 
@@ -61,6 +63,7 @@ def compare(scheme: Scheme) -> None:
             torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
     torch._dynamo.reset()
+    return graphs[0]
 
 
 @pytest.mark.parametrize("scheme", [INT4, ITQ3S], ids=Scheme.describe)

@@ -215,6 +215,16 @@ def test_what_is_set_or_written_counts(computed: list[int]) -> None:
     assert (q.dequantize() == q.dequantize().round()).all()
 
 
+def test_scales_of_float32_are_left_to_the_reference(computed: list[int]) -> None:
+    weight = quantized(torch.randn(32, 96) * 0.1, INT4)
+    layer = QuantLinear.from_quantized(weight)
+    layer.weight_scale = layer.weight_scale.float() * 1.0001
+    x = torch.randn(1, 96)
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().T, rtol=1e-5, atol=1e-6)
+    assert layer.kernel_name(x) == "reference"
+    assert computed == []
+
+
 def test_gradients_take_the_reference_also_behind_checkpoints(computed: list[int]) -> None:
     q, k = linears(32, 20)
     x = torch.randn(2, 96)

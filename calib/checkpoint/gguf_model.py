@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def _write(path: Path, name: str, entries: Mapping[str, Any]) -> None:
             writer.add_array(key, value)
         else:
             whole = writer.add_int64 if isinstance(value, int) and value < 0 else writer.add_uint64
-            kinds = {bool: writer.add_bool, int: whole, float: writer.add_float64, str: writer.add_string}
+            kinds: dict[type, Callable[[str, Any], None]] = {int: whole, bool: writer.add_bool}
+            kinds |= {float: writer.add_float64, str: writer.add_string}
             kinds[type(value)](key, value)
     writer.add_tensor("output.weight", np.zeros(1, dtype=np.float32))
     writer.write_header_to_file()

@@ -7,7 +7,7 @@ weight is looked at. Nothing here runs or fetches anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
 from calib.model.model_class import AUTO_CLASSES
 
-__all__ = ["MAX_CONFIG_BYTES", "check_config", "check_tokenizer_config"]
+__all__ = ["MAX_CONFIG_BYTES", "check_config", "check_sizes", "check_tokenizer_config"]
 
 MAX_CONFIG_BYTES = 8 << 20
 """Configs of models have kilobytes; one scheme for each of many thousand linears makes it a megabyte."""
@@ -85,7 +85,7 @@ def check_config(
             f"{path} names a weight file (transformers_weights: {name}); ptq reads model.safetensors only."
         )
     if stored is not None:
-        _check_sizes(path, config, stored)
+        check_sizes(path, config, [tensor.shape for tensor in stored.values()])
     return config
 
 
@@ -161,9 +161,18 @@ def _check_entry(path: Path, key: str, value: Any) -> None:
         )
 
 
-def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
-    """Sizes that a model would be built with must be backed by tensors: no dimension is wider than the widest one."""
-    widest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
+def check_sizes(path: Path, config: Mapping[str, Any], stored: Collection[tuple[int, ...]]) -> None:
+    """Sizes that a model would be built with must be backed by tensors: no dimension is wider than the widest one.
+
+    Args:
+        path: Of the config, for the message.
+        config: As plain data.
+        stored: The shapes of the checkpoint's tensors.
+
+    Raises:
+        ModelError: One is not.
+    """
+    widest = max((size for shape in stored for size in shape), default=0)
     limits = dict.fromkeys(_COUNTS, max(FREE_LAYERS, len(stored))) | dict.fromkeys(_WIDTHS, max(FREE_WIDTH, widest))
     limits |= dict.fromkeys(_EXPERTS, max(FREE_EXPERTS, widest, len(stored)))
     for key, value in _entries(config):

@@ -28,6 +28,7 @@ MAX_ARRAY = 1 << 24
 MAX_STRING = 64 << 20
 MAX_NAME = 1 << 10
 MAX_DIMENSIONS = 4
+MAX_DEPTH = 4
 VERSIONS = (2, 3)
 _AGAIN = "The file is damaged or its download incomplete: fetch it again."
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -111,12 +112,14 @@ class _Reader:
         nbytes = count // block * size
         return GgufTensor(name, shape[::-1], GGMLQuantizationType(kind).name, nbytes), offset
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string(MAX_STRING)
         if kind == _ARRAY:
+            if depth == MAX_DEPTH:
+                raise _refuse(self.path, f"an entry has arrays in arrays, more than {MAX_DEPTH} levels")
             inner, length = self.number("I"), self.count(MAX_ARRAY, "elements of an array")
-            values = [self.value(inner) for _ in range(length)]
+            values = [self.value(inner, depth + 1) for _ in range(length)]
             return values if length <= 16 else length
         if kind not in _NUMBERS:
             raise _refuse(self.path, f"an entry has the unknown type {kind}")

@@ -27,7 +27,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from calib.checkpoint.config import check_config
 from calib.checkpoint.files import resolve_model, stored_tensors
-from calib.checkpoint.gguf_header import read_gguf_header
+from calib.checkpoint.gguf_model import check_gguf_model
 from calib.checkpoint.quantized import open_weights
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.checkpoint.sources.folder import FolderSource
@@ -95,7 +95,7 @@ def read_config(folder: Path, trust_remote_code: bool = False, stored: Mapping[s
 
 def _open_gguf(file: Path) -> ModuleSource:
     """Dequantized to bfloat16 by transformers; the whole model is in memory."""
-    read_gguf_header(file)
+    check_gguf_model(file)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

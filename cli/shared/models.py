@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from calib.checkpoint.atomic_files import file_sha256
 from calib.checkpoint.config import check_config, check_tokenizer_config
 from calib.checkpoint.files import checkpoint_files, resolve_model, stored_tensors
-from calib.checkpoint.gguf_header import read_gguf_header
+from calib.checkpoint.gguf_model import check_gguf_model
 from calib.checkpoint.quantized import read_dense
 from calib.checkpoint.reader import open_model
 from calib.errors import ModelError, unknown_name
@@ -53,7 +54,7 @@ _DECISIVE = (
     "*.py",
 )
 # What quantizers of transformers raise besides, on a checkpoint or an installation that they cannot work with.
-_OF_OTHERS = (AttributeError, KeyError, RuntimeError, TypeError)
+_OF_OTHERS = (AttributeError, KeyError, RuntimeError, TypeError, re.error)
 GGUF_DTYPE = "bfloat16"  # what `calib.checkpoint.reader` dequantizes a .gguf file to
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -196,7 +197,7 @@ def locate(source: str, trust_remote_code: bool = False) -> tuple[Path, dict[str
         return folder, {}
     if not path.is_file():
         raise ModelError(f"there is no file {source} (looked in {Path.cwd()}).")
-    read_gguf_header(path)
+    check_gguf_model(path)
     return path.parent, {"gguf_file": path.name}
 
 

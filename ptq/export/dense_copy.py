@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from calib.checkpoint.files import resolve_model
 from calib.checkpoint.reader import open_model
 from calib.checkpoint.sources.types import ModelSource
+from calib.runner.forward import check_weight
 from ptq.checkpoint.card import add_card
 from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter
@@ -47,10 +48,10 @@ def write_dense_copy(model: str, name: str, out: Path, listener: Listener, *, tr
     listener(Event("blocks", text="parts", total=len(parts)))
     with CheckpointWriter(out) as checkpoint:
         for done, (part, names) in enumerate(parts.items(), start=1):
-            tensors = {
-                key: tensor.to(dtype) if tensor.dtype in (source.dtype, dtype) else tensor
-                for key, _, tensor in source.raw_tensors(names)
-            }
+            tensors = {}
+            for key, _, tensor in source.raw_tensors(names):
+                check_weight(tensor, key)
+                tensors[key] = tensor.to(dtype) if tensor.dtype in (source.dtype, dtype) else tensor
             checkpoint.write_part(part, tensors)
             listener(Event("block_done", name=part, done=done, total=len(parts)))
         config = _copy_rest(source, model, checkpoint, trust_remote_code)

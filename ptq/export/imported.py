@@ -19,6 +19,7 @@ from calib.checkpoint.config import check_config
 from calib.checkpoint.files import stored_tensors
 from calib.checkpoint.quantized import PackedWeight, packed_weights
 from calib.checkpoint.safetensors_header import StoredTensor
+from calib.runner.forward import check_weight
 from ptq.containers.base import Container
 from ptq.containers.float_schemes import PAIRS, preset_scheme
 from ptq.containers.select import CONTAINERS
@@ -33,6 +34,7 @@ __all__ = ["ImportedResult", "imported_report"]
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 _FIELDS = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DENSE = "Exports to bf16, f16 and f32 read it."
 
 
@@ -121,6 +123,8 @@ class ImportedResult(Result):
                 for name in names:
                     if self._stored[name].file == file:
                         found[name] = handle.get_tensor(name)
+                        if found[name].dtype in _CHECKED:  # scales among them
+                            check_weight(found[name], name)
         return found
 
     def _integers(self, stated: Mapping[str, Any]) -> Any:

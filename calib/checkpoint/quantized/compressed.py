@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from compressed_tensors.utils.match import match_targets
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from calib.checkpoint.json import quoted
 from calib.checkpoint.quantized.packed import PackedWeight, find, require_shape
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
@@ -43,7 +45,10 @@ def compressed_weights(
         ModelError: a format that is not among `_FORMATS`, sparsity, rotations; tensors that are missing or do not fit.
     """
     for key in ("sparsity_config", "transform_config"):
-        named = {k: v for k, v in (config.get(key) or {}).items() if v and k != "registry_requires_subclass"}
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise ModelError(f"{folder} has a quantization_config whose {key} is {quoted(given)}, not an object.")
+        named = {k: v for k, v in given.items() if v and k != "registry_requires_subclass"}
         if named and named.get("format") != "dense":
             raise ModelError(
                 f"{folder} is a compressed-tensors checkpoint with a {key}, which ptq does not read. {_FULL}"
@@ -56,12 +61,22 @@ def compressed_weights(
             f"{folder}: compressed-tensors does not accept the quantization_config: {line} {_FULL}"
         ) from error
     targets = {target: group for group in known.config_groups.values() for target in group.targets}
+    for target in (*targets, *(known.ignore or ())):
+        _check_pattern(folder, target)
     found = []
     for name in stored:
         if name.endswith(_SCALE):
             prefix = name.removesuffix(_SCALE)
             found.append(_compressed(prefix, stored, _scheme(prefix, targets), known.format, read))
     return found
+
+
+def _check_pattern(folder: str, target: str) -> None:
+    """Names that begin with ``re:`` are patterns of Python."""
+    try:
+        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+    except re.error as error:
+        raise ModelError(f"{folder}: the quantization_config has the pattern {quoted(target)}: {error}.") from error
 
 
 def _scheme(prefix: str, targets: Mapping[str, QuantizationScheme]) -> QuantizationScheme:
@@ -95,6 +110,8 @@ def _compressed(
         raise ModelError(
             f"{prefix} has groups in another order (weight_g_idx), which compressed-tensors gave up. {_FULL}"
         )
+    if packed:
+        require_shape(f"{prefix}.weight_shape", tensors["weight_shape"], (2,), "the format")
     shape = tuple(read(f"{prefix}.weight_shape").tolist()) if packed else tensors["weight"].shape
     if len(shape) != 2 or min(shape) < 1:
         raise ModelError(f"{prefix} is stored as a weight of the shape {list(shape)}, not two sizes.")

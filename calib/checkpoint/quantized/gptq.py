@@ -20,6 +20,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
+from calib.checkpoint.json import quoted
 from calib.checkpoint.quantized.packed import PackedWeight, find, require_shape
 from calib.checkpoint.safetensors_header import StoredTensor
 from calib.errors import ModelError
@@ -48,7 +49,10 @@ def gptq_weights(folder: str, stored: Mapping[str, StoredTensor], config: Mappin
             f"{folder} is a GPTQ checkpoint in the layout {layout!r}; ptq reads 'gptq' and 'gptq_v2'. Save it in one "
             "of these with the program that wrote it, or give the full-precision model."
         )
-    quantizer = (config.get("meta") or {}).get("quantizer") or []
+    meta = config.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise ModelError(f"{folder} has a quantization_config whose meta is {quoted(meta)}, not an object.")
+    quantizer = meta.get("quantizer") or []
     by_words = str(quantizer[0] if isinstance(quantizer, list) and quantizer else quantizer).startswith("gptqmodel")
     offset = "none" if layout == "gptq_v2" else "words" if by_words else "codes"
     return [_gptq(name.removesuffix(_QWEIGHT), stored, config, offset) for name in stored if name.endswith(_QWEIGHT)]
@@ -56,7 +60,7 @@ def gptq_weights(folder: str, stored: Mapping[str, StoredTensor], config: Mappin
 
 def _gptq(prefix: str, stored: Mapping[str, StoredTensor], config: Mapping[str, Any], offset: str) -> PackedWeight:
     qweight, scales = find(stored, prefix, "qweight"), find(stored, prefix, "scales")
-    order = stored.get(f"{prefix}.g_idx")
+    order = find(stored, prefix, "g_idx") if f"{prefix}.g_idx" in stored else None
     words, out = _two(f"{prefix}.qweight", qweight)
     bits = config.get("bits")
     if config.get("dynamic") and order is not None:  # bits by linear: the shapes say which

@@ -69,16 +69,33 @@ class SourceQuantization:
         return dataclasses.asdict(self)
 
 
+_WORDS = ("I32", "U32")
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_DTYPES = {
+    **dict.fromkeys(("qweight", "qzeros", "weight_zero_point"), (*_WORDS, "I8")),
+    "weight_packed": (*_WORDS, "U8"),
+    **dict.fromkeys(("scales", "weight_global_scale"), _FLOATS),
+    "weight_scale": (*_FLOATS, "U8", "F8_E4M3", "F8_E8M0"),
+    **dict.fromkeys(("g_idx", "weight_shape"), ("I32", "I64")),
+}
+"""What the parts of a packed weight are stored as, by role; others are not looked at."""
+
+
 def find(stored: Mapping[str, StoredTensor], prefix: str, role: str) -> StoredTensor:
     """The tensor ``prefix.role``, which must be there.
 
     Raises:
-        ModelError: it is not.
+        ModelError: it is not, or is stored as something else than such a part is.
     """
     found = stored.get(f"{prefix}.{role}")
     if found is None:
         raise ModelError(
             f"{prefix} is quantized, but its {role} is missing in the checkpoint. Is the download complete?"
+        )
+    if found.dtype not in _DTYPES.get(role, (found.dtype,)):
+        raise ModelError(
+            f"{prefix}.{role} is stored as {found.dtype} in {found.file}, and ptq reads {', '.join(_DTYPES[role])}. Is "
+            "the checkpoint damaged?"
         )
     return found
 

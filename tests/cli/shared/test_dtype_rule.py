@@ -41,6 +41,7 @@ def test_a_gguf_file_is_loaded_in_the_type_of_its_folder(monkeypatch: pytest.Mon
 
     (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))  # a header, and nothing in it
     monkeypatch.setattr(models, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(models, "check_gguf_model", lambda path: None)
     monkeypatch.setattr(models, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read))
     monkeypatch.setattr(models, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda folder, **kwargs: None))
     load_model(str(tmp_path / "x.gguf"), device="cpu")

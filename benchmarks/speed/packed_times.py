@@ -62,7 +62,7 @@ def batches(lines: Lines, copy: float) -> None:
                 x = torch.randn(batch, columns, device=DEVICE, generator=generator(9)).bfloat16()
                 least = 0 if batch > 64 or rows > 5000 else 60
                 usual = cuda_products._IN_SIXTEENS
-                forced = {"": usual, " dense": ((2**62, 0),), " in sixteens": ((2**62, 4096),)}
+                forced = {"": usual, " dense": _switch_at(0), " in sixteens": _switch_at(4096)}
                 for how, switch in forced.items() if 16 < batch <= 256 else (("", usual),):
                     cuda_products._IN_SIXTEENS = switch
                     found[name + how] = timed(calls(weights, x, rows, columns), least)
@@ -77,3 +77,8 @@ def batches(lines: Lines, copy: float) -> None:
                 us={k: round(v * 1e6, 2) for k, v in found.items()},
                 times_bf16={k: round(dense / v, 2) for k, v in found.items()},
             )
+
+
+def _switch_at(vectors: int) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Products in sixteens up to so many vectors, whatever the weight."""
+    return dict.fromkeys(cuda_products._IN_SIXTEENS, ((2**62, vectors),))

@@ -2,7 +2,7 @@
 
 Activations become 16-bit integers with a scale per 256 channels (8 bits from five vectors on), integer sums of a group
 are exact, and groups are added in float32: 3e-5 relative error for 16 bits, 8e-3 for 8. ``PTQ_EXACT=1`` multiplies
-activations as they are with the dequantized weight instead, and so do batches above 48 or 112 vectors.
+activations as they are with the dequantized weight instead, and so do batches above 48 to 128 vectors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ptq.runtime.cuda_layout import UNIT_COLUMNS, UNIT_ROWS, pack_zeros, repack_
 from ptq.runtime.cuda_library import check, cuda_library, device_capability
 from ptq.runtime.cuda_restore import restore_blocks, restore_scales, restore_uniform, unpack_zero_pairs
 from ptq.runtime.dispatch import Kernel, Merged, MergeRules, PackedWeight
-from ptq.scheme import Scheme
+from ptq.scheme import Rotation, Scheme
 from ptq.transforms.hadamard import InputRotation, hadamard_matrix
 
 __all__ = ["CUDA_PRODUCTS", "CudaWeight", "dequantized", "merge", "merge_key", "prepare", "product", "restore"]
@@ -33,7 +33,10 @@ _BITS = (2, 3, 4, 8)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ONE, _ONE_EXACT, _ONE_MANY_ROWS, _FEW, _EIGHT, _SIXTEEN = range(6)
 _VECTORS = {_FEW: 4, _EIGHT: 8, _SIXTEEN: 16}
-_IN_SIXTEENS = ((2**25, 48), (2**62, 112))
+_IN_SIXTEENS: dict[str, tuple[tuple[int, int], ...]] = {
+    "int": ((2**25, 48), (2**62, 112)),
+    "itq3s": ((2**25, 96), (2**62, 128)),
+}
 """``(weights, vectors)``: in a weight of up to so many numbers, products of 16 vectors follow each other up to so many;
 beyond, it is dequantized once. Measured on an H200 with 4096 x 4096 and 8192 x 28672 (docs/results, kernels)."""
 
@@ -154,12 +157,19 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     made: CudaWeight = weight.prepared
     signs = None
     if not weight.rotated:
-        signs = made.signs if x.dtype == torch.bfloat16 else None
+        few = x.numel() <= weight.in_features * _most_in_sixteens(made.format, weight.out_features, weight.in_features)
+        if few and x.dtype == torch.bfloat16:
+            signs = made.signs
         if signs is None:
             assert made.rotation is not None
             x = made.rotation.once(x)
     stored = (made.codes, made.scales, made.zeros, signs, bias, made.format, made.group)
     return cast(Tensor, torch.ops.ptq_cuda.product(x, *stored, weight.out_features, weight.in_features))
+
+
+def _most_in_sixteens(format: int, rows: int, columns: int) -> int:
+    table = _IN_SIXTEENS["int" if format else "itq3s"]
+    return next(most for weights, most in table if rows * columns <= weights)
 
 
 def dequantized(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -185,8 +195,7 @@ def _product(
     """The operator ``ptq_cuda::product``; with ``signs`` it rotates, too."""
     vectors = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.to(x.dtype)
-    most = next(most for weights, most in _IN_SIXTEENS if rows * columns <= weights)
-    if len(vectors) > most or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
+    if len(vectors) > _most_in_sixteens(format, rows, columns) or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
         if signs is not None:
             signed = (vectors * _plus_minus(signs).to(x.dtype)).view(len(vectors), -1, UNIT_COLUMNS)
             vectors = (signed @ hadamard_matrix(UNIT_COLUMNS, x.dtype, x.device)).flatten(-2)  # float32 sums
@@ -332,7 +341,7 @@ def _rotation(scheme: Scheme, columns: int, device: torch.device) -> dict[str, A
     """The input's rotation, and its signs as bits where it is the one that the kernel computes."""
     if scheme.input_rotation is None:
         return {}
-    rotation = InputRotation.of(scheme.input_rotation, columns)
+    rotation = _shared_rotation(scheme.input_rotation, columns)
     if scheme.input_rotation.block != UNIT_COLUMNS or columns % UNIT_COLUMNS:
         return {"rotation": rotation}
     bits = (rotation.signs < 0).view(-1, 8, 32).long() << torch.arange(32)
@@ -344,6 +353,12 @@ def _rotation(scheme: Scheme, columns: int, device: torch.device) -> dict[str, A
 def _dependent_launch(device: torch.device) -> bool:
     """Whether the next kernel may start early: compute capability 9.0, and not switched off by ``PTQ_PDL=0``."""
     return device_capability(device) >= (9, 0) and os.environ.get("PTQ_PDL", "1") != "0"
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_rotation(rotation: Rotation, columns: int) -> InputRotation:
+    """One for all linears that read the same input, so that it is rotated once."""
+    return InputRotation.of(rotation, columns)
 
 
 @functools.cache
@@ -364,5 +379,5 @@ CUDA_PRODUCTS = Kernel(
     multiplies="codes decoded in the product",
     restore=restore,
     scale_dtypes=frozenset({torch.float16, torch.bfloat16}),
-    merging=MergeRules(merge_key, merge, min(most for _, most in _IN_SIXTEENS)),
+    merging=MergeRules(merge_key, merge, min(most for table in _IN_SIXTEENS.values() for _, most in table)),
 )

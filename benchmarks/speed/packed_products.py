@@ -1,6 +1,6 @@
 """The CUDA kernels on this card: right against the reference, then how fast, each result a line of JSON at once.
 
-    python benchmarks/speed/packed_products.py --out kernels.jsonl --rows correct,one,batches,decode
+    python benchmarks/speed/packed_products.py --out kernels.jsonl --rows correct,one,batches,decode,paths
 
 One H100 takes about three minutes, and one more where the kernels must be compiled first. Timings are medians of CUDA
 graphs over at least 1 GB of distinct weights; per cent are of the copy bandwidth of the same run (read + written).
@@ -18,7 +18,7 @@ import torch
 from packed_checks import correct
 from packed_common import DEVICE, START, Lines
 from packed_decode import decode
-from packed_times import batches, one
+from packed_times import batches, one, paths
 
 from ptq.runtime import cuda_products
 from ptq.runtime.benchmark import copy_bandwidth
@@ -27,7 +27,7 @@ from ptq.runtime.benchmark import copy_bandwidth
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("kernels.jsonl"))
-    parser.add_argument("--rows", default="correct,one,decode,batches")
+    parser.add_argument("--rows", default="correct,one,decode,batches,paths")
     arguments = parser.parse_args()
     lines = Lines(arguments.out)
     device = torch.cuda.get_device_properties(0)
@@ -50,6 +50,7 @@ def main() -> None:
         "one": lambda: one(lines, copy),
         "batches": lambda: batches(lines, copy),
         "decode": lambda: decode(lines),
+        "paths": lambda: paths(lines),
     }
     with torch.no_grad():
         for name in arguments.rows.split(","):

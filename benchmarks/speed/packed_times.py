@@ -1,8 +1,10 @@
-"""The rows ``one`` and ``batches`` of packed_products.py: seconds of single products beside bfloat16's."""
+"""The rows ``one``, ``batches`` and ``paths`` of packed_products.py: seconds of single products beside bfloat16's."""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from packed_common import (
@@ -82,3 +84,31 @@ def batches(lines: Lines, copy: float) -> None:
 def _switch_at(vectors: int) -> dict[str, tuple[tuple[int, int], ...]]:
     """Products in sixteens up to so many vectors, whatever the weight."""
     return dict.fromkeys(cuda_products._IN_SIXTEENS, ((2**62, vectors),))
+
+
+def paths(lines: Lines) -> None:
+    """One vector: rotation and rounding inside the product, or by one kernel before it."""
+    usual = cuda_products._path
+    before = functools.partial(_before, usual)
+    for rows, columns in ((4096, 4096), (6144, 4096), (11008, 4096), (14336, 4096), (28672, 4096), (4096, 11008)):
+        _time_paths(lines, rows, columns, {"inside": usual, "before": before})
+    for rows, columns in ((4096, 14336), (8192, 28672)):
+        _time_paths(lines, rows, columns, {"inside": usual, "before": before})
+    cuda_products._path = usual
+
+
+def _before(usual: Callable[..., int], batch: int, rows: int, columns: int, fusable: bool) -> int:
+    return usual(batch, rows, columns, False)
+
+
+def _time_paths(lines: Lines, rows: int, columns: int, ways: dict[str, Callable[..., int]]) -> None:
+    for name in ("itq3s", "int4 g128 sym", "int3 g128 sym"):
+        weights = copies(name, rows, columns)
+        x = torch.randn(1, columns, device=DEVICE, generator=generator(9)).bfloat16()
+        found = {}
+        for way, path in ways.items():
+            cuda_products._path = path
+            found[way] = round(1e6 * timed(calls(weights, x, rows, columns), 320 if rows * columns < 1e8 else 0), 2)
+        lines.add("paths", shape=f"{rows}x{columns}", format=name, us=found)
+        del weights
+        torch.cuda.empty_cache()

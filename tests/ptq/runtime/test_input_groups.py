@@ -22,6 +22,7 @@ from ptq.integration.loading import load
 from ptq.runtime.input_groups import _MOST_IDLE_PRODUCTS, InputGroups
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import Scheme
+from ptq.transforms.hadamard import InputRotation
 from tests.support.cpu_graph import CpuGraph
 from tests.support.cuda_on_cpu import cuda_on_cpu
 from tests.support.packed_models import packed_model, quantized
@@ -280,3 +281,20 @@ def test_a_model_that_ran_is_saved_as_it_was_loaded(
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def test_a_long_input_is_rotated_once_for_all_that_read_it(
+    computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(Scheme.of("itq3s"), dtype=torch.bfloat16, num_hidden_layers=1, hidden_size=256)
+    model(IDS)
+    rotated: list[torch.Size] = []
+    whole = InputRotation.__call__
+
+    def count(self: InputRotation, x: Tensor) -> Tensor:
+        rotated.append(x.shape)
+        return whole(self, x)
+
+    monkeypatch.setattr(InputRotation, "__call__", count)
+    model(torch.arange(128)[None] % 400)
+    assert len(rotated) == 4  # for q, k and v; o; gate and up; down

@@ -44,6 +44,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "vocab_size": 128256,
     },
+    "1b": {  # 63 million weights a block
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "vocab_size": 8192,
+    },
 }
 
 

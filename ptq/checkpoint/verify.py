@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = ["SKIP_KEY", "verify_checkpoint", "verify_files"]
 
 SKIP_KEY = "ptq_skip_verification"
 """Attribute of a model's config that tells `verify_checkpoint` to do nothing."""
+_THREADS = 4
 _WAY_OUT = (
     f"Copy the file again or quantize again; if the change is wanted, remove {REPORT_NAME}, which no longer describes "
     f"the folder, or load with ptq.load(..., verify=False)."
@@ -25,7 +28,7 @@ _WAY_OUT = (
 
 
 def verify_files(folder: str | Path) -> int:
-    """Compare size and SHA-256 of every weight file with the report; files are read in blocks of 1 MiB.
+    """Compare size and SHA-256 of every weight file with the report; files are read in blocks of 1 MiB, some at a time.
 
     Args:
         folder: an output folder; without a report (a model that was saved again) the config alone is compared, with its
@@ -44,8 +47,9 @@ def verify_files(folder: str | Path) -> int:
         return 0
     report = Report.load(folder)
     files = report.files
-    for name, stated in files.items():
-        _verify(folder, name, stated)
+    with ThreadPoolExecutor(min(_THREADS, len(files) or 1)) as pool:  # hashing releases the interpreter
+        for _ in pool.map(functools.partial(_verify, folder), files, files.values()):
+            pass
     single = folder / "model.safetensors"
     if files and single.name not in files and single.exists():
         raise OutputError(f"{single} is not in {REPORT_NAME}, and would be loaded in place of its files. {_WAY_OUT}")

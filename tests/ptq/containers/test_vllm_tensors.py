@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import torch
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import ptq
@@ -22,6 +21,7 @@ from ptq.containers.vllm_tensors import VLLM_TENSORS, stored_rotations
 from ptq.errors import OutputError, UsageError
 from ptq.export import export
 from ptq.scheme import Rotation, Scheme
+from tests.support.stock import stock_transformers
 from tests.support.tiny_models import tiny_model
 
 TOKENS = torch.arange(5, 37).reshape(2, 16)
@@ -45,10 +45,10 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+def stock() -> Iterator[None]:
     """transformers as it is without us."""
-    monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig)
-    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer)
+    with stock_transformers():
+        yield
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import ptq
 from cli.shared.models import load_model
 from ptq.export import export
+from tests.support.stock import stock_transformers
 from tests.support.tiny_models import tiny_model
 
 READER = Path(__file__).parents[3] / "benchmarks" / "quality" / "exports_reader.py"
@@ -76,11 +78,13 @@ def quantized(folder: Path, tokenizer: Any, model: Any = None, **fields: Any) ->
     return folder
 
 
-# Weights alone: where inputs are rounded as well, one step of bfloat16 before it can be a step of FP8 after it.
+# Weights alone: where inputs are rounded as well, one step of bfloat16 before it can be a step of FP8 after it
+# (`ROUNDED`).
 STOCK: dict[str, dict[str, Any]] = {
     "int4": {},
     "int3": {"bits": 3},
     "nvfp4": {"preset": "NVFP4A16"},
+    "mxfp4": {"preset": "MXFP4A16"},
 }
 
 
@@ -94,6 +98,31 @@ def test_compressed_tensors_and_dequantized_folders_in_transformers(tmp_path: Pa
     models["bf16"] = (tmp_path / "bf16", tmp_path / "0")
     # In bfloat16, and packed weights are multiplied in another order than dequantized ones.
     compare("transformers", models, tmp_path, 0.1)
+
+
+ROUNDED: dict[str, tuple[torch.dtype, float]] = {
+    # In the dtype that stock transformers can load: it unpacks FP4 and the MX formats to bfloat16.
+    "FP8_DYNAMIC": (torch.float32, 0.0),
+    "W8A8": (torch.float32, 0.0),
+    "MXFP4": (torch.bfloat16, 0.0),
+    "MXFP8": (torch.bfloat16, 0.0),
+    "NVFP4": (torch.bfloat16, 0.2),  # the library computes the scales of inputs in bfloat16, ours are in float32
+}
+
+
+@pytest.mark.parametrize("preset", ROUNDED)
+def test_rounded_inputs_in_stock_transformers(preset: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """The stock quantizer rounds inputs as well; the logits are ours, most of them bit by bit."""
+    data = {"calib": "pydoc", "calib_samples": 2, "calib_seqlen": 32} if preset == "NVFP4" else {}
+    quantized(tmp_path / "out", tiny_tokenizer, container="native", preset=preset, **data)
+    export(tmp_path / "out", format="compressed-tensors", out=tmp_path / "stock")
+    dtype, share = ROUNDED[preset]
+    tokens = torch.from_numpy(TOKENS)
+    with torch.no_grad():
+        wanted = ptq.load(tmp_path / "stock", dtype=dtype)(tokens).logits.float()
+        with stock_transformers():
+            found = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=dtype)(tokens).logits.float()
+    assert float((found - wanted).abs().mean()) <= share * float(wanted.std())
 
 
 INTEGERS: dict[str, dict[str, Any]] = {

@@ -63,12 +63,12 @@ def batches(lines: Lines, copy: float) -> None:
                 weights = copies(name, rows, columns)[: 60 if batch <= 64 else 6]
                 x = torch.randn(batch, columns, device=DEVICE, generator=generator(9)).bfloat16()
                 least = 0 if batch > 64 or rows > 5000 else 60
-                usual = cuda_products._IN_SIXTEENS
+                usual = cuda_products._MOST_VECTORS
                 forced = {"": usual, " dense": _switch_at(0), " in sixteens": _switch_at(4096)}
                 for how, switch in forced.items() if 16 < batch <= 256 else (("", usual),):
-                    cuda_products._IN_SIXTEENS = switch
+                    cuda_products._MOST_VECTORS = switch
                     found[name + how] = timed(calls(weights, x, rows, columns), least)
-                cuda_products._IN_SIXTEENS = usual
+                cuda_products._MOST_VECTORS = usual
                 del weights
                 torch.cuda.empty_cache()
             lines.add(
@@ -83,7 +83,7 @@ def batches(lines: Lines, copy: float) -> None:
 
 def _switch_at(vectors: int) -> dict[str, tuple[tuple[int, int], ...]]:
     """Products in sixteens up to so many vectors, whatever the weight."""
-    return dict.fromkeys(cuda_products._IN_SIXTEENS, ((2**62, vectors),))
+    return dict.fromkeys(cuda_products._MOST_VECTORS, ((2**62, vectors),))
 
 
 def paths(lines: Lines) -> None:

@@ -144,7 +144,7 @@ def random_layer(scheme: Scheme, shape: tuple[int, int], device: torch.device, s
         name: value.repeat(fill, 1)[: shape[0]] if value.ndim == 2 else value for name, value in grid.params.items()
     }
     inputs = {name: torch.ones(size, dtype=kind) for name, (size, kind) in scheme.input_specs(columns).items()}
-    layer = QuantLinear.from_quantized(QuantizedWeight(codes.to(device), params, scheme, inputs))
+    layer = QuantLinear.from_quantized(QuantizedWeight(codes, params, scheme, inputs))
     return layer.to(device, torch.bfloat16)
 
 

@@ -1,8 +1,9 @@
 """Products with packed weights on NVIDIA GPUs: integer products on tensor cores, decoded in registers.
 
-Activations become 16-bit integers with a scale per 256 channels (8 bits from five vectors on), integer sums of a group
-are exact, and groups are added in float32: 3e-5 relative error for 16 bits, 8e-3 for 8. ``PTQ_EXACT=1`` multiplies
-activations as they are with the dequantized weight instead, and so do batches above 48 to 128 vectors.
+Activations become 16-bit integers with a scale per 256 channels (8 bits from five vectors on where they are rotated or
+``PTQ_INPUT_BITS=8``), integer sums of a group are exact, and groups are added in float32: 3e-5 relative error for 16
+bits, 8e-3 for 8. ``PTQ_EXACT=1`` multiplies activations as they are with the dequantized weight instead, and so do
+batches above 16 to 128 vectors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ptq.errors import UsageError
 from ptq.number_formats.integer import INTEGER, unpack_zeros
 from ptq.number_formats.rotated.itq3s import ITQ3S
 from ptq.packing.bits import unpack_rows
@@ -33,12 +35,18 @@ _BITS = (2, 3, 4, 8)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ONE, _ONE_EXACT, _ONE_MANY_ROWS, _FEW, _EIGHT, _SIXTEEN = range(6)
 _VECTORS = {_FEW: 4, _EIGHT: 8, _SIXTEEN: 16}
-_IN_SIXTEENS: dict[str, tuple[tuple[int, int], ...]] = {
-    "int": ((2**25, 48), (2**62, 112)),
+_MOST_VECTORS: dict[str, tuple[tuple[int, int], ...]] = {
+    "int": ((2**25, 16), (2**62, 32)),
+    "int, 8-bit inputs": ((2**25, 48), (2**62, 112)),
     "itq3s": ((2**25, 96), (2**62, 128)),
 }
-"""``(weights, vectors)``: in a weight of up to so many numbers, products of 16 vectors follow each other up to so many;
-beyond, it is dequantized once. Measured on an H200 with 4096 x 4096 and 8192 x 28672 (docs/results, kernels)."""
+"""``(weights, vectors)``: in a weight of up to so many numbers, products of few vectors follow each other up to so
+many; beyond, it is dequantized once. Measured on an H200 with 4096 x 4096 and 8192 x 28672 (docs/results, kernels)."""
+
+
+_WIDEST_ROTATED = 16384
+"""Columns up to which one vector is rotated inside the product; in wider weights every block would rotate too much:
+with 28672 columns and a kernel before it the product takes 26.7 instead of 36.3 microseconds on an H200."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +165,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     made: CudaWeight = weight.prepared
     signs = None
     if not weight.rotated:
-        few = x.numel() <= weight.in_features * _most_in_sixteens(made.format, weight.out_features, weight.in_features)
+        few = x.numel() <= weight.in_features * _most_vectors(made.format, weight.out_features, weight.in_features)
         if few and x.dtype == torch.bfloat16:
             signs = made.signs
         if signs is None:
@@ -167,9 +175,27 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     return cast(Tensor, torch.ops.ptq_cuda.product(x, *stored, weight.out_features, weight.in_features))
 
 
-def _most_in_sixteens(format: int, rows: int, columns: int) -> int:
-    table = _IN_SIXTEENS["int" if format else "itq3s"]
+def _most_vectors(format: int, rows: int, columns: int) -> int:
+    table = _MOST_VECTORS["itq3s" if not format else "int, 8-bit inputs" if _eight_bits(format) else "int"]
     return next(most for weights, most in table if rows * columns <= weights)
+
+
+def _eight_bits(format: int) -> bool:
+    """Whether inputs are rounded to 8 bits from five vectors on: those that were rotated (itq3s), which costs next to
+    nothing, and others where ``PTQ_INPUT_BITS=8`` says so (KL .015 with 4-bit weights on SmolLM2-135M).
+
+    Raises:
+        UsageError: ``PTQ_INPUT_BITS`` is another number.
+    """
+    asked = os.environ.get("PTQ_INPUT_BITS", "")
+    if asked not in ("", "8", "16"):
+        raise UsageError(f"PTQ_INPUT_BITS is {asked!r}: inputs of products are rounded to 8 or 16 bits.")
+    return asked == "8" if format else asked != "16"
+
+
+def _parts(vectors: Tensor, format: int) -> tuple[Tensor, ...]:
+    """Vectors as the products take them: sixteen at once with 8-bit inputs, four with 16-bit ones."""
+    return torch.split(vectors, _VECTORS[_SIXTEEN if _eight_bits(format) else _FEW])
 
 
 def dequantized(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -195,7 +221,7 @@ def _product(
     """The operator ``ptq_cuda::product``; with ``signs`` it rotates, too."""
     vectors = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.to(x.dtype)
-    if len(vectors) > _most_in_sixteens(format, rows, columns) or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
+    if len(vectors) > _most_vectors(format, rows, columns) or os.environ.get("PTQ_EXACT", "") not in ("", "0"):
         if signs is not None:
             signed = (vectors * _plus_minus(signs).to(x.dtype)).view(len(vectors), -1, UNIT_COLUMNS)
             vectors = (signed @ hadamard_matrix(UNIT_COLUMNS, x.dtype, x.device)).flatten(-2)  # float32 sums
@@ -203,11 +229,8 @@ def _product(
         return functional.linear(vectors, dense, bias).view(*x.shape[:-1], rows)
     made = CudaWeight(format, group, codes, scales, zeros, signs)
     with torch.cuda.device(x.device):
-        if len(vectors) <= _VECTORS[_SIXTEEN]:
-            result = _some(vectors, made, rows, bias)
-        else:
-            parts = torch.split(vectors, _VECTORS[_SIXTEEN])
-            result = torch.cat([_some(part, made, rows, bias) for part in parts])
+        done = [_some(part, made, rows, bias) for part in _parts(vectors, format)]
+        result = done[0] if len(done) == 1 else torch.cat(done)
     return result.view(*x.shape[:-1], rows)
 
 
@@ -275,7 +298,8 @@ def _some(x: Tensor, made: CudaWeight, rows: int, bias: Tensor | None) -> Tensor
     y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
     if batch == 0:
         return y
-    path = _path(batch, rows, columns, fusable=made.format != 0 or made.signs is not None)
+    fusable = made.format != 0 or (made.signs is not None and columns <= _WIDEST_ROTATED)
+    path = _path(batch, rows, columns, fusable=fusable)
     fragments: tuple[Tensor | None, ...] = (None, None, None)
     if path in _VECTORS:
         fragments = _fragments(x, made, path, library, stream, pdl)
@@ -379,5 +403,5 @@ CUDA_PRODUCTS = Kernel(
     multiplies="codes decoded in the product",
     restore=restore,
     scale_dtypes=frozenset({torch.float16, torch.bfloat16}),
-    merging=MergeRules(merge_key, merge, min(most for table in _IN_SIXTEENS.values() for _, most in table)),
+    merging=MergeRules(merge_key, merge, min(most for table in _MOST_VECTORS.values() for _, most in table)),
 )

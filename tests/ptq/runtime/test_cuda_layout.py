@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ptq.errors import UsageError
 from ptq.runtime import cuda_products
 from ptq.runtime.cuda_products import CUDA_PRODUCTS
 from ptq.runtime.dispatch import KERNELS, PackedWeight
@@ -92,3 +93,20 @@ def test_the_order_gives_the_checkpoint_back(scheme: Scheme, shape: tuple[int, i
         assert tensor.dtype == stored.dtype
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
         assert torch.equal(tensor.view(bits), stored.view(bits)), key
+
+
+@pytest.mark.parametrize(
+    ("asked", "format", "parts"),
+    [("", 4, [4, 4, 2]), ("8", 4, [10]), ("16", 4, [4, 4, 2]), ("", 0, [10]), ("16", 0, [4, 4, 2])],
+)
+def test_inputs_that_are_not_rotated_keep_16_bits(
+    asked: str, format: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTQ_INPUT_BITS", asked)
+    assert [len(part) for part in cuda_products._parts(torch.zeros(10, 8), format)] == parts
+
+
+def test_other_input_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTQ_INPUT_BITS", "4")
+    with pytest.raises(UsageError, match="PTQ_INPUT_BITS is '4'"):
+        cuda_products._parts(torch.zeros(10, 8), 4)

@@ -88,13 +88,14 @@ def _switch_at(vectors: int) -> dict[str, tuple[tuple[int, int], ...]]:
 
 def paths(lines: Lines) -> None:
     """One vector: rotation and rounding inside the product, or by one kernel before it."""
-    usual = cuda_products._path
+    usual, widest = cuda_products._path, cuda_products._WIDEST_ROTATED
+    cuda_products._WIDEST_ROTATED = 2**62
     before = functools.partial(_before, usual)
     for rows, columns in ((4096, 4096), (6144, 4096), (11008, 4096), (14336, 4096), (28672, 4096), (4096, 11008)):
         _time_paths(lines, rows, columns, {"inside": usual, "before": before})
     for rows, columns in ((4096, 14336), (8192, 28672)):
         _time_paths(lines, rows, columns, {"inside": usual, "before": before})
-    cuda_products._path = usual
+    cuda_products._path, cuda_products._WIDEST_ROTATED = usual, widest
 
 
 def _before(usual: Callable[..., int], batch: int, rows: int, columns: int, fusable: bool) -> int:

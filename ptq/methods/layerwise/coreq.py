@@ -59,6 +59,8 @@ class CoreqConfig:
     refit_passes: how often scales are refitted to the codes by least squares, each time after ``cd_passes`` sweeps.
     order: ``descending``, ``natural`` or ``min_pivot``.
     damping: fraction of the Hessian's mean diagonal added to it.
+    token_damping: add the inputs' channels per calibration token instead, where that is more (at most 1): with few
+        tokens the solver fits these and not the inputs' distribution.
     scales: ``minmax``, ``pnorm`` or ``hessian``.
     outliers: tokens with huge inputs: ``bounded`` in what they add to the statistics (`calib.token_bounds`), or
         ``full``.
@@ -71,6 +73,7 @@ class CoreqConfig:
     refit_passes: int = 0
     order: Order = "descending"
     damping: float = 0.01
+    token_damping: bool = False
     scales: ScaleSearch = "pnorm"
     outliers: Outliers = "full"
 
@@ -104,7 +107,7 @@ def quantize(
 ) -> LayerResult:
     """Correct and round ``weight`` ``[out, in]``."""
     stats = require(stats)
-    factor, flops = group_factor(stats, config.damping, config.order)
+    factor, flops = group_factor(stats, _damping(config, weight.shape[1], stats.group.tokens), config.order)
     pull = product(weight, stats.mismatch)  # W D
     shift = factor.solve(pull)  # B = W D H^-1
     alpha, r2 = coefficient(weight, shift, pull, stats, config)
@@ -120,6 +123,11 @@ def quantize(
     figures = {"alpha": float(alpha.mean()), "r2": r2, "damping": factor.damping}
     flops += _flops(weight.shape, config)
     return LayerResult(QuantizedWeight.from_grid(codes, grid, scheme), figures, (*factor.notes, *notes), flops)
+
+
+def _damping(config: CoreqConfig, channels: int, tokens: float) -> float:
+    """The fraction of the mean diagonal; a half of the sequences has half of the tokens."""
+    return min(1.0, max(config.damping, channels / max(1.0, tokens))) if config.token_damping else config.damping
 
 
 def _flops(shape: torch.Size, config: CoreqConfig) -> int:
@@ -155,7 +163,9 @@ def coefficient(
     if config.coefficient == "js":
         return _james_stein(float(signal.sum()), float(total.sum()), weight.shape[1], stats.effective_tokens), r2
     if config.coefficient == "cv":
-        return _cross_validated(weight, stats.group.folds, config), r2
+        return _cross_validated(
+            weight, stats.group.folds, _damping(config, weight.shape[1], stats.group.tokens / 2)
+        ), r2
     return corr, r2
 
 
@@ -171,7 +181,7 @@ def _james_stein(signal: float, total: float, width: int, tokens: float) -> Tens
     return torch.tensor(1 - width * (total - signal) / ((tokens - width) * signal)).clamp(0.0, 1.0)
 
 
-def _cross_validated(weight: Tensor, folds: tuple[Moments, ...], config: CoreqConfig) -> Tensor:
+def _cross_validated(weight: Tensor, folds: tuple[Moments, ...], damping: float) -> Tensor:
     """The alpha that a shift fitted on one half of the sequences deserves on the other half.
 
     ``alpha = sum <B, W D_val> / sum <B, B H_val>`` over the two ways round, B from the training half.
@@ -185,7 +195,7 @@ def _cross_validated(weight: Tensor, folds: tuple[Moments, ...], config: CoreqCo
                 "coreq: the coefficient 'cv' needs calibration tokens in both halves of the sequences, and one half "
                 "has none here: give more sequences, or take 'corr'."
             )
-        shift = factorize(train.hessian, config.damping, "natural").solve(product(weight, train.mismatch))
+        shift = factorize(train.hessian, damping, "natural").solve(product(weight, train.mismatch))
         top = top + (shift * product(weight, held_out.mismatch)).sum()
         bottom = bottom + (shift * product(shift, held_out.hessian)).sum()
     return _ratio(top, bottom)

@@ -57,6 +57,18 @@ def test_alpha_is_the_share_of_the_mismatch_that_inputs_can_reach() -> None:
     assert 0 < damped.figures["alpha"] < expected
 
 
+def test_damping_by_tokens_is_channels_per_token_where_that_is_more() -> None:
+    weight, inputs, full = data()
+    stats, tokens = gather(weight, inputs, full), inputs.numel() / 40
+    adapted = run("coreq", weight, stats, token_damping=True)
+    assert adapted.figures["damping"] == pytest.approx(40 / tokens)
+    same = run("coreq", weight, stats, damping=40 / tokens)
+    assert torch.equal(adapted.weight.codes, same.weight.codes)
+    assert run("coreq", weight, stats, damping=0.9, token_damping=True).figures["damping"] == 0.9
+    few = run("coreq", weight, gather(weight, inputs[:1], full[:1]), token_damping=True)
+    assert few.figures["damping"] == min(1.0, 40 / inputs[:1, :, 0].numel())
+
+
 def test_equal_streams_give_alpha_zero_and_the_codes_of_gptq() -> None:
     weight, inputs, _ = data()
     stats = gather(weight, inputs, inputs)

@@ -110,7 +110,7 @@ def test_what_a_container_cannot_carry_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_proposed_for_a_family_without_gguf_is_possible(tmp_path: Path) -> None:
-    for family, advice in {"mixtral": "convert the model in full precision", "gpt2": "--format f16"}.items():
+    for family, advice in {"gpt_oss": "convert the model in full precision", "gpt2": "--format f16"}.items():
         source = quantized(tmp_path / family, family, container="native")
         with pytest.raises(UsageError, match=advice):
             export(source, format="gguf", out=tmp_path / "x.gguf")

@@ -210,7 +210,7 @@ def command(
     recipe = build_recipe(base, flags)
     file = out if is_gguf(out) else None
     if file is not None:
-        recipe, out = gguf_recipe(recipe, file, restart=restart), str(result_folder(file))
+        recipe, out = gguf_recipe(model, recipe, file, restart=restart), str(result_folder(file))
     target = Path(out) if out else planned_output(model, recipe, flags) or default_output(model, recipe)
     is_main_process = int(os.environ.get("RANK", "0")) == 0  # of several processes one writes to the terminal
     run: dict[str, Any] = {"out": target, "device": device, "offload": offload, "trust_remote_code": trust_remote_code}

@@ -24,17 +24,19 @@ def result_folder(out: str) -> Path:
     return Path(out).with_suffix("")
 
 
-def gguf_recipe(recipe: Recipe, out: str, *, restart: bool) -> Recipe:
+def gguf_recipe(model: str, recipe: Recipe, out: str, *, restart: bool) -> Recipe:
     """The recipe of a result that a GGUF file holds exactly.
 
     Args:
+        model: a folder, whose tokenizer goes into the file, a file or a name.
         recipe: what was asked for.
         out: the file.
         restart: replace it.
 
     Raises:
         OutputError: the file is there.
-        UsageError: a number format without a GGUF type, or another container.
+        UsageError: a folder without a tokenizer, a number format without a GGUF type, another container, or anything
+            at run time that llama.cpp does not do.
     """
     from ptq.export.gguf.types import exact_type
 
@@ -42,11 +44,34 @@ def gguf_recipe(recipe: Recipe, out: str, *, restart: bool) -> Recipe:
         raise OutputError(f"{out} is there: name another file with -o, or replace it with --restart.")
     if recipe.container not in ("auto", "native"):
         raise UsageError(f"--container {recipe.container} says how a folder is written, and {out} is a file.")
+    if Path(model).is_dir() and not (Path(model) / "tokenizer.json").is_file():
+        raise UsageError(f"{model} has no tokenizer.json, which a GGUF file needs: put it there first.")
+    _refuse_run_time(recipe, out)
     scheme = _stored(recipe.scheme)
     exact_type("every linear", scheme, (256, 256))
     overrides = tuple((pattern, _stored(one)) for pattern, one in recipe.overrides)
     # llama.cpp rotates nothing at run time.
     return dataclasses.replace(recipe, scheme=scheme, overrides=overrides, container="native", rotate_head="merged")
+
+
+def _refuse_run_time(recipe: Recipe, out: str) -> None:
+    """llama.cpp rounds and rotates nothing at run time.
+
+    Raises:
+        UsageError: the recipe does.
+    """
+    rotated = [name for name in recipe.rotate if name != "residual"]
+    if rotated:
+        raise UsageError(
+            f"--rotate {','.join(rotated)} with {out}: llama.cpp rotates no inputs. Give --rotate residual, which is "
+            "in the weights (a tied head gets a tensor of its own), or none."
+        )
+    schemes = (recipe.scheme, *(scheme for _, scheme in recipe.overrides))
+    if recipe.kv_bits is not None or any(scheme.rounds_input for scheme in schemes):
+        raise UsageError(
+            f"{out} is a file for llama.cpp, which rounds inputs, keys and values as it likes: leave out --act-bits, "
+            "--act-format and --kv-bits."
+        )
 
 
 def _stored(scheme: Any) -> Any:

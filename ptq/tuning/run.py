@@ -21,7 +21,7 @@ from ptq.checkpoint.companions import copy_companions, find_companions
 from ptq.checkpoint.writer import CheckpointWriter, check_new_folder
 from ptq.containers.compressed_tensors import COMPRESSED_TENSORS
 from ptq.containers.native import NATIVE
-from ptq.errors import UsageError
+from ptq.errors import ModelError, UsageError
 from ptq.export.result import Result
 from ptq.integration.loading import load
 from ptq.pipeline.events import Event, Listener, ignore_events
@@ -86,12 +86,14 @@ def tune(
     """
     source, target, listener = Path(result), Path(out), on_event or ignore_events
     start, config = time.monotonic(), config or TuneConfig()
+    if source.suffix == ".gguf" and source.is_file():
+        raise UsageError(f"{source} is a file for llama.cpp: tune the folder that it was made from ({source.stem}).")
     check_new_folder(source, target, overwrite=overwrite)
     opened = Result(source, trust_remote_code=trust_remote_code)
     if opened.container not in (NATIVE, COMPRESSED_TENSORS):
         raise UsageError(
-            f"{source} is in the container {opened.container.name}, which ptq does not run packed: tune the result it "
-            f"was exported from, and export that."
+            f"{source} is in the container {opened.container.name}, which ptq does not tune: tune the result it was "
+            f"exported from, or what `ptq export {source} --format native` makes of it, and export that."
         )
     rounded = next((name for name, scheme in opened.schemes.items() if scheme.rounds_input), None)
     if rounded is not None or opened.key_values is not None:
@@ -108,13 +110,7 @@ def tune(
     listener(Event("message", f"tuning the norms of {source} towards {wanted}"))
     model: Any = load(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model = model.to(place).eval()
-    full: Any = AutoModelForCausalLM.from_pretrained(
-        wanted,
-        dtype=torch.float32 if place.type == "cpu" else "auto",
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-    )
-    full = full.to(place).eval().requires_grad_(False)
+    full = _full_precision(wanted, place, opened, trust_remote_code=trust_remote_code)
     stored = {name: _DTYPES[one.dtype] for name, one in stored_tensors(source).items() if one.dtype in _DTYPES}
     learned = train(
         model,
@@ -148,6 +144,32 @@ def _reference(result: Result, given: str | os.PathLike[str] | None) -> str:
             "(--reference MODEL)."
         )
     return name
+
+
+def _full_precision(name: str, place: torch.device, result: Result, *, trust_remote_code: bool) -> Any:
+    """The model that is imitated, where it runs.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        UsageError: It has other sizes than the result.
+    """
+    dtype = torch.float32 if place.type == "cpu" else "auto"
+    try:
+        full: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except Exception as error:  # transformers and its hub raise errors of many kinds
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"the full-precision model {name} cannot be loaded: {type(error).__name__}: {line}") from error
+    sizes, wanted = (_sizes(config) for config in (full.config, result.skeleton.config))
+    if sizes != wanted:
+        raise UsageError(f"{name} is another model than {result.folder} was made of: {sizes} instead of {wanted}.")
+    return full.to(place).eval().requires_grad_(False)
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    text = config.get_text_config()
+    return {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
 
 
 def _write(

@@ -302,3 +302,31 @@ def test_a_plan_stands_alone(
 ) -> None:
     assert main(["quantize", "MODEL", "-o", str(tmp_path / "OUT"), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rotate", "residual,down"], "llama.cpp rotates no inputs. Give --rotate residual"),
+        (["--rotate", "auto"], "llama.cpp rotates no inputs. Give --rotate residual"),
+        (["--act-bits", "8"], "leave out --act-bits"),
+        (["--kv-bits", "4"], "--kv-bits"),
+        (["--container", "gptq"], "is a file"),
+    ],
+)
+def test_what_llama_cpp_does_not_do_is_refused_before_the_run(
+    flags: list[str], message: str, calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["quantize", "--method", "rtn", "--bits", "4", *flags, "some/model", "-o", str(tmp_path / "x.gguf")])
+    assert code == UsageError.exit_code
+    assert message in capsys.readouterr().err
+    assert not calls
+
+
+def test_a_gguf_file_needs_a_tokenizer_before_the_run(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    assert main(["quantize", "--method", "rtn", str(tmp_path / "model"), "-o", str(tmp_path / "x.gguf")])
+    assert "has no tokenizer.json, which a GGUF file needs" in capsys.readouterr().err
+    assert not calls

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import ptq
 from calib.data.tokens import Calibration
 from cli.main import main
-from ptq.errors import OutputError, UsageError
+from ptq.errors import ModelError, OutputError, UsageError
 from ptq.tuning import TuneConfig, tune
 from ptq.tuning.training import norm_parameters, train
 from tests.support.tiny_models import tiny_model
@@ -132,6 +132,14 @@ def test_refusals(tmp_path: Path) -> None:
     long = dataclasses.replace(CALIBRATION, tokens=TOKENS.repeat(1, 100))
     with pytest.raises(UsageError, match="exceed the model's context of"):
         tune(source, out=tmp_path / "new", calibration=long, device="cpu")
+    with pytest.raises(ModelError, match=r"the full-precision model .* cannot be loaded: "):
+        tune(source, out=tmp_path / "new", calibration=CALIBRATION, reference=tmp_path / "nope")
+    tiny_model("llama", hidden_size=32).save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="is another model than"):
+        tune(source, out=tmp_path / "new", calibration=CALIBRATION, reference=tmp_path / "other")
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(UsageError, match=r"tune the folder that it was made from \(x\)"):
+        tune(tmp_path / "x.gguf", out=tmp_path / "new", calibration=CALIBRATION)
     (tmp_path / "model").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="--reference MODEL"):
         tune(source, out=tmp_path / "new", calibration=CALIBRATION)

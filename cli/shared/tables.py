@@ -135,6 +135,10 @@ def _totals(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+_DEQUANTIZED = ("gptq", "gptq_v2", "awq")
+"""Containers for other programs: ptq loads dense weights from them."""
+
+
 def _products(report: Report) -> list[tuple[str, str]]:
     """What multiplies the packed linears here; nothing for a result that only other programs run."""
     import torch
@@ -144,6 +148,8 @@ def _products(report: Report) -> list[tuple[str, str]]:
 
     if report.container not in CONTAINERS:
         return []
+    if report.container in _DEQUANTIZED:
+        return [("products here", "the library's, of weights that are dequantized when the model is loaded")]
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", str(report.model["dtype"])
     try:
         rows = product_rows(report.layers, device, getattr(torch, dtype))

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,21 @@ class Bench:
             scored = evaluate(model, self.tokenizer, list(tasks), data=self.options.data, limit=self.options.task_limit)
             found["tasks"] = {task.name: task.metrics[task.metric]["value"] for task in scored.tasks}
         return found
+
+
+def main(doc: str | None, rows: Callable[[list[int]], Iterable[Row]], table: Callable[[Path], str]) -> None:
+    """A benchmark made of rows: run those that are asked for, or show the table of a folder of records.
+
+    Args:
+        doc: the program's docstring, which is its help.
+        rows: all of them, for the seeds.
+        table: the Markdown of a folder.
+    """
+    options = parsed(row_arguments(doc))
+    if options.table:
+        print(table(Path(options.table)))
+    else:
+        run_rows(rows(options.seeds), options)
 
 
 def run_rows(rows: Iterable[Row], options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import Row, parsed, row_arguments, run_rows, table
+from bench import Row, main, table
 
 HADAMARD = {"rotate": ("input",), "rotate_block": 32}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -73,13 +73,5 @@ def _drawn(row: Row) -> bool:
     return row.fields.get("act_format") == "nvfp4"  # its tensor scale is from calibration
 
 
-def main() -> None:
-    options = parsed(row_arguments(__doc__))
-    if options.table:
-        print(table(options.table))
-        return
-    run_rows(rows(options.seeds), options)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows, table)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import Row, parsed, read_rows, row_arguments, run_rows
+from bench import Row, main, read_rows
 
 INT3 = {"bits": 3, "group_size": 64, "symmetric": False, "scale_dtype": "float16"}
 ITQ3S = {"method": "coreq", "format": "itq3s"}
@@ -76,14 +76,6 @@ def rows(seeds: list[int]) -> Iterator[Row]:
                 yield Row(number, method, seed, fields)
 
 
-def main() -> None:
-    options = parsed(row_arguments(__doc__))
-    if options.table:
-        print(table(Path(options.table)))
-        return
-    run_rows(rows(options.seeds), options)
-
-
 def table(folder: Path) -> str:
     """The records as Markdown, all formats in one table by KL."""
     lines = ["| weights | seed | bits per weight | WikiText-2 | held-out | KL | s |", "|---|---|---|---|---|---|---|"]
@@ -98,4 +90,4 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows, table)

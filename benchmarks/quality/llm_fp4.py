@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import Row, parsed, row_arguments, run_rows, table
+from bench import Row, main, table
 
 _PLAIN = {"search": False, "shift": "off"}
 MAIN: dict[str, dict[str, Any]] = {
@@ -60,13 +60,5 @@ def _row(method: str, act_bits: int, seed: int, tasks: tuple[str, ...] = ()) -> 
     return Row(f"W4A{act_bits}", method, seed, fields, tasks)
 
 
-def main() -> None:
-    options = parsed(row_arguments(__doc__))
-    if options.table:
-        print(table(options.table))
-        return
-    run_rows(rows(options.seeds), options)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows, table)

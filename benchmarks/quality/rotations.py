@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import Row, parsed, read_rows, row_arguments, run_rows
+from bench import Row, main, read_rows
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "W3 g64 sym": {"bits": 3, "group_size": 64, "symmetric": True},
@@ -46,14 +46,6 @@ def rows(seeds: list[int]) -> Iterator[Row]:
                     yield Row(setting, f"{method} {name}", seed, fields)
 
 
-def main() -> None:
-    options = parsed(row_arguments(__doc__))
-    if options.table:
-        print(table(Path(options.table)))
-        return
-    run_rows(rows(options.seeds), options)
-
-
 def table(folder: Path) -> str:
     """The records as Markdown, scheme after scheme."""
     lines = [
@@ -71,4 +63,4 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows, table)

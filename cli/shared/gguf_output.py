@@ -39,13 +39,14 @@ def gguf_recipe(model: str, recipe: Recipe, out: str, *, restart: bool) -> Recip
             at run time that llama.cpp does not do.
     """
     from ptq.export.gguf.types import exact_type
+    from ptq.export.gguf.vocabulary import tokenizer_file
 
     if Path(out).exists() and not restart:
         raise OutputError(f"{out} is there: name another file with -o, or replace it with --restart.")
     if recipe.container not in ("auto", "native"):
         raise UsageError(f"--container {recipe.container} says how a folder is written, and {out} is a file.")
-    if Path(model).is_dir() and not (Path(model) / "tokenizer.json").is_file():
-        raise UsageError(f"{model} has no tokenizer.json, which a GGUF file needs: put it there first.")
+    if Path(model).is_dir():
+        tokenizer_file(Path(model))
     _refuse_run_time(recipe, out)
     scheme = _stored(recipe.scheme)
     exact_type("every linear", scheme, (256, 256))

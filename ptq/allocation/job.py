@@ -234,7 +234,9 @@ def _tokens(
             return None, None
         more = max(2, spec.samples // _HELD_OUT)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code, required=True)
-        drawn = dataclasses.replace(spec, samples=spec.samples + more).fitted(longest_context(source), _USUAL_SEQLEN)
+        drawn = dataclasses.replace(spec, samples=spec.samples + more).fitted(
+            longest_context(source.skeleton), _USUAL_SEQLEN
+        )
         calibration = draw_calibration(source, drawn, tokenizer, listener, trust_remote_code)
     else:
         more = max(1, len(calibration.tokens) // (_HELD_OUT + 1))

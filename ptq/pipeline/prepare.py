@@ -111,7 +111,7 @@ class _Preparation:
         self.device: torch.device
         self.workers, self.device = init_distributed(resolve_device(request.device))
         self.source = _open(request)
-        fitted = recipe.calibration.fitted(longest_context(self.source))
+        fitted = recipe.calibration.fitted(longest_context(self.source.skeleton))
         recipe = self.recipe = dataclasses.replace(recipe, calibration=fitted)
         if finished is not None:
             finished.refuse_other_recipe(recipe)

@@ -42,8 +42,6 @@ _MOST_VECTORS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 """``(weights, vectors)``: in a weight of up to so many numbers, products of few vectors follow each other up to so
 many; beyond, it is dequantized once. Measured on an H200 with 4096 x 4096 and 8192 x 28672 (docs/results, kernels)."""
-
-
 _WIDEST_ROTATED = 16384
 """Columns up to which one vector is rotated inside the product; in wider weights every block would rotate too much:
 with 28672 columns and a kernel before it the product takes 26.7 instead of 36.3 microseconds on an H200."""

@@ -76,11 +76,12 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
         UsageError: a block that does not fit.
     """
     work = x if x.dtype == torch.float64 else x.float()
+    transform = _products if x.is_cuda else _butterflies
     done = []
     for size, same in itertools.groupby(hadamard_blocks(x.shape[-1], block)):
         count = len(list(same))
         part, work = work[..., : count * size], work[..., count * size :]
-        done.append(_butterflies(part.reshape(*x.shape[:-1], count, size)).flatten(-2))
+        done.append(transform(part.reshape(*x.shape[:-1], count, size)).flatten(-2))
     return (done[0] if len(done) == 1 else torch.cat(done, -1)).to(x.dtype)
 
 
@@ -88,8 +89,6 @@ def _butterflies(x: Tensor) -> Tensor:
     """Transform of the last dimension, a power of two: each step adds and subtracts the halves and interleaves them, so
     that after all steps every bit of the index had its turn and is back in its place."""
     n = x.shape[-1]
-    if x.is_cuda:
-        return _products(x)
     for _ in range(n.bit_length() - 1):
         low, high = x.chunk(2, -1)
         x = torch.stack((low + high, low - high), -1).flatten(-2)
@@ -98,7 +97,7 @@ def _butterflies(x: Tensor) -> Tensor:
 
 
 def _products(x: Tensor) -> Tensor:
-    """The same by matrix products of at most 256 columns: few passes over memory, where each butterfly makes several.
+    """`_butterflies` by matrix products of at most 256 columns: few passes over memory instead of several a step.
     ``H_n`` is the Kronecker product of those of its factors."""
     for before, size, after in _factors(x.shape[-1]):
         matrix = hadamard_matrix(size, x.dtype, x.device)

@@ -25,6 +25,7 @@ from ptq.errors import ModelError, UsageError
 from ptq.export.result import Result
 from ptq.integration.loading import load
 from ptq.pipeline.events import Event, Listener, ignore_events
+from ptq.pipeline.preparation.calibration import longest_context
 from ptq.pipeline.preparation.preflight import check_disk, resolve_device
 from ptq.report import Report
 from ptq.tuning.config import TuneConfig
@@ -100,7 +101,7 @@ def tune(
         what = "keys and values are" if rounded is None else f"the input of {rounded} is"
         raise UsageError(f"{what} rounded at run time, and no gradient passes that: tune results of weights alone.")
     place = resolve_device(device)
-    context = getattr(opened.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    context = longest_context(opened.skeleton)
     if context is not None and calibration.tokens.shape[1] > context:
         raise UsageError(
             f"sequences of {calibration.tokens.shape[1]} tokens exceed the model's context of {context}: lower "

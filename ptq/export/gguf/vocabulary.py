@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptq.errors import UsageError
 
-__all__ = ["add_vocabulary", "split_rule"]
+__all__ = ["add_vocabulary", "split_rule", "tokenizer_file"]
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,6 +59,18 @@ def split_rule(tokenizer: dict[str, Any]) -> str:
     )
 
 
+def tokenizer_file(folder: Path) -> Path:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no tokenizer.json, which a GGUF file needs: put it there first.")
+    return path
+
+
 def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     """Add the tokenizer in a folder.
 
@@ -70,9 +82,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     Raises:
         UsageError: no tokenizer, or one of another kind.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} has no tokenizer.json, which a GGUF file needs: put it there first.")
+    path = tokenizer_file(folder)
     stated: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     model = stated.get("model") or {}
     if model.get("type") != "BPE":

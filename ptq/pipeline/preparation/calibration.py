@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib.checkpoint.config import check_tokenizer_config
@@ -50,9 +50,10 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool, *, required: bo
     return None
 
 
-def longest_context(source: ModelSource) -> int | None:
+def longest_context(model: nn.Module) -> int | None:
     """The most tokens that a model takes at once; ``None`` where its config names no limit."""
-    context = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else None
 
 
@@ -75,7 +76,7 @@ def draw_calibration(
     Raises:
         PtqError: The text cannot be read, or is too short.
     """
-    context = longest_context(source)
+    context = longest_context(source.skeleton)
     seqlen = spec.fitted(context).tokens_per_sequence
     listener(Event("message", f"calibration: {spec.samples} x {seqlen} tokens of {spec.source}, seed {spec.seed}"))
 
